@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Private state files: written whole or not at all, 0600, and set aside when they are damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+from core.errors import HoldfastError
+
+
+class FileDamaged(HoldfastError):
+    """Raised when a state file exists but can not be read as what it should be."""
+
+
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Replace `path` by `data` so that a reader, a crash or a full disk sees the old or the new file.
+
+    Raises OSError when the directory can not be written; the old file is then untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    try:
+        with open(handle, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    _sync_directory(path.parent)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file to `<name>.damaged-<unix time>`, keep it for a person, return the new path."""
+    target = path.with_name(f"{path.name}.damaged-{int(time.time())}")
+    os.replace(path, target)
+    return target
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every metric with its help text.  Names are Cilium's where Cilium has one, else `holdfast_…`.
+
+The docs page is generated from this module (`python -m core.metrics`).  A collector that reads maps at
+scrape time (drops, forwards, map pressure) registers itself with `REGISTRY` from the agent.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+REGISTRY = CollectorRegistry()
+
+
+def _counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+    return Counter(name, text, labels, registry=REGISTRY)
+
+
+def _gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+    return Gauge(name, text, labels, registry=REGISTRY)
+
+
+def _histogram(name: str, text: str, labels: tuple[str, ...] = ()) -> Histogram:
+    return Histogram(name, text, labels, registry=REGISTRY)
+
+
+# --- the mechanism
+RECONCILER_OBJECTS = _counter(
+    "holdfast_reconciler_objects_total", "Objects written to a target", ("reconciler", "operation", "outcome")
+)
+RECONCILER_ERRORS = _gauge("holdfast_reconciler_errors", "Objects whose last write failed", ("reconciler",))
+TASK_DEATHS = _counter("holdfast_task_deaths_total", "Times a supervised task ended by itself", ("task",))
+ERRORS_WARNINGS = _counter(
+    "cilium_errors_warnings_total", "Log records of this level", ("level", "subsystem")
+)
+CONFIG_HASH = _gauge("holdfast_config_hash", "Hash of the configuration in force (low 52 bits)")
+WAITING_SECONDS = _gauge("holdfast_waiting_seconds", "How long the longest present wait has lasted")
+
+# --- kvstore
+KVSTORE_OPERATION_SECONDS = _histogram(
+    "cilium_kvstore_operations_duration_seconds",
+    "Duration of kvstore operations",
+    ("scope", "kind", "action", "outcome"),
+)
+KVSTORE_QUORUM_ERRORS = _counter("cilium_kvstore_quorum_errors_total", "Times etcd had no quorum", ("error",))
+KVSTORE_WATCH_STATE = _gauge(
+    "holdfast_kvstore_watch_state", "1 for the state a watch of this prefix is in", ("prefix", "state")
+)
+KVSTORE_RECORDS_IGNORED = _counter(
+    "holdfast_kvstore_records_ignored_total", "Records in etcd that were not used", ("prefix", "reason")
+)
+KVSTORE_MISSING = _gauge(
+    "holdfast_kvstore_missing_records", "Records a relist lacked, kept until their grace ends", ("table",)
+)
+KVSTORE_OWN_KEYS_RESTORED = _counter(
+    "holdfast_kvstore_own_keys_restored_total", "Own keys that were gone or changed and were written again"
+)
+KVSTORE_LEASE_LOST = _counter("holdfast_kvstore_lease_lost_total", "Times the session's lease was lost")
+KVSTORE_STALENESS_SECONDS = _gauge(
+    "holdfast_kvstore_staleness_seconds", "Time since the kvstore last proved that this view is current"
+)
+
+# --- identities and policy
+IDENTITY_COUNT = _gauge("cilium_identity", "Identities known", ("type",))
+IDENTITY_ALLOCATIONS = _counter("holdfast_identity_allocations_total", "Identity allocations", ("outcome",))
+POLICY_COUNT = _gauge("cilium_policy", "Policy rules loaded")
+POLICY_REVISION = _gauge("cilium_policy_max_revision", "Highest policy revision")
+POLICY_IMPORT_ERRORS = _counter("cilium_policy_import_errors_total", "Policies refused")
+POLICY_REGENERATIONS = _counter("cilium_policy_regeneration_total", "Policy calculations of endpoints")
+
+# --- endpoints and datapath
+ENDPOINT_STATE = _gauge("cilium_endpoint_state", "Endpoints by state", ("endpoint_state",))
+ENDPOINT_REGENERATIONS = _counter(
+    "cilium_endpoint_regenerations_total", "Endpoints whose programs were loaded", ("outcome",)
+)
+ENDPOINT_REGENERATION_SECONDS = _histogram(
+    "cilium_endpoint_regeneration_time_stats_seconds",
+    "Time to load an endpoint's programs",
+    ("scope", "status"),
+)
+IPAM_EVENTS = _counter(
+    "cilium_ipam_events_total", "Addresses handed out and taken back", ("action", "family")
+)
+BPF_MAP_OPS = _counter(
+    "cilium_bpf_map_ops_total", "Operations on BPF maps", ("map_name", "operation", "outcome")
+)
+BPF_MAP_PRESSURE = _gauge("cilium_bpf_map_pressure", "Fill level of a BPF map, 0 to 1", ("map_name",))
+EVENTS_LOST = _counter("holdfast_events_lost_total", "Datapath events that found the ring full")
+DRIVER_SECONDS = _histogram("holdfast_driver_seconds", "Duration of network driver calls", ("method",))
+API_SECONDS = _histogram(
+    "cilium_agent_api_process_time_seconds", "Duration of API requests", ("path", "method", "return_code")
+)

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables: desired state, fed by sources, read by reconcilers.
+
+    sources ──▶ Table ──▶ subscriptions ──▶ reconcilers ──▶ kernel / kvstore
+
+A `Table` maps keys to frozen records.  It is fed by named `Source`s in a fixed order of precedence:
+where two sources speak of one key, the first in the order wins and the other becomes visible when
+the first lets go.  Each source keeps its own dict, so a table of 300 000 entries costs one dict entry
+an object and nothing per source.
+
+A source lists, then watches, then says it is *in sync*.  Losing a source never empties a table:
+
+* `Source.delete` (a deletion that a watch delivered) counts at once;
+* `Source.relist` (a fresh full list) keeps what the list lacks as *missing* until a grace period has
+  passed and `expire` is called: a wiped or half-restored store looks exactly like that.
+
+Everything here is synchronous and belongs to the event loop's thread; a change costs one dict
+operation plus one set insertion per subscription.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Generic, TypeVar
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Source(Generic[K, V]):
+    """One feeder of a table.  Created by `Table.source`; owned by the task that feeds it."""
+
+    def __init__(self, table: Table[K, V], name: str, rank: int) -> None:
+        self.name = name
+        self.rank = rank
+        self.in_sync = False
+        self.missing: dict[K, float] = {}
+        self._table = table
+        self._entries: dict[K, V] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def entries(self) -> Mapping[K, V]:
+        """Return this source's own entries (a live view; do not change it)."""
+        return self._entries
+
+    def upsert(self, key: K, value: V) -> None:
+        """Insert or replace one record; an equal record is not a change."""
+        if self.missing:
+            self.missing.pop(key, None)
+        old = self._entries.get(key)
+        if old is not None and old == value:
+            return
+        self._entries[key] = value
+        self._table._changed(key, self.rank)
+
+    def delete(self, key: K) -> None:
+        """Remove one record because its source said so.  Removing what is not there is no change."""
+        self.missing.pop(key, None)
+        if self._entries.pop(key, None) is not None:
+            self._table._changed(key, self.rank)
+
+    def relist(self, listed: Mapping[K, V], *, grace: float, now: float | None = None) -> int:
+        """Merge a full list: upsert what it holds, mark what it lacks as missing until now + `grace` s.
+
+        Returns how many records are newly missing.  With `grace` 0 they are deleted at once (for
+        sources that are the truth themselves, such as the local engine).
+        """
+        at = time.monotonic() if now is None else now
+        absent = [key for key in self._entries if key not in listed]
+        for key, value in listed.items():
+            self.upsert(key, value)
+        if grace <= 0:
+            for key in absent:
+                self.delete(key)
+            return len(absent)
+        fresh = [key for key in absent if key not in self.missing]
+        for key in fresh:
+            self.missing[key] = at + grace
+        return len(fresh)
+
+    def expire(self, now: float | None = None) -> list[K]:
+        """Delete the missing records whose grace has ended; return their keys."""
+        at = time.monotonic() if now is None else now
+        ended = [key for key, deadline in self.missing.items() if deadline <= at]
+        for key in ended:
+            self.delete(key)
+        return ended
+
+    def mark_in_sync(self) -> None:
+        """Say that everything this source knew at its start has been delivered."""
+        if not self.in_sync:
+            self.in_sync = True
+            self._table._source_in_sync()
+
+
+class Subscription(Generic[K]):
+    """The keys that changed since they were last taken, coalesced, in order of first change."""
+
+    def __init__(self, keys: Iterator[K]) -> None:
+        self._dirty: dict[K, None] = dict.fromkeys(keys)
+        self._wake = asyncio.Event()
+        if self._dirty:
+            self._wake.set()
+
+    def __len__(self) -> int:
+        return len(self._dirty)
+
+    async def wait(self) -> None:
+        """Return when there is at least one changed key or the subscription was poked."""
+        await self._wake.wait()
+
+    def poke(self) -> None:
+        """Wake the waiter without a change (a source came in sync, a retry is due)."""
+        self._wake.set()
+
+    def take(self, limit: int | None = None) -> list[K]:
+        """Return and forget up to `limit` changed keys."""
+        if limit is None or limit >= len(self._dirty):
+            taken = list(self._dirty)
+            self._dirty.clear()
+        else:
+            taken = []
+            for key in self._dirty:
+                taken.append(key)
+                if len(taken) == limit:
+                    break
+            for key in taken:
+                del self._dirty[key]
+        if not self._dirty:
+            self._wake.clear()
+        return taken
+
+    def _mark(self, key: K) -> None:
+        self._dirty[key] = None
+        self._wake.set()
+
+
+class Table(Generic[K, V]):
+    """Desired state: `sources` names who may feed it, highest precedence first."""
+
+    def __init__(self, name: str, sources: Sequence[str]) -> None:
+        self.name = name
+        self.revision = 0
+        self._sources: list[Source[K, V]] = [Source(self, each, rank) for rank, each in enumerate(sources)]
+        self._by_name = {source.name: source for source in self._sources}
+        self._subscriptions: list[Subscription[K]] = []
+        self._all_in_sync = asyncio.Event()
+
+    def source(self, name: str) -> Source[K, V]:
+        """Return the source called `name`; KeyError for one that was not declared."""
+        return self._by_name[name]
+
+    @property
+    def sources(self) -> Sequence[Source[K, V]]:
+        return self._sources
+
+    @property
+    def in_sync(self) -> bool:
+        """True when every declared source is in sync: only then may anything be pruned."""
+        return all(source.in_sync for source in self._sources)
+
+    async def wait_in_sync(self) -> None:
+        await self._all_in_sync.wait()
+
+    def __len__(self) -> int:
+        if len(self._sources) == 1:
+            return len(self._sources[0])
+        return sum(1 for _ in self.keys())
+
+    def __contains__(self, key: K) -> bool:
+        return any(key in source._entries for source in self._sources)
+
+    def get(self, key: K) -> V | None:
+        """Return the effective record of `key`: the one of the highest-ranking source that has it."""
+        for source in self._sources:
+            value = source._entries.get(key)
+            if value is not None:
+                return value
+        return None
+
+    def owner(self, key: K) -> str | None:
+        """Return the name of the source whose record of `key` is in effect."""
+        for source in self._sources:
+            if key in source._entries:
+                return source.name
+        return None
+
+    def keys(self) -> Iterator[K]:
+        for rank, source in enumerate(self._sources):
+            higher = self._sources[:rank]
+            for key in source._entries:
+                if not any(key in other._entries for other in higher):
+                    yield key
+
+    def items(self) -> Iterator[tuple[K, V]]:
+        for rank, source in enumerate(self._sources):
+            higher = self._sources[:rank]
+            for key, value in source._entries.items():
+                if not any(key in other._entries for other in higher):
+                    yield key, value
+
+    def subscribe(self) -> Subscription[K]:
+        """Return a subscription that starts with every present key as changed."""
+        subscription = Subscription(self.keys())
+        self._subscriptions.append(subscription)
+        return subscription
+
+    def unsubscribe(self, subscription: Subscription[K]) -> None:
+        self._subscriptions.remove(subscription)
+
+    def _changed(self, key: K, rank: int) -> None:
+        for higher in self._sources[:rank]:
+            if key in higher._entries:
+                return
+        self.revision += 1
+        for subscription in self._subscriptions:
+            subscription._mark(key)
+
+    def _source_in_sync(self) -> None:
+        if self.in_sync:
+            self._all_in_sync.set()
+            for subscription in self._subscriptions:
+                subscription.poke()
