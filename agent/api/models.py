@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The JSON of the API, as msgspec structs: what the handlers send and accept, and nothing else.
+
+Names on the wire are Cilium's kebab-case, and the shape of an endpoint, an identity and the status is
+Cilium's where Cilium has one, so that a `jq` written for it keeps working.  The agent builds these
+structs (see `view`), the command line reads them as plain JSON.  Addresses, MACs and times are text,
+times are RFC 3339 in UTC, durations are seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """The base of everything that is sent: keyword only, kebab-case on the wire."""
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    """The base of everything that is accepted: a field that nobody knows is an error that names it."""
+
+
+# --- status
+
+
+class Component(Model, frozen=True, kw_only=True):
+    """One part's health.  `state` is Ok, Warning, Failure or Disabled; `msg` one sentence."""
+
+    state: str
+    msg: str = ""
+
+
+class Ipam(Model, frozen=True, kw_only=True):
+    """The node's pool of addresses."""
+
+    pool: str  # CIDR
+    used: int
+    available: int
+
+
+class Controller(Model, frozen=True, kw_only=True):
+    """One supervised task or reconciler of the agent."""
+
+    name: str
+    state: str  # running, starting, dead; reconcilers: ok, failing
+    error: str = ""
+    restarts: int = 0
+    since: str = ""
+
+
+class WaitInfo(Model, frozen=True, kw_only=True):
+    """Something the agent waits for (`core.waiting`)."""
+
+    subject: str
+    purpose: str
+    seconds: float
+    note: str = ""
+
+
+class TableInfo(Model, frozen=True, kw_only=True):
+    """One table of desired state."""
+
+    name: str
+    entries: int
+    in_sync: bool
+    waiting_for: list[str] = []  # sources that have not said "in sync"
+    missing: int = 0  # entries a relist lacked, kept until their grace ends
+
+
+class MapInfo(Model, frozen=True, kw_only=True):
+    """One BPF map.  `entries` is -1 when nobody counted."""
+
+    name: str
+    type: str
+    entries: int
+    max_entries: int
+    errors: int = 0
+    pressure: float = 0.0  # 0 to 1
+    cached: bool = False  # whether the agent keeps the desired contents, as Cilium's map cache
+
+
+class Unmanaged(Model, frozen=True, kw_only=True):
+    """A container that policy does not reach, and why (docker's own bridge, the host's network…)."""
+
+    name: str
+    reason: str
+
+
+class MonitorInfo(Model, frozen=True, kw_only=True):
+    """The event stream: listeners now, events seen and lost since the start."""
+
+    listeners: int
+    seen: int
+    lost: int
+
+
+class Status(Model, frozen=True, kw_only=True):
+    """The answer of /v1/healthz and the whole of `holdfast status`."""
+
+    holdfast: Component  # the agent in one sentence: what its last cycle did, or what is wrong
+    kvstore: Component
+    container_runtime: Component
+    network_driver: Component
+    masquerading: Component
+    ipam: Ipam
+    node_monitor: MonitorInfo
+    node: Node
+    version: str
+    uptime: float
+    staleness: float  # seconds since the kvstore last proved this view current; -1 = never since the start
+    policy_revision: int
+    policies: int
+    policy_errors: list[PolicyError] = []  # refused; the last good ones stay in force
+    endpoints: dict[str, int] = {}  # state → number
+    identities: int = 0
+    identity_range: str = ""  # "min 256, max 65535"
+    controllers: list[Controller] = []
+    tables: list[TableInfo] = []
+    waits: list[WaitInfo] = []
+    unmanaged: list[Unmanaged] = []
+    maps: list[MapInfo] = []
+
+
+# --- configuration
+
+
+class OptionValue(Model, frozen=True, kw_only=True):
+    """One option in force and where its value came from."""
+
+    value: str
+    origin: str
+
+
+class Configuration(Model, frozen=True, kw_only=True):
+    """The answer of /v1/config."""
+
+    hash: str
+    options: dict[str, OptionValue]
+
+
+# --- endpoints
+
+
+class Identity(Model, frozen=True, kw_only=True):
+    """An identity: `labels` is a list of ``source:key[=value]``, sorted."""
+
+    id: int
+    labels: list[str]
+    reference_count: int = 0  # endpoints of this node that have it
+
+
+class EndpointLabels(Model, frozen=True, kw_only=True):
+    """Labels that make the identity, and those that only inform."""
+
+    security_relevant: list[str]
+    derived: list[str] = []
+
+
+class EndpointAddress(Model, frozen=True, kw_only=True):
+    ipv4: str = ""
+    ipv6: str = ""
+
+
+class EndpointNetworking(Model, frozen=True, kw_only=True):
+    addressing: list[EndpointAddress]
+    interface_name: str = ""
+    interface_index: int = 0
+    mac: str = ""
+    host_mac: str = ""
+
+
+class EndpointPolicy(Model, frozen=True, kw_only=True):
+    """`policy_enabled` is none, ingress, egress or both; the map's fill level beside it."""
+
+    policy_enabled: str
+    policy_revision: int = 0
+    map_entries: int = 0
+    error: str = ""  # why the desired policy is not in the map (overflow…); the last good state is
+
+
+class ExternalIdentifiers(Model, frozen=True, kw_only=True):
+    """What others call this endpoint."""
+
+    container_id: str = ""
+    container_name: str = ""
+    docker_endpoint_id: str = ""
+    docker_network_id: str = ""
+    docker_network_name: str = ""
+    netns: str = ""
+
+
+class EndpointHealth(Model, frozen=True, kw_only=True):
+    """OK, Warning, Failure, Bootstrap or Disabled, for each part."""
+
+    bpf: str
+    policy: str
+    connected: bool
+    overall_health: str = msgspec.field(name="overallHealth")
+
+
+class LogEntry(Model, frozen=True, kw_only=True):
+    """One line of an endpoint's history: `code` is OK or Failure."""
+
+    timestamp: str
+    code: str
+    state: str
+    message: str
+
+
+class EndpointStatus(Model, frozen=True, kw_only=True):
+    state: str  # creating, waiting-for-identity, regenerating, ready, disconnecting, restoring, not-ready
+    identity: Identity
+    labels: EndpointLabels
+    networking: EndpointNetworking
+    policy: EndpointPolicy
+    external_identifiers: ExternalIdentifiers
+    health: EndpointHealth
+    log: list[LogEntry] = []
+
+
+class Endpoint(Model, frozen=True, kw_only=True):
+    id: int
+    status: EndpointStatus
+
+
+class EndpointRequest(Request, frozen=True, kw_only=True):
+    """Body of PUT /v1/endpoint/{id}: an endpoint for anything with a network namespace.
+
+    `netns` is a path (/run/netns/x, /proc/PID/ns/net).  `labels` are ``source:key=value``; a label without
+    a source gets ``container``.  Without `ipv4` the agent takes an address from the pool.
+    """
+
+    netns: str
+    labels: list[str] = []
+    ipv4: str = ""
+    name: str = ""
+    interface: str = "eth0"
+
+
+# --- addresses and nodes
+
+
+class Address(Model, frozen=True, kw_only=True):
+    """One entry of the table ip → identity."""
+
+    cidr: str  # 10.0.0.1/32
+    identity: int
+    source: str = ""  # local, kvstore, host, cidr…
+    host_ip: str = ""
+    metadata: str = ""
+    encrypt_key: int = 0
+
+
+class Node(Model, frozen=True, kw_only=True):
+    """A node of the cluster; the agent's own has `local`."""
+
+    name: str
+    cluster: str = "default"
+    ipv4_address: str = ""
+    ipv4_endpoint_cidr: str = ""
+    ipv6_address: str = ""
+    ipv6_endpoint_cidr: str = ""
+    source: str = ""
+    local: bool = False
+
+
+# --- policy
+
+
+class PolicyInfo(Model, frozen=True, kw_only=True):
+    """One policy in force: where it came from and its document as it was read."""
+
+    name: str
+    origin: str  # file /etc/holdfast/policies/x.yaml, or the key in etcd
+    rules: int
+    document: Any = None
+
+
+class PolicyError(Model, frozen=True, kw_only=True):
+    """A policy that was refused; whatever was in force under that name still is."""
+
+    name: str
+    origin: str
+    error: str
+    since: str = ""
+
+
+class PolicyRepository(Model, frozen=True, kw_only=True):
+    """The answer of /v1/policy."""
+
+    revision: int
+    policies: list[PolicyInfo]
+    errors: list[PolicyError] = []
+
+
+class PolicyText(Request, frozen=True, kw_only=True):
+    """Body of PUT /v1/policy/{name}: the document as a person wrote it, YAML or JSON."""
+
+    text: str
+
+
+class PolicyChange(Model, frozen=True, kw_only=True):
+    """What a change of the local policies led to."""
+
+    name: str
+    revision: int
+    path: str = ""
+
+
+class Selector(Model, frozen=True, kw_only=True):
+    """One selector of the cache: how many rules use it and which identities it selects."""
+
+    selector: str
+    users: int
+    identities: list[int]
+
+
+class TraceRequest(Request, frozen=True, kw_only=True):
+    """Body of POST /v1/policy/resolve.
+
+    Source and destination are an endpoint, else an identity, else labels: the first that is given counts.
+    """
+
+    source_endpoint: int = 0
+    source_identity: int = 0
+    source_labels: list[str] = []
+    destination_endpoint: int = 0
+    destination_identity: int = 0
+    destination_labels: list[str] = []
+    dport: int = 0
+    protocol: str = "ANY"  # TCP, UDP, SCTP, ICMP, ANY
+
+
+class TraceResult(Model, frozen=True, kw_only=True):
+    """`verdict` is ALLOWED or DENIED; `log` tells how it came about, a line each."""
+
+    verdict: str
+    ingress: str
+    egress: str
+    log: list[str]
+
+
+# --- maps, monitor, cleanup
+
+
+class MapEntry(Model, frozen=True, kw_only=True):
+    """One entry of a map as text; `state` is sync, pending or error when the agent knows."""
+
+    key: str
+    value: str
+    state: str = ""
+    error: str = ""
+
+
+class MapDump(Model, frozen=True, kw_only=True):
+    name: str
+    entries: list[MapEntry]
+
+
+class MonitorEvent(Model, frozen=True, kw_only=True):
+    """One datapath event.  `summary` is Cilium's monitor line; endpoints are ids (0 = none of this node)."""
+
+    time: float  # Unix seconds
+    type: str  # drop, trace, policy-verdict, agent, lost
+    summary: str
+    source: int = 0
+    destination: int = 0
+    source_identity: int = 0
+    destination_identity: int = 0
+    reason: str = ""  # drop reason, trace point or verdict
+    details: dict[str, Any] = {}
+
+
+class NetworkInfo(Model, frozen=True, kw_only=True):
+    """One docker network that the driver serves."""
+
+    id: str
+    name: str
+    endpoints: int
+    pool: str = ""
+
+
+class CleanupItem(Model, frozen=True, kw_only=True):
+    """Something that `holdfast cleanup` would remove from this host."""
+
+    kind: str  # program, pin, device, route, firewall, state
+    name: str
+
+
+class Debuginfo(Model, frozen=True, kw_only=True):
+    """Every part's state for `bugtool`: no secrets in it."""
+
+    status: Status
+    configuration: Configuration
+    environment: dict[str, str]
+    log: list[str]  # the last records
+    subsystems: dict[str, Any] = {}  # whatever a part wants to show
+
+
+class ErrorBody(Model, frozen=True, kw_only=True):
+    """The body of every answer that is not 2xx."""
+
+    error: str
+    hint: str = ""
