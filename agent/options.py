@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every option of the agent: one table that help, environment, sample, docs page and validation come from.
+
+Names are Cilium's where Cilium has the option; defaults put stability first (patience with the kvstore, a
+long lease, few events).
+
+Used by: `agent.configuration`, which loads and checks, and by the code that reads ``config["name"]``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from core.options import Option, Type
+
+CONFIG_DIR = Path("/etc/holdfast/config")
+
+# Identity labels unless `labels` says otherwise: an allow-list, because all labels of all containers
+# exhaust the 64 K identities of a cluster.
+DEFAULT_LABELS = (
+    "container:com.docker.compose.project",
+    "container:com.docker.compose.service",
+    "container:app",
+    "container:env",
+    "container:holdfast.network",
+    "reserved:.*",
+    "io.cilium.k8s.policy.cluster",
+)
+
+_AGENT = "Agent"
+_KVSTORE = "Kvstore and cluster"
+_IDENTITY = "Identities"
+_ADDRESS = "Addresses and devices"
+_ENGINE = "Container engine"
+_POLICY = "Policy"
+_MAPS = "BPF maps and conntrack"
+_MONITOR = "Monitor"
+
+OPTIONS: tuple[Option, ...] = (
+    # --- agent
+    Option(
+        "config", Type.PATH, None, "YAML file with options, later than config-dir", section=_AGENT, auto=True
+    ),
+    Option(
+        "config-dir",
+        Type.PATH,
+        None,
+        f"Directory with one file an option; auto is {CONFIG_DIR} if it exists",
+        section=_AGENT,
+        auto=True,
+    ),
+    Option("debug", Type.BOOL, False, "Log at level debug, whatever log-opt says", section=_AGENT),
+    Option(
+        "log-driver",
+        Type.TEXT,
+        "text",
+        "Where the log goes: text or JSON lines on stderr, or syslog",
+        choices=("text", "json", "syslog"),
+        section=_AGENT,
+    ),
+    Option(
+        "log-opt",
+        Type.MAP,
+        {},
+        "Settings of the log: level=INFO, syslog.address=/dev/log or host:port, syslog.facility=local5",
+        section=_AGENT,
+    ),
+    Option(
+        "socket-path",
+        Type.PATH,
+        Path("/var/run/holdfast/holdfast.sock"),
+        "Unix socket of the agent's API",
+        section=_AGENT,
+    ),
+    Option(
+        "state-dir",
+        Type.PATH,
+        Path("/var/lib/holdfast"),
+        "Directory of the checkpoint: endpoints, addresses, identities, ip entries",
+        section=_AGENT,
+    ),
+    Option(
+        "prometheus-serve-addr",
+        Type.TEXT,
+        "",
+        "host:port or :port to serve /metrics on by TCP as well; empty: on the API's socket only",
+        section=_AGENT,
+    ),
+    # --- kvstore and cluster
+    Option(
+        "cluster-name", Type.TEXT, "default", "Name of the cluster this node belongs to", section=_KVSTORE
+    ),
+    Option(
+        "cluster-id",
+        Type.INT,
+        0,
+        "Number of the cluster, bits 16 to 23 of its identities; 0 is a cluster that is not meshed",
+        low=0,
+        high=255,
+        section=_KVSTORE,
+    ),
+    Option(
+        "node-name",
+        Type.TEXT,
+        None,
+        "Name of this node in the kvstore; auto is the host name",
+        section=_KVSTORE,
+        auto=True,
+    ),
+    Option(
+        "kvstore-opt",
+        Type.MAP,
+        {"etcd.config": "/etc/holdfast/etcd.config"},
+        "How to reach etcd: etcd.config=FILE (endpoints and certificates) or etcd.address=URL",
+        section=_KVSTORE,
+    ),
+    Option(
+        "kvstore-lease-ttl",
+        Type.DURATION,
+        86400.0,
+        "How long this node's keys outlive its last sign of life",
+        low=30,
+        high=86400,
+        section=_KVSTORE,
+    ),
+    Option(
+        "kvstore-periodic-sync",
+        Type.DURATION,
+        300.0,
+        "How often own keys are compared with etcd and written again where they are missing",
+        low=10,
+        section=_KVSTORE,
+    ),
+    Option(
+        "kvstore-missing-grace-period",
+        Type.DURATION,
+        3600.0,
+        "How long entries are kept that a relist lacks although no deletion was seen",
+        low=0,
+        section=_KVSTORE,
+    ),
+    Option(
+        "allocator-list-timeout",
+        Type.DURATION,
+        10800.0,
+        "How long the first list of identities may take before status calls it a failure; it goes on",
+        low=1,
+        section=_KVSTORE,
+    ),
+    Option(
+        "ip-address-space",
+        Type.TEXT,
+        "default",
+        "Address space of the ip keys this node writes: default, or the cluster's name once meshed",
+        section=_KVSTORE,
+    ),
+    # --- identities
+    Option(
+        "labels",
+        Type.LIST,
+        DEFAULT_LABELS,
+        "Labels that make an identity: [source:][!]regular expression, anchored at the key's start",
+        section=_IDENTITY,
+    ),
+    Option(
+        "identity-change-grace-period",
+        Type.DURATION,
+        5.0,
+        "How long an endpoint keeps its old identity after a change, so that other nodes learn the new one",
+        low=0,
+        section=_IDENTITY,
+    ),
+    Option(
+        "identity-gc-interval",
+        Type.DURATION,
+        900.0,
+        "How often the elected agent looks for identities that nobody uses",
+        low=10,
+        section=_IDENTITY,
+    ),
+    # --- addresses and devices
+    Option(
+        "ipv4-node",
+        Type.ADDRESS,
+        None,
+        "Address of this node that other nodes reach; auto is the one of the default route",
+        section=_ADDRESS,
+        auto=True,
+    ),
+    Option(
+        "ipv4-range",
+        Type.CIDR4,
+        None,
+        "Pool of this node's endpoints, its own in the cluster; auto derives it from the node's address",
+        section=_ADDRESS,
+        auto=True,
+    ),
+    Option(
+        "ipv4-native-routing-cidr",
+        Type.CIDR4,
+        None,
+        "Destinations that know the way back to the pool: no masquerade to them; auto is the pool alone",
+        section=_ADDRESS,
+        auto=True,
+    ),
+    Option(
+        "enable-ipv4-masquerade",
+        Type.BOOL,
+        True,
+        "Give endpoints' traffic that leaves the host the host's address",
+        section=_ADDRESS,
+    ),
+    Option(
+        "install-iptables-rules",
+        Type.BOOL,
+        True,
+        "Keep a chain of accept rules first in FORWARD, which docker, ufw and firewalld set to DROP",
+        section=_ADDRESS,
+    ),
+    Option(
+        "devices",
+        Type.LIST,
+        (),
+        "The host's network devices that programs are attached to; empty: those with a default route "
+        "and the one with the node's address",
+        section=_ADDRESS,
+    ),
+    Option(
+        "mtu",
+        Type.INT,
+        0,
+        "MTU of the endpoints' devices; 0 is that of the node's device",
+        low=0,
+        high=65535,
+        section=_ADDRESS,
+    ),
+    # --- container engine
+    Option(
+        "docker-endpoint",
+        Type.TEXT,
+        "unix:///var/run/docker.sock",
+        "The engine's API; empty runs without an engine",
+        section=_ENGINE,
+    ),
+    Option(
+        "docker-plugin-socket",
+        Type.PATH,
+        Path("/run/docker/plugins/holdfast.sock"),
+        "Unix socket of the network driver; the file's name is the driver's name",
+        section=_ENGINE,
+    ),
+    Option(
+        "docker-network",
+        Type.TEXT,
+        "holdfast",
+        "Network that is created in the engine when it is missing; empty creates none",
+        section=_ENGINE,
+    ),
+    # --- policy
+    Option(
+        "enable-policy",
+        Type.TEXT,
+        "default",
+        "Enforcement: default (where a rule selects the endpoint), always, never",
+        choices=("default", "always", "never"),
+        section=_POLICY,
+    ),
+    Option(
+        "allow-localhost",
+        Type.TEXT,
+        "auto",
+        "Whether this host may always reach its endpoints: always (auto means that), or as policy says",
+        choices=("auto", "always", "policy"),
+        section=_POLICY,
+    ),
+    Option(
+        "policy-dir",
+        Type.PATH,
+        Path("/etc/holdfast/policies"),
+        "Directory that is watched for policy files (YAML or JSON)",
+        section=_POLICY,
+    ),
+    # --- maps and conntrack
+    Option(
+        "bpf-root",
+        Type.PATH,
+        Path("/sys/fs/bpf"),
+        "Where the BPF file system is, or is mounted when it is not",
+        section=_MAPS,
+    ),
+    Option(
+        "bpf-object-dir",
+        Type.PATH,
+        None,
+        "Directory of the compiled programs; auto is /usr/lib/holdfast/bpf, else the source tree's bpf/build",
+        section=_MAPS,
+        auto=True,
+    ),
+    Option(
+        "bpf-policy-map-max",
+        Type.INT,
+        16384,
+        "Entries of an endpoint's policy map",
+        low=256,
+        high=65536,
+        section=_MAPS,
+    ),
+    Option(
+        "bpf-ct-global-tcp-max",
+        Type.INT,
+        524288,
+        "Entries of the conntrack map for TCP",
+        low=1024,
+        high=1 << 24,
+        section=_MAPS,
+    ),
+    Option(
+        "bpf-ct-global-any-max",
+        Type.INT,
+        262144,
+        "Entries of the conntrack map for everything but TCP",
+        low=1024,
+        high=1 << 24,
+        section=_MAPS,
+    ),
+    Option(
+        "bpf-fragments-map-max",
+        Type.INT,
+        8192,
+        "Fragmented datagrams that are tracked at once",
+        low=1,
+        high=65536,
+        section=_MAPS,
+    ),
+    Option(
+        "bpf-ct-timeout-regular-tcp",
+        Type.DURATION,
+        21600.0,
+        "Lifetime of an idle TCP connection",
+        low=1,
+        section=_MAPS,
+    ),
+    Option(
+        "bpf-ct-timeout-regular-any",
+        Type.DURATION,
+        60.0,
+        "Lifetime of an idle flow that is not TCP",
+        low=1,
+        section=_MAPS,
+    ),
+    Option(
+        "bpf-ct-timeout-regular-tcp-syn",
+        Type.DURATION,
+        60.0,
+        "Lifetime of a TCP connection that is being opened",
+        low=1,
+        section=_MAPS,
+    ),
+    Option(
+        "bpf-ct-timeout-regular-tcp-fin",
+        Type.DURATION,
+        10.0,
+        "Lifetime of a TCP connection that is being closed",
+        low=1,
+        section=_MAPS,
+    ),
+    # --- monitor
+    Option(
+        "monitor-aggregation",
+        Type.TEXT,
+        "medium",
+        "How many trace events there are: none (one a packet), low, medium, maximum (fewest)",
+        choices=("none", "low", "medium", "maximum"),
+        section=_MONITOR,
+    ),
+    Option(
+        "monitor-aggregation-interval",
+        Type.DURATION,
+        5.0,
+        "Shortest time between two trace events of one connection when they are aggregated",
+        low=1,
+        section=_MONITOR,
+    ),
+    Option(
+        "monitor-aggregation-flags",
+        Type.LIST,
+        ("syn", "fin", "rst"),
+        "TCP flags whose first sight makes an event in spite of aggregation",
+        section=_MONITOR,
+    ),
+    Option(
+        "monitor-queue-size",
+        Type.INT,
+        0,
+        "Events that a reader of the monitor may fall behind; 0 is 1024 a CPU, at most 16384",
+        low=0,
+        high=1 << 20,
+        section=_MONITOR,
+    ),
+    Option(
+        "trace-payloadlen",
+        Type.INT,
+        128,
+        "Bytes of the packet in an event",
+        low=0,
+        high=1024,
+        section=_MONITOR,
+    ),
+)

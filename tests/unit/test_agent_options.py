@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The option table, the checks of the configuration as a whole, and that the docs page is current."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agent.configuration import docs_page, load_config, parse_arguments
+from agent.options import OPTIONS
+from core.options import OptionError, parse, render, sample
+
+
+def test_names_are_unique_and_each_default_survives_its_own_text() -> None:
+    assert len({option.name for option in OPTIONS}) == len(OPTIONS)
+    for option in OPTIONS:
+        if option.default is not None:
+            assert parse(option, render(option.default), "test").value == option.default
+
+
+def test_the_docs_page_is_current() -> None:
+    page = Path(__file__).parents[2] / "docs" / "options.md"
+    assert page.read_text(encoding="utf-8") == docs_page(), (
+        "run: python -m agent.configuration > docs/options.md"
+    )
+
+
+def test_the_sample_uncommented_is_the_default(tmp_path: Path) -> None:
+    lines = [line.removeprefix("#") if line.startswith("#") and line[1] != " " else line
+             for line in sample(OPTIONS).splitlines()]  # fmt: skip
+    path = tmp_path / "all.yaml"
+    path.write_text("\n".join(line for line in lines if not line.startswith("config")))
+    config = load_config(["--config", str(path)], {})
+    assert config["kvstore-lease-ttl"] == 86400.0
+    assert config["kvstore-opt"] == {"etcd.config": "/etc/holdfast/etcd.config"}
+
+
+def test_later_places_win(tmp_path: Path) -> None:
+    (tmp_path / "cluster-name").write_text("from-directory\n")
+    (tmp_path / "mtu").write_text("1400")
+    environment = {"CILIUM_MTU": "1450", "HOLDFAST_DEBUG": "true"}
+    config = load_config(["--config-dir", str(tmp_path), "--cluster-id=3"], environment)
+    assert (config["cluster-name"], config["mtu"], config["debug"]) == ("from-directory", 1450, True)
+    assert config.origin("mtu") == "environment CILIUM_MTU"
+    assert config.origin("cluster-name") == f"file {tmp_path / 'cluster-name'}"
+
+
+def test_arguments_in_all_their_forms() -> None:
+    argv = ["--debug", "--mtu", "1400", "--cluster-name=x", "--enable-ipv4-masquerade", "false"]
+    assert parse_arguments(argv) == [
+        ("debug", "true"),
+        ("mtu", "1400"),
+        ("cluster-name", "x"),
+        ("enable-ipv4-masquerade", "false"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--no-such", "1"], "no-such"),
+        (["mtu"], "mtu"),
+        (["--mtu"], "mtu"),
+        (["--mtu", "1", "--mtu", "2"], "duplicate"),
+        (["--cluster-id", "5"], "cluster-name"),
+        (["--cluster-id", "256"], "at most 255"),
+        (["--kvstore-opt", "etcd.user=x"], "etcd.address"),
+        (["--log-opt", "level=loud"], "loud"),
+        (["--prometheus-serve-addr", "9090"], "host:port"),
+        (["--prometheus-serve-addr", ":0"], "host:port"),
+        (["--ipv4-range", "10.1.1.1/16"], "ipv4-range"),
+        (["--ipv4-range", "10.1.1.0/30"], "/29"),
+        (["--ip-address-space", "elsewhere"], "elsewhere"),
+        (["--monitor-aggregation-flags", "syn,xyz"], "xyz"),
+        (["--kvstore-lease-ttl", "10s"], "at least 30"),
+        (["--config", "/nonexistent/file.yaml"], "/nonexistent/file.yaml"),
+        (["--state-dir", "relative"], "absolute"),
+    ],
+)
+def test_what_can_not_be_used_is_named(argv: list[str], named: str) -> None:
+    with pytest.raises(OptionError, match=named):
+        load_config(argv, {})
