@@ -27,6 +27,10 @@ class FilterError(IdentityError):
     """Raised for a filter expression or prefix file that can not be used."""
 
 
+class PrefixError(IdentityError):
+    """Raised for a text that is no address or address prefix."""
+
+
 class NumberError(IdentityError):
     """Raised for an identity number or cluster id outside its range."""
 
