@@ -37,11 +37,11 @@ class Expression(NamedTuple):
     regex: re.Pattern[str]
 
     def matched(self, source: str, key: str) -> int:
-        """Return how many characters of `key` are matched, -1 for no match."""
+        """Return how many characters of `key` are matched; matching none of them is no match."""
         if self.source and self.source != source:
-            return -1
+            return 0
         match = self.regex.match(key)
-        return match.end() if match else -1
+        return match.end() if match else 0
 
 
 class Base(NamedTuple):
@@ -127,12 +127,10 @@ class LabelFilter:
         included = ignored = 0
         for each in self._expressions:
             length = each.matched(source, key)
-            if length < 0:
-                continue
             if not each.ignore:
                 included = max(included, length)
-            elif not ignored or length < ignored:
-                ignored = length
+            elif length:
+                ignored = min(ignored, length) if ignored else length
         return (not self.allow_list and not ignored) or included > ignored
 
     def apply(self, labels: Labels) -> tuple[Labels, Labels]:
