@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rim of the start hook: reads clocks and files, asks `decision`, writes the state, becomes the agent.
+
+Nothing here may keep a host from starting: a state that can not be read or written is reported and the
+start goes on.  Only an option that makes no sense ends it (status 2), because somebody has just typed it.
+SIGTERM and SIGINT during a wait end it at once with status 0.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.files import set_aside
+from prestart import cluster as cluster_file
+from prestart import handover, state
+from prestart.decision import Cluster, Decision, Last, Now, Setting, decide
+from prestart.errors import OptionRefused, StateRefused
+from prestart.options import Gate, Options, parse, usage
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+ENDING = (signal.SIGTERM, signal.SIGINT)
+# The first message of a wait comes at once, the next after 2 s, then each pause doubles up to 10 minutes.
+FIRST_PAUSE_S = 2.0
+LONGEST_PAUSE_S = 600.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the hook; returns only if the agent is not started.  Returns the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in ("--help", "-h"):
+        print(usage())
+        return 0
+    # Blocked, not handled: the wait takes them synchronously, and process 1 has no default action.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        options = parse(given, os.environ)
+    except OptionRefused as error:
+        log("error", str(error))
+        return 2
+    now = read_clocks()
+    decision = settle(options, now)
+    if options.gate is Gate.START and not wait_until(now.boot + decision.connect_at - now.wall):
+        log("info", "ended during the wait; the slot is kept for the next start")
+        return 0
+    return become(options.command, {**os.environ, **handover.variables(now, decision)})
+
+
+def read_clocks() -> Now:
+    """Return the present; a host without a boot id gets one that matches no other."""
+    try:
+        boot_id = BOOT_ID.read_text().strip()
+    except OSError:
+        boot_id = f"unknown-{time.time_ns()}"
+    return Now(time.time(), handover.boot_time(), boot_id)
+
+
+def settle(options: Options, now: Now) -> Decision:
+    """Decide about this start and write it down, under the lock; problems are reported, never fatal."""
+    try:
+        options.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with state.locked(options.state_dir):
+            return _settle(options, now)
+    except (StateRefused, OSError) as error:
+        log("warning", f"starting without the state file: {error}")
+        return _settle(options, now)
+
+
+def _settle(options: Options, now: Now) -> Decision:
+    last = _load_last(options, now)
+    setting = Setting(options.node_name, options.nodes, options.window)
+    decision = decide(now, setting, _load_cluster(options.state_dir), last, options.override)
+    _report(options, decision, last)
+    try:
+        state.save(options.state_dir, options.node_name, now, decision)
+    except OSError as error:
+        log("warning", f"this start can not be written down: {error}")
+    return decision
+
+
+def _load_last(options: Options, now: Now) -> Last | None:
+    try:
+        return state.load(options.state_dir, options.node_name, now)
+    except StateRefused as error:
+        _put_aside(options.state_dir / state.FILE, error)
+        return None
+
+
+def _load_cluster(directory: Path) -> Cluster | None:
+    try:
+        return cluster_file.load(directory)
+    except StateRefused as error:
+        _put_aside(directory / cluster_file.FILE, error)
+        return None
+
+
+def _put_aside(path: Path, reason: StateRefused) -> None:
+    try:
+        log("warning", f"{reason}; kept as {set_aside(path)}, going on as on a first start")
+    except OSError as error:
+        log("warning", f"{reason}; it can not be set aside ({error.strerror}), going on as on a first start")
+
+
+def _report(options: Options, decision: Decision, last: Last | None) -> None:
+    log("info", f"{options.node_name}: {decision.reason}, gate {options.gate.value}")
+    if options.override and last is not None and last.override == options.override:
+        log("warning", f"the override by {options.override} was for the previous start and is not used again")
+
+
+def wait_until(deadline: float) -> bool:
+    """Wait until `deadline` (seconds since boot), reporting; False when a signal ends the wait."""
+    pause = FIRST_PAUSE_S
+    while (left := deadline - handover.boot_time()) > 0:
+        log("info", f"waiting {left:.0f} s more for this host's slot (HOLDFAST_START_NOW=<who> overrides)")
+        if signal.sigtimedwait(ENDING, min(left, pause)) is not None:
+            return False
+        pause = min(pause * 2, LONGEST_PAUSE_S)
+    return True
+
+
+def become(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Replace this process by `command`.
+
+    Returns 127 or 126 if that is impossible, 0 if a signal came first.
+    """
+    if signal.sigtimedwait(ENDING, 0) is not None:
+        return 0
+    # Ignored and blocked signals survive exec: the agent must not inherit ours, nor those Python ignores.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    sys.stderr.flush()
+    try:
+        os.execvpe(command[0], list(command), environment)
+    except OSError as error:
+        log("error", f"{command[0]} can not be started: {error.strerror}")
+        return 127 if isinstance(error, FileNotFoundError) else 126
+
+
+def log(level: str, message: str) -> None:
+    """Write one line to stderr in the format of the agent's own log."""
+    moment = time.time()
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment))
+    sys.stderr.write(
+        f"{stamp}.{int(moment % 1 * 1000):03d}Z level={level.upper()} subsys=prestart {message}\n"
+    )

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The start hook as a process: what it execs, what it leaves behind, how it ends, what it costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import prestart
+from prestart import cluster, handover, state
+
+FOLDER = Path(prestart.__file__).parent
+INTERPRETER = (os.path.realpath(sys.executable), "-S", "-E")
+HOOK = (*INTERPRETER, str(FOLDER))
+SHOW = ("/usr/bin/env",)
+ALWAYS_LONG = ("--node-name", "a", "--window", "24h")
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {"PATH": os.environ["PATH"], **more}
+
+
+def run(
+    directory: Path, *flags: str, command: tuple[str, ...] = SHOW, **more: str
+) -> subprocess.CompletedProcess[str]:
+    arguments = [*HOOK, "--state-dir", str(directory), *flags, "--", *command]
+    return subprocess.run(
+        arguments, env=environment(**more), cwd="/", capture_output=True, text=True, timeout=30
+    )
+
+
+def handed_over(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    assert result.returncode == 0, result.stderr
+    return dict(line.split("=", 1) for line in result.stdout.splitlines())
+
+
+def relist_in_a_long_window(directory: Path) -> None:
+    (directory / cluster.FILE).write_bytes(cluster.encode(["a", "b"]))
+
+
+def test_execs_at_once_and_hands_over_the_instant(tmp_path: Path) -> None:
+    relist_in_a_long_window(tmp_path)
+    given = handed_over(run(tmp_path, *ALWAYS_LONG))
+    assert given[handover.KIND] == "relist"
+    stored = json.loads((tmp_path / state.FILE).read_bytes())
+    assert float(given[handover.CONNECT]) == pytest.approx(stored["connect_at"], abs=0.001)
+
+
+def test_runs_as_module_from_the_directory_around_it(tmp_path: Path) -> None:
+    arguments = [*INTERPRETER, "-m", "prestart", "--state-dir", str(tmp_path), "--nodes", "1", "--", *SHOW]
+    result = subprocess.run(
+        arguments, env=environment(), cwd=FOLDER.parent, capture_output=True, text=True, timeout=30
+    )
+    assert handed_over(result)[handover.KIND] == "fresh"
+
+
+def test_restart_before_the_instant_keeps_it_and_after_it_waits_a_window(tmp_path: Path) -> None:
+    relist_in_a_long_window(tmp_path)
+    first, second = (float(handed_over(run(tmp_path, *ALWAYS_LONG))[handover.CONNECT]) for _ in range(2))
+    assert second == pytest.approx(first, abs=0.01)
+    content = json.loads((tmp_path / state.FILE).read_bytes())
+    behind = content["connect_boot"] - handover.boot_time() + 1
+    content |= {
+        "connect_at": content["connect_at"] - behind,
+        "connect_boot": content["connect_boot"] - behind,
+    }
+    (tmp_path / state.FILE).write_text(json.dumps(content))
+    third = float(handed_over(run(tmp_path, *ALWAYS_LONG))[handover.CONNECT])
+    assert third - content["connect_at"] >= 86_400 - 0.01
+
+
+def test_override_starts_once_and_is_logged(tmp_path: Path) -> None:
+    relist_in_a_long_window(tmp_path)
+    first = run(tmp_path, *ALWAYS_LONG, HOLDFAST_START_NOW="alice")
+    assert float(handed_over(first)[handover.CONNECT]) <= time.time()
+    assert "by order of alice" in first.stderr
+    second = run(tmp_path, *ALWAYS_LONG, HOLDFAST_START_NOW="alice")
+    assert float(handed_over(second)[handover.CONNECT]) > time.time() + 86_000
+    assert "not used again" in second.stderr
+
+
+@pytest.mark.parametrize("file", [state.FILE, cluster.FILE])
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"version": 99}', os.urandom(64)])
+def test_damaged_file_is_kept_aside_and_reported(tmp_path: Path, file: str, damage: bytes) -> None:
+    (tmp_path / file).write_bytes(damage)
+    result = run(tmp_path)
+    assert handed_over(result)[handover.KIND] == "fresh"
+    (kept,) = tmp_path.glob(f"{file}.damaged-*")
+    assert kept.read_bytes() == damage
+    assert "level=WARNING" in result.stderr
+    assert str(kept) in result.stderr
+
+
+def test_state_directory_that_is_none_does_not_stop_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = run(tmp_path / "file" / "below")
+    assert handed_over(result)[handover.KIND] == "fresh"
+    assert "starting without the state file" in result.stderr
+
+
+def test_senseless_option_ends_with_2_and_starts_nothing(tmp_path: Path) -> None:
+    result = run(tmp_path, "--window", "-1s")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "option window='-1s' from the command line" in result.stderr
+
+
+@pytest.mark.parametrize(("command", "status"), [("/no/such/agent", 127), ("/etc/passwd", 126)])
+def test_command_that_can_not_be_started_is_named(tmp_path: Path, command: str, status: int) -> None:
+    result = run(tmp_path, command=(command,))
+    assert result.returncode == status
+    assert f"{command} can not be started" in result.stderr
+
+
+def test_agent_inherits_neither_blocked_nor_ignored_signals(tmp_path: Path) -> None:
+    result = run(tmp_path, command=("/bin/grep", "-E", "^Sig(Blk|Ign)", "/proc/self/status"))
+    assert [int(line.split()[1], 16) for line in result.stdout.splitlines()] == [0, 0]
+
+
+def test_gate_start_holds_the_process_until_its_slot(tmp_path: Path) -> None:
+    result = run(tmp_path, "--gate", "start", "--window", "2s")
+    given = handed_over(result)
+    assert float(given[handover.CONNECT]) <= time.time()
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_signal_during_the_wait_ends_it_with_0(tmp_path: Path, ending: signal.Signals) -> None:
+    relist_in_a_long_window(tmp_path)
+    arguments = [*HOOK, "--state-dir", str(tmp_path), *ALWAYS_LONG, "--gate", "start", "--", "/bin/false"]
+    process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        while "waiting" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(ending)
+        assert process.wait(timeout=10) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_two_at_once_agree(tmp_path: Path) -> None:
+    relist_in_a_long_window(tmp_path)
+    arguments = [*HOOK, "--state-dir", str(tmp_path), *ALWAYS_LONG, "--", *SHOW]
+    processes = [
+        subprocess.Popen(
+            arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        for _ in range(4)
+    ]
+    instants = {
+        round(float(re.findall(rf"{handover.CONNECT}=(.*)", each.communicate()[0])[0]), 1)
+        for each in processes
+    }
+    assert len(instants) == 1
+
+
+def test_start_costs_little(tmp_path: Path) -> None:
+    """Prints median time and peak memory beside the bare interpreter's; only the memory is asserted."""
+    relist_in_a_long_window(tmp_path)
+    bare_ms, _ = cost([*INTERPRETER, "-c", "pass"])
+    hook_ms, megabytes = cost([*HOOK, "--state-dir", str(tmp_path), "--", "/bin/true"])
+    print(f"prestart: {hook_ms:.1f} ms, {megabytes:.1f} MB (bare interpreter {bare_ms:.1f} ms)")
+    assert megabytes < 15
+
+
+# Run by a small process of its own: a child's peak memory begins with what it was forked from.
+MEASURE = """
+import os, sys, time
+for _ in range(9):
+    begin = time.perf_counter()
+    pid = os.posix_spawn(sys.argv[1], sys.argv[1:], {}, file_actions=[(os.POSIX_SPAWN_CLOSE, 2)])
+    usage = os.wait4(pid, 0)[2]
+    print(time.perf_counter() - begin, usage.ru_maxrss)
+"""
+
+
+def cost(arguments: list[str]) -> tuple[float, float]:
+    """Return the median wall time in ms and the peak resident megabytes of a command."""
+    measured = subprocess.run(
+        [*INTERPRETER, "-c", MEASURE, *arguments], capture_output=True, text=True, timeout=60, check=True
+    )
+    rows = [tuple(map(float, line.split())) for line in measured.stdout.splitlines()]
+    return statistics.median(row[0] for row in rows) * 1000, max(row[1] for row in rows) / 1024
