@@ -95,7 +95,7 @@ class Reconciler(Generic[K, V]):
         self._subscription = table.subscribe()
         self._in_work: set[K] = set()
         self._failures: dict[K, _Failure] = {}
-        self._idle = asyncio.Event()
+        self._pulse = asyncio.Event()
         self._prune_due = 0.0
         self._refresh_due = time.monotonic() + jittered(refresh_s)
 
@@ -104,7 +104,7 @@ class Reconciler(Generic[K, V]):
         failure = self._failures.get(key)
         if failure is not None:
             return Status(Kind.ERROR, failure.error, failure.since)
-        if key in self._subscription._dirty or key in self._in_work:
+        if key in self._subscription or key in self._in_work:
             return Status(Kind.PENDING)
         return Status(Kind.DONE)
 
@@ -115,8 +115,13 @@ class Reconciler(Generic[K, V]):
     async def wait_idle(self) -> None:
         """Return when everything changed so far was written (failed objects count as written)."""
         while len(self._subscription) or self._in_work:
-            self._idle.clear()
-            await self._idle.wait()
+            await self._pulse.wait()
+
+    async def settled(self, key: K) -> Status:
+        """Wait until `key` is no longer pending; return what became of it (never raises for a failure)."""
+        while (status := self.status(key)).kind is Kind.PENDING:
+            await self._pulse.wait()
+        return status
 
     def poke(self) -> None:
         """Re-assert everything soon: somebody is known to have changed the target."""
@@ -134,8 +139,6 @@ class Reconciler(Generic[K, V]):
             await self._work(self._subscription.take(self.batch) or self._due_retries(now))
             if self.table.in_sync and not len(self._subscription) and time.monotonic() >= self._prune_due:
                 await self._prune()
-            if not len(self._subscription):
-                self._idle.set()
 
     async def _wait_for_work(self) -> None:
         if len(self._subscription):
@@ -152,7 +155,7 @@ class Reconciler(Generic[K, V]):
 
     def _refresh(self, now: float) -> None:
         for key, _ in self.table.items():
-            self._subscription._mark(key)
+            self._subscription.mark(key)
         self._refresh_due = now + jittered(self.refresh_s)
 
     def _due_retries(self, now: float) -> list[K]:
@@ -174,6 +177,9 @@ class Reconciler(Generic[K, V]):
             self.sentence = f"{len(updates)} updated, {len(deletes)} deleted, {len(failed)} failed"
         finally:
             self._in_work.difference_update(keys)
+            # Wake everybody who waits, then make the next ones wait for the next batch.
+            self._pulse.set()
+            self._pulse = asyncio.Event()
 
     async def _attempt(self, verb: str, argument: Sequence[object], keys: Sequence[K]) -> dict[K, Exception]:
         if not argument:

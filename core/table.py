@@ -109,6 +109,14 @@ class Subscription(Generic[K]):
     def __len__(self) -> int:
         return len(self._dirty)
 
+    def __contains__(self, key: K) -> bool:
+        return key in self._dirty
+
+    def mark(self, key: K) -> None:
+        """Take `key` as changed."""
+        self._dirty[key] = None
+        self._wake.set()
+
     async def wait(self) -> None:
         """Return when there is at least one changed key or the subscription was poked."""
         await self._wake.wait()
@@ -133,10 +141,6 @@ class Subscription(Generic[K]):
         if not self._dirty:
             self._wake.clear()
         return taken
-
-    def _mark(self, key: K) -> None:
-        self._dirty[key] = None
-        self._wake.set()
 
 
 class Table(Generic[K, V]):
@@ -218,7 +222,7 @@ class Table(Generic[K, V]):
                 return
         self.revision += 1
         for subscription in self._subscriptions:
-            subscription._mark(key)
+            subscription.mark(key)
 
     def _source_in_sync(self) -> None:
         if self.in_sync:

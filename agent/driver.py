@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's remote network driver protocol, served on a plugin socket.
+
+The engine calls, for each container: CreateEndpoint → Join → ProgramExternalConnectivity →
+EndpointOperInfo → (the first process starts) … RevokeExternalConnectivity → Leave → DeleteEndpoint.
+
+* CreateEndpoint answers with an address of the node's pool (the network uses the `null` IPAM driver).
+* Join makes the interface; from here on everything is denied (identity init).
+* EndpointOperInfo finds the container's labels, allocates its identity and writes its policy, so that
+  policy is in force before the first process runs.  It comes twice a start.
+
+After an engine restart endpoints are replayed but networks are not: networks are kept in the checkpoint
+and read from the engine when they are missing there.  Every handler is idempotent for that reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from collections.abc import Awaitable, Callable
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, ip_network
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from loguru import logger
+
+from agent.checkpoint import Checkpoint, Network
+from agent.endpoint import Endpoint
+from agent.endpoints import EndpointManager
+from agent.engine import DRIVER, Engine
+from agent.errors import AgentError, DriverError, EngineError, UnknownNetwork
+from agent.ports import parse_portmap, taken_ports
+from core import metrics
+from core.errors import HoldfastError, shorten
+
+GATEWAY = "169.254.1.1"  # answered by the program on the host side of every veth
+CONTAINER_PREFIX = "eth"
+BODY_LIMIT = 4 << 20
+# The whole of a driver call; the engine itself gives up after 30 s or more and shows less of a reason.
+CALL_TIMEOUT_S = 20.0
+
+Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+
+
+class Driver:
+    """Serves the protocol; owns the plugin socket and the table of networks."""
+
+    def __init__(
+        self, socket_path: Path, endpoints: EndpointManager, engine: Engine, checkpoint: Checkpoint
+    ) -> None:
+        self.socket_path = socket_path
+        self.endpoints = endpoints
+        self.engine = engine
+        self.networks: dict[str, Network] = {}
+        self._checkpoint = checkpoint
+        self._handlers: dict[str, Handler] = {
+            "NetworkDriver.GetCapabilities": self._capabilities,
+            "NetworkDriver.CreateNetwork": self._create_network,
+            "NetworkDriver.DeleteNetwork": self._delete_network,
+            "NetworkDriver.CreateEndpoint": self._create_endpoint,
+            "NetworkDriver.DeleteEndpoint": self._delete_endpoint,
+            "NetworkDriver.Join": self._join,
+            "NetworkDriver.Leave": self._leave,
+            "NetworkDriver.EndpointOperInfo": self._oper_info,
+            "NetworkDriver.ProgramExternalConnectivity": self._program_external,
+            "NetworkDriver.RevokeExternalConnectivity": self._revoke_external,
+            "NetworkDriver.DiscoverNew": _nothing,
+            "NetworkDriver.DiscoverDelete": _nothing,
+            "Plugin.Activate": _activate,
+        }
+
+    def restore(self) -> None:
+        """Take the networks of the checkpoint."""
+        for network in self._checkpoint.networks():
+            self._remember(network)
+
+    async def serve(self) -> None:
+        """Serve until cancelled."""
+        app = web.Application(client_max_size=BODY_LIMIT)
+        app.router.add_post("/{method}", self._dispatch)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        try:
+            await _listen(runner, self.socket_path)
+            logger.info("network driver {} listens on {}", DRIVER, self.socket_path)
+            await asyncio.Event().wait()
+        finally:
+            await runner.cleanup()
+            with contextlib.suppress(FileNotFoundError):
+                self.socket_path.unlink()
+
+    async def _dispatch(self, request: web.Request) -> web.Response:
+        method = request.match_info["method"]
+        started = time.perf_counter()
+        answer = await self._call(method, await request.read())
+        seconds = time.perf_counter() - started
+        metrics.DRIVER_SECONDS.labels(method.removeprefix("NetworkDriver.")).observe(seconds)
+        logger.debug("driver call {} took {:.1f} ms", method, seconds * 1000)
+        return web.json_response(answer)
+
+    async def _call(self, method: str, body: bytes) -> dict[str, Any]:
+        handler = self._handlers.get(method)
+        if handler is None:
+            return {"Err": f"holdfast: network driver method {shorten(method)} is not supported"}
+        try:
+            arguments = json.loads(body) if body.strip() else {}
+            if not isinstance(arguments, dict):
+                raise DriverError(f"the body of {method} is not a JSON object")
+            return await asyncio.wait_for(handler(arguments), CALL_TIMEOUT_S)
+        except TimeoutError:
+            return self._refuse(method, f"{method} was not done within {CALL_TIMEOUT_S:g} s")
+        except (HoldfastError, ValueError, OSError) as error:
+            return self._refuse(method, str(error))
+
+    @staticmethod
+    def _refuse(method: str, reason: str) -> dict[str, Any]:
+        logger.error("driver call {} failed: {}", method, reason)
+        return {"Err": f"holdfast: {reason}"}
+
+    # --- networks
+
+    @staticmethod
+    async def _capabilities(_: dict[str, Any]) -> dict[str, Any]:
+        return {"Scope": "local", "ConnectivityScope": "global"}
+
+    async def _create_network(self, call: dict[str, Any]) -> dict[str, Any]:
+        network_id = _text(call, "NetworkID")
+        subnet = self._accepted_subnet(call)
+        network = Network(network_id, "", subnet)
+        await asyncio.to_thread(self._checkpoint.save_network, network)
+        self._remember(network)
+        logger.info("network {} created{}", network_id[:12], f" with subnet {subnet}" if subnet else "")
+        return {}
+
+    def _accepted_subnet(self, call: dict[str, Any]) -> str:
+        pools = [str(each.get("Pool", "")) for each in call.get("IPv4Data") or []]
+        for pool in pools:
+            network = ip_network(pool)
+            if network.prefixlen == 0:
+                continue  # the null IPAM driver: addresses are ours to give
+            if not isinstance(network, IPv4Network) or not network.subnet_of(self.endpoints.pool.network):
+                raise DriverError(
+                    f"subnet {pool} is not inside this node's pool {self.endpoints.pool.network}",
+                    hint="type: docker network create -d holdfast --ipam-driver null NAME",
+                )
+            return pool
+        return ""
+
+    async def _delete_network(self, call: dict[str, Any]) -> dict[str, Any]:
+        network_id = _text(call, "NetworkID")
+        network = self.networks.pop(network_id, None)
+        if network is not None and network.subnet:
+            self.endpoints.pool.include(IPv4Network(network.subnet))
+        await asyncio.to_thread(self._checkpoint.drop_network, network_id)
+        return {}
+
+    def _remember(self, network: Network) -> None:
+        self.networks[network.id] = network
+        if network.subnet:
+            self.endpoints.pool.exclude(IPv4Network(network.subnet))
+
+    async def _network(self, network_id: str) -> Network:
+        """Return a known network, asking the engine where the checkpoint lacks it."""
+        known = self.networks.get(network_id)
+        if known is not None and known.name:
+            return known
+        found = await self._ask_engine(network_id)
+        if found is not None:
+            await asyncio.to_thread(self._checkpoint.save_network, found)
+            self._remember(found)
+            return found
+        if known is not None:
+            return known
+        raise UnknownNetwork(
+            f"network {shorten(network_id)} is not a network of this driver on this host",
+            hint="remove it and create it again with: holdfast network create NAME",
+        )
+
+    async def _ask_engine(self, network_id: str) -> Network | None:
+        try:
+            found = await self.engine.network(network_id)
+        except EngineError as error:
+            logger.warning("network {} can not be looked up: {}", network_id[:12], error)
+            return None
+        if found is None or found.driver != DRIVER:
+            return None
+        subnet = found.subnet if found.subnet not in ("", "0.0.0.0/0") else ""
+        return Network(found.id, found.name, subnet)
+
+    # --- endpoints
+
+    async def _create_endpoint(self, call: dict[str, Any]) -> dict[str, Any]:
+        network_id, engine_id = _text(call, "NetworkID"), _text(call, "EndpointID")
+        if network_id not in self.networks:
+            await self._network(network_id)
+        interface = call.get("Interface") or {}
+        given = str(interface.get("Address") or "")
+        address = IPv4Interface(given).ip if given else None
+        endpoint = await self.endpoints.create(
+            network_id=network_id,
+            engine_id=engine_id,
+            address=address,
+            mac=str(interface.get("MacAddress") or ""),
+        )
+        answer: dict[str, str] = {}
+        if not given:
+            answer["Address"] = f"{endpoint.ipv4}/32"
+        if not interface.get("MacAddress"):
+            answer["MacAddress"] = endpoint.mac
+        return {"Interface": answer}
+
+    async def _join(self, call: dict[str, Any]) -> dict[str, Any]:
+        endpoint = await self.endpoints.connect(self._endpoint(call).id)
+        return {
+            "InterfaceName": {"SrcName": endpoint.peer, "DstPrefix": CONTAINER_PREFIX},
+            "Gateway": GATEWAY,
+            "StaticRoutes": [{"Destination": f"{GATEWAY}/32", "RouteType": 1, "NextHop": ""}],
+            "DisableGatewayService": True,
+        }
+
+    async def _oper_info(self, call: dict[str, Any]) -> dict[str, Any]:
+        endpoint = self._endpoint(call)
+        try:
+            await self.identify(endpoint)
+        except AgentError as error:
+            # The container starts all the same: denied until the engine watcher has found its labels.
+            logger.error("endpoint {} has no identity yet: {}", endpoint.id, error)
+        return {"Value": {}}
+
+    async def identify(self, endpoint: Endpoint) -> None:
+        """Find the labels of an endpoint's container and give it its identity."""
+        network = await self.engine.network(endpoint.network_id)
+        if network is None:
+            raise UnknownNetwork(f"the engine does not know network {endpoint.network_id[:12]}")
+        if network.id not in self.networks or not self.networks[network.id].name:
+            await self._network(network.id)
+        container_id, name = network.endpoints.get(endpoint.engine_endpoint_id, ("", ""))
+        if not container_id:
+            raise EngineError(f"engine endpoint {endpoint.engine_endpoint_id[:12]} has no container yet")
+        container = await self.engine.container(container_id)
+        labels = container.labels if container is not None else {}
+        await self.endpoints.identify(endpoint.id, container_id, name, labels, network.name)
+
+    async def _program_external(self, call: dict[str, Any]) -> dict[str, Any]:
+        endpoint = self._endpoint(call)
+        others = (each for _, each in self.endpoints.table.items() if each.id != endpoint.id)
+        taken = taken_ports(port for each in others for port in each.ports)
+        await self.endpoints.publish(endpoint.id, parse_portmap(call.get("Options") or {}, taken))
+        return {}
+
+    async def _revoke_external(self, call: dict[str, Any]) -> dict[str, Any]:
+        endpoint = self.endpoints.by_engine_id(_text(call, "EndpointID"))
+        if endpoint is not None:
+            await self.endpoints.publish(endpoint.id, ())
+        return {}
+
+    async def _leave(self, call: dict[str, Any]) -> dict[str, Any]:
+        endpoint = self.endpoints.by_engine_id(_text(call, "EndpointID"))
+        if endpoint is not None:
+            await self.endpoints.disconnect(endpoint.id)
+        return {}
+
+    async def _delete_endpoint(self, call: dict[str, Any]) -> dict[str, Any]:
+        endpoint = self.endpoints.by_engine_id(_text(call, "EndpointID"))
+        if endpoint is not None:
+            await self.endpoints.delete(endpoint.id)
+        return {}
+
+    def _endpoint(self, call: dict[str, Any]) -> Endpoint:
+        engine_id = _text(call, "EndpointID")
+        endpoint = self.endpoints.by_engine_id(engine_id)
+        if endpoint is None:
+            raise DriverError(
+                f"engine endpoint {shorten(engine_id, 12)} of network "
+                f"{shorten(_text(call, 'NetworkID'), 12)} is not known on this host",
+                hint="stop the container and start it again",
+            )
+        return endpoint
+
+
+def address_of(text: str) -> IPv4Address:
+    """Return the address of ``10.1.2.3/16`` or ``10.1.2.3``."""
+    return IPv4Interface(text).ip
+
+
+def _text(call: dict[str, Any], key: str) -> str:
+    value = call.get(key)
+    if not isinstance(value, str) or not value:
+        raise DriverError(f"the engine's call lacks {key}: {shorten(call)}")
+    return value
+
+
+async def _activate(_: dict[str, Any]) -> dict[str, Any]:
+    return {"Implements": ["NetworkDriver"]}
+
+
+async def _nothing(_: dict[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+async def _listen(runner: web.AppRunner, path: Path) -> None:
+    """Listen under a temporary name and rename: the engine never sees a socket nobody answers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    await web.UnixSite(runner, str(temporary)).start()
+    os.chmod(temporary, 0o660)
+    os.replace(temporary, path)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The endpoint record: one workload's network interface on this host.
+
+Frozen; the table of endpoints holds one a number, the checkpoint one file a number.  Unknown fields in a
+checkpoint are ignored and missing ones have defaults, so that two versions can follow each other.
+"""
+
+from __future__ import annotations
+
+import enum
+from ipaddress import IPv4Address
+
+import msgspec
+
+ENDPOINT_ID_MAX = 65535  # the key of cilium_call_policy; 0 is never an endpoint
+
+
+class State(enum.StrEnum):
+    """Where an endpoint is in its life; the names are Cilium's."""
+
+    CREATING = "creating"  # the engine asked for an address, no interface yet
+    WAITING_FOR_IDENTITY = "waiting-for-identity"  # enforced as reserved:init: nothing passes
+    REGENERATING = "regenerating"  # programs or policy are being written
+    READY = "ready"  # identity and policy are in the kernel
+    RESTORING = "restoring"  # read from the checkpoint; the kernel still enforces the last state
+    NOT_READY = "not-ready"  # the last write to the kernel failed; the error says why
+
+
+class Port(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One published port (or range): `host_ip` empty means every address of the host."""
+
+    protocol: int  # IP protocol number: 6, 17, 132
+    container_port: int
+    host_port: int
+    host_port_end: int
+    host_ip: str = ""
+
+
+class Endpoint(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One endpoint.  Addresses are text, MACs are aa:bb:cc:dd:ee:ff, `labels` serialized identity labels."""
+
+    id: int
+    ipv4: str
+    mac: str
+    node_mac: str
+    interface: str  # host side of the veth pair
+    peer: str = ""  # name of the container side before the engine renames it
+    network_id: str = ""  # empty for an endpoint made through the API
+    engine_endpoint_id: str = ""
+    container_id: str = ""
+    container_name: str = ""
+    netns: str = ""  # path of the namespace, for endpoints made through the API
+    labels: str = ""  # empty until they are known
+    all_labels: str = ""  # including those that do not count for the identity
+    identity: int = 0  # 0 until allocated: enforced as reserved:init
+    connected: bool = False  # an interface is wanted
+    ports: tuple[Port, ...] = ()
+
+    @property
+    def enforced_identity(self) -> int:
+        """Return the identity that the kernel uses: reserved:init (5) as long as there is none."""
+        return self.identity or 5
+
+
+def interface_name(endpoint_id: int) -> str:
+    """Return the host-side interface name of an endpoint; rules match the prefix `lxc`."""
+    return f"lxc{endpoint_id:05d}"
+
+
+def peer_name(endpoint_id: int) -> str:
+    """Return the name of the container side until the engine moves and renames it."""
+    return f"tmp{endpoint_id:05d}"
+
+
+def macs_of(address: IPv4Address) -> tuple[str, str]:
+    """Return (container MAC, host-side MAC), derived from the address so that they survive a restart.
+
+    Both are locally administered unicast addresses; an address is unique in its cluster, so are they.
+    """
+    tail = ":".join(f"{byte:02x}" for byte in address.packed)
+    return f"0a:58:{tail}", f"0a:59:{tail}"

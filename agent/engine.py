@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The container engine's API on its unix socket, as far as the agent needs it.
+
+Asynchronous and small: the docker SDK costs 20 MB and blocks.  Every answer is checked for its type,
+because what it holds (labels, names) was chosen by whoever starts containers.
+
+Inside a network driver call only `network` and `container_labels` may be used: `/containers/<id>/json` of
+a starting container blocks until the driver has answered.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from agent.errors import EngineError
+from core.errors import shorten
+
+API = "http://engine/v1.40"  # docker 19.03; newer engines still speak it down to API 1.44's minimum
+FALLBACK_API = "http://engine"  # an engine that dropped 1.40 answers unversioned paths with its own version
+ANSWER_TIMEOUT_S = 10.0
+DRIVER = "holdfast"
+
+
+class EngineNetwork(msgspec.Struct, frozen=True):
+    """A network of the engine: `endpoints` maps engine endpoint id → (container id, container name)."""
+
+    id: str
+    name: str
+    driver: str
+    subnet: str
+    endpoints: dict[str, tuple[str, str]]
+
+
+class EngineContainer(msgspec.Struct, frozen=True):
+    """A container as `/containers/json` lists it; `endpoints` maps network id → engine endpoint id."""
+
+    id: str
+    name: str
+    state: str
+    labels: dict[str, str]
+    endpoints: dict[str, str]
+    network_mode: str
+
+
+class Engine:
+    """A client of one engine socket; owns its connection pool until `close`."""
+
+    def __init__(self, socket_path: str) -> None:
+        self.socket_path = socket_path
+        self._session: aiohttp.ClientSession | None = None
+        self._base = API
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def version(self) -> str:
+        """Return the engine's version and settle which API path it takes."""
+        answer = await self._get_at(FALLBACK_API, "/version")
+        minimum = str(answer.get("MinAPIVersion", "1.12"))
+        self._base = API if _version_tuple(minimum) <= (1, 40) else FALLBACK_API
+        return str(answer.get("Version", "unknown"))
+
+    async def network(self, network_id: str) -> EngineNetwork | None:
+        """Return one network with its endpoints, or None when the engine does not have it."""
+        try:
+            return _network(await self._get(f"/networks/{network_id}"))
+        except _NotFound:
+            return None
+
+    async def networks(self) -> list[EngineNetwork]:
+        """Return every network of our driver, with endpoints."""
+        query = json.dumps({"driver": [DRIVER]})
+        found = await self._get("/networks", {"filters": query})
+        ids = [str(each["Id"]) for each in found if each.get("Driver") == DRIVER]
+        networks = [await self.network(each) for each in ids]
+        return [network for network in networks if network is not None]
+
+    async def container(self, container_id: str) -> EngineContainer | None:
+        """Return one container from the list (safe inside driver calls), or None."""
+        query = json.dumps({"id": [container_id]})
+        found = await self._get("/containers/json", {"all": "1", "filters": query})
+        return _container(found[0]) if found else None
+
+    async def containers(self) -> list[EngineContainer]:
+        """Return every container, running or not."""
+        return [_container(each) for each in await self._get("/containers/json", {"all": "1"})]
+
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        """Yield container and network events from now on; ends (EngineError) when the engine goes."""
+        query = json.dumps({"type": ["container", "network"]})
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=ANSWER_TIMEOUT_S)
+        try:
+            async with self._client().get(
+                self._base + "/events", params={"filters": query}, timeout=timeout
+            ) as response:
+                async for line in response.content:
+                    event = json.loads(line)
+                    if isinstance(event, dict):
+                        yield event
+        except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
+            raise EngineError(f"event stream of engine {self.socket_path} broke: {error}") from error
+        raise EngineError(f"event stream of engine {self.socket_path} ended")
+
+    async def _get(self, path: str, query: dict[str, str] | None = None) -> Any:
+        return await self._get_at(self._base, path, query)
+
+    async def _get_at(self, base: str, path: str, query: dict[str, str] | None = None) -> Any:
+        try:
+            async with self._client().get(base + path, params=query) as response:
+                body = await response.read()
+                if response.status == 404:
+                    raise _NotFound(f"engine {self.socket_path} has no {path}")
+                if response.status != 200:
+                    raise EngineError(
+                        f"engine {self.socket_path} answered {response.status} to {path}: {shorten(body)}"
+                    )
+                return json.loads(body)
+        except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
+            raise EngineError(
+                f"engine {self.socket_path} did not answer {path}: {type(error).__name__} {error}",
+                hint="is the container engine running?",
+            ) from error
+
+    def _client(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.UnixConnector(self.socket_path, limit=16),
+                timeout=aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S),
+                read_bufsize=1 << 20,
+            )
+        return self._session
+
+
+class _NotFound(EngineError):
+    pass
+
+
+def _version_tuple(text: str) -> tuple[int, int]:
+    major, _, minor = text.partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (1, 12)
+
+
+def _network(data: Any) -> EngineNetwork:
+    pools = (data.get("IPAM") or {}).get("Config") or []
+    members = data.get("Containers") or {}
+    return EngineNetwork(
+        id=str(data["Id"]),
+        name=str(data["Name"]),
+        driver=str(data.get("Driver", "")),
+        subnet=str(pools[0].get("Subnet", "")) if pools else "",
+        endpoints={
+            str(member.get("EndpointID")): (str(container_id), str(member.get("Name", "")))
+            for container_id, member in members.items()
+        },
+    )
+
+
+def _container(data: Any) -> EngineContainer:
+    names = data.get("Names") or [""]
+    networks = (data.get("NetworkSettings") or {}).get("Networks") or {}
+    return EngineContainer(
+        id=str(data["Id"]),
+        name=str(names[0]).lstrip("/"),
+        state=str(data.get("State", "")),
+        labels={str(key): str(value) for key, value in (data.get("Labels") or {}).items()},
+        endpoints={
+            str(each.get("NetworkID")): str(each.get("EndpointID"))
+            for each in networks.values()
+            if each and each.get("EndpointID")
+        },
+        network_mode=str((data.get("HostConfig") or {}).get("NetworkMode", "")),
+    )

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this host is: its name, its address, its addresses, the interfaces that face other machines.
+
+Read from rtnetlink, once at the start and then every few seconds: the addresses of a host are identity
+`host` in the ip→identity table.  All functions block for a millisecond or two; call them in a thread.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+
+from pyroute2 import IPRoute
+
+from agent.errors import AgentError
+
+# Interfaces that never face another machine; `veth` may be a container's, so a route decides.
+OWN_PREFIXES = ("lo", "lxc", "tmp", "cilium_", "docker", "br-", "ifb")
+
+
+@dataclass(frozen=True)
+class HostView:
+    """The host at one moment.  `devices` maps name → interface index of what faces other machines."""
+
+    node_ip: IPv4Address
+    addresses: frozenset[IPv4Address]
+    devices: dict[str, int]
+    networks: tuple[IPv4Network, ...]
+
+
+def node_name(configured: str = "") -> str:
+    """Return the node's name: configured, else the host name."""
+    return configured or socket.gethostname()
+
+
+def look(node_ip: IPv4Address | None = None, devices: tuple[str, ...] = ()) -> HostView:
+    """Return the present view; `node_ip` and `devices` fix what would be found out otherwise.
+
+    Raises AgentError when the host has no address to be known by, or lacks a named device.
+    """
+    with IPRoute() as ipr:
+        links = {link["index"]: link.get_attr("IFLA_IFNAME") for link in ipr.get_links()}
+        addressed = [
+            (address["index"], IPv4Address(address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS")))
+            for address in ipr.get_addr(family=socket.AF_INET)
+        ]
+        routes = [
+            (route["dst_len"], route.get_attr("RTA_DST"), route.get_attr("RTA_OIF"))
+            for route in ipr.get_routes(family=socket.AF_INET, table=254)
+            if route["type"] == 1 and route["proto"] != OWN_PROTOCOL
+        ]
+    facing = _facing(links, routes, devices)
+    outward = [each for index, each in addressed if index in facing.values() and not each.is_loopback]
+    return HostView(
+        node_ip=node_ip or _node_ip(outward),
+        addresses=frozenset(each for _, each in addressed),
+        devices=facing,
+        networks=tuple(IPv4Network((dst or "0.0.0.0", length)) for length, dst, _ in routes),
+    )
+
+
+OWN_PROTOCOL = 0x48  # datapath.routes marks its routes with it
+
+
+def _facing(
+    links: dict[int, str], routes: list[tuple[int, str | None, int | None]], configured: tuple[str, ...]
+) -> dict[str, int]:
+    by_name = {name: index for index, name in links.items()}
+    if configured:
+        unknown = [name for name in configured if name not in by_name]
+        if unknown:
+            raise AgentError(
+                f"option devices names {', '.join(unknown)}, which this host does not have",
+                hint=f"it has {', '.join(sorted(by_name))}",
+            )
+        return {name: by_name[name] for name in configured}
+    routed = {oif for _, _, oif in routes}
+    return {
+        name: index
+        for name, index in by_name.items()
+        if index in routed and not name.startswith(OWN_PREFIXES)
+    }
+
+
+def _node_ip(outward: list[IPv4Address]) -> IPv4Address:
+    if not outward:
+        raise AgentError(
+            "this host has no IPv4 address on an interface with a route",
+            hint="give it one or set the option ipv4-node",
+        )
+    return outward[0]

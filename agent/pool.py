@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The node's address pool: which address of which endpoint, and which are free.
+
+Pure: no I/O, no kernel.  Addresses are handed out in rotation, so that one that was just given back rests
+as long as possible (peers may still have it in their connection tracking).  Owner: the endpoint manager.
+"""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv4Network
+
+from agent.errors import AddressTaken, PoolExhausted
+
+# The first address is the node's own inside the pool (Cilium's CiliumInternalIP).
+RESERVED_FIRST = 2  # network address and router
+
+
+class Pool:
+    """Addresses of one network, each with the name of its user."""
+
+    def __init__(self, network: IPv4Network) -> None:
+        if network.num_addresses < 8:
+            raise PoolExhausted(
+                f"pool {network} has too few addresses", hint="use a network of /29 or larger for ipv4-range"
+            )
+        self.network = network
+        self._first = int(network.network_address) + RESERVED_FIRST
+        self._last = int(network.broadcast_address) - 1
+        self._next = self._first
+        self._users: dict[IPv4Address, str] = {}
+        self._excluded: set[IPv4Network] = set()
+
+    def exclude(self, subnet: IPv4Network) -> None:
+        """Never hand out addresses of `subnet` by ourselves: the engine's own IPAM assigns them."""
+        self._excluded.add(subnet)
+
+    def include(self, subnet: IPv4Network) -> None:
+        """Undo `exclude`."""
+        self._excluded.discard(subnet)
+
+    @property
+    def router(self) -> IPv4Address:
+        """Return the node's own address inside the pool."""
+        return self.network.network_address + 1
+
+    @property
+    def capacity(self) -> int:
+        return self._last - self._first + 1
+
+    @property
+    def used(self) -> int:
+        return len(self._users)
+
+    def allocate(self, user: str) -> IPv4Address:
+        """Return the next free address for `user`; PoolExhausted when there is none."""
+        for _ in range(self.capacity):
+            candidate = IPv4Address(self._next)
+            self._next = self._next + 1 if self._next < self._last else self._first
+            if candidate not in self._users and not any(candidate in each for each in self._excluded):
+                self._users[candidate] = user
+                return candidate
+        raise PoolExhausted(
+            f"no free address in pool {self.network}: all {self.capacity} are in use",
+            hint="remove endpoints or configure a larger ipv4-range",
+        )
+
+    def reserve(self, address: IPv4Address, user: str) -> None:
+        """Mark a given address as used by `user`; AddressTaken when it is not to be had."""
+        if not self._first <= int(address) <= self._last:
+            raise AddressTaken(
+                f"address {address} is not an assignable address of the node's pool {self.network}",
+                hint="leave the address to Holdfast or choose one inside the pool",
+            )
+        holder = self._users.setdefault(address, user)
+        if holder != user:
+            raise AddressTaken(f"address {address} is in use by {holder}", hint="choose another address")
+
+    def release(self, address: IPv4Address, user: str) -> None:
+        """Give an address back; another user's claim on it is left alone."""
+        if self._users.get(address) == user:
+            del self._users[address]
+
+    def holder(self, address: IPv4Address) -> str | None:
+        return self._users.get(address)
+
+
+def automatic_network(node: IPv4Address, taken: list[IPv4Network]) -> IPv4Network:
+    """Return a /16 of 10.0.0.0/8 for this node that overlaps nothing in `taken`.
+
+    As Cilium's `ipv4-range: auto`, the second byte is the last one of the node's address; where that
+    network is in use on this host, the following ones are tried.
+    """
+    start = node.packed[3]
+    for step in range(256):
+        candidate = IPv4Network((bytes([10, (start + step) % 256, 0, 0]), 16))
+        if not any(candidate.overlaps(each) for each in taken if each.prefixlen > 0):
+            return candidate
+    raise PoolExhausted(
+        "every 10.x.0.0/16 overlaps a route of this host", hint="set ipv4-range to a network that is free"
+    )

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published ports as the engine hands them to a network driver (`com.docker.network.portmap`).
+
+The engine gives a list of ``{"Proto": 6, "IP": "", "Port": 80, "HostIP": "", "HostPort": 8080,
+"HostPortEnd": 8080}`` and expects the driver to choose where HostPort is 0.  A range
+(``HostPort`` < ``HostPortEnd``) means: one free port out of it.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection, Iterable, Mapping
+from ipaddress import IPv4Address, ip_address
+from typing import Any
+
+from agent.endpoint import Port
+from agent.errors import DriverError
+
+PORTMAP = "com.docker.network.portmap"
+PROTOCOLS = {6: "tcp", 17: "udp", 132: "sctp"}
+# Where the engine leaves the choice to us: the range that Linux and the engine itself use.
+EPHEMERAL = (32768, 60999)
+
+Taken = Collection[tuple[int, str, int]]
+
+
+def parse_portmap(options: Mapping[str, Any], taken: Taken) -> tuple[Port, ...]:
+    """Return the ports to publish; `taken` holds (protocol, host address, port) in use on this host.
+
+    Raises DriverError that names the binding for what can not be published.
+    """
+    bindings = options.get(PORTMAP) or []
+    if not isinstance(bindings, list):
+        raise DriverError(f"{PORTMAP} is not a list: {bindings!r}")
+    used = set(taken)
+    ports: list[Port] = []
+    for binding in bindings:
+        port = _parse_binding(binding, used)
+        if port is None:
+            continue
+        used.add((port.protocol, port.host_ip, port.host_port))
+        ports.append(port)
+    return tuple(ports)
+
+
+def _parse_binding(binding: Any, used: set[tuple[int, str, int]]) -> Port | None:
+    try:
+        protocol, container_port = int(binding["Proto"]), int(binding["Port"])
+        low, high = int(binding.get("HostPort") or 0), int(binding.get("HostPortEnd") or 0)
+        host_ip = str(binding.get("HostIP") or "")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DriverError(f"port binding {binding!r} can not be read: {error}") from error
+    if protocol not in PROTOCOLS or not 0 < container_port < 65536:
+        raise DriverError(f"port binding {binding!r}: protocol or port is out of range")
+    if host_ip and not _is_ipv4(host_ip):
+        return None  # the engine sends a second, IPv6 binding for -p without an address
+    host_ip = "" if host_ip == "0.0.0.0" else host_ip
+    chosen = _choose(protocol, host_ip, low, max(low, high), used)
+    return Port(protocol, container_port, chosen, chosen, host_ip)
+
+
+def _choose(protocol: int, host_ip: str, low: int, high: int, used: set[tuple[int, str, int]]) -> int:
+    # A binding without an address takes the port on every address.
+    in_use = {
+        port for number, ip, port in used if number == protocol and (not ip or not host_ip or ip == host_ip)
+    }
+    for candidate in range(low, high + 1) if low else range(EPHEMERAL[0], EPHEMERAL[1] + 1):
+        if candidate not in in_use and _is_free(protocol, host_ip, candidate):
+            return candidate
+    name = PROTOCOLS[protocol]
+    wanted = f"{low}" if low == high else f"{low}-{high}"
+    raise DriverError(
+        f"host port {wanted if low else 'any'}/{name} is in use by another container or a service of the host",
+        hint="stop what uses it or choose another host port",
+    )
+
+
+def _is_free(protocol: int, host_ip: str, port: int) -> bool:
+    """Try to bind: a service of the host (ssh!) must never lose its port to a container."""
+    kind = {6: socket.SOCK_STREAM, 17: socket.SOCK_DGRAM}.get(protocol)
+    if kind is None:
+        return True
+    with socket.socket(socket.AF_INET, kind) as probe:
+        if kind == socket.SOCK_STREAM:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host_ip, port))
+        except OSError:
+            return False
+    return True
+
+
+def _is_ipv4(text: str) -> bool:
+    try:
+        return isinstance(ip_address(text), IPv4Address)
+    except ValueError as error:
+        raise DriverError(f"host address {text!r} of a published port is not an IP address") from error
+
+
+def taken_ports(all_ports: Iterable[Port]) -> set[tuple[int, str, int]]:
+    """Return (protocol, host address, host port) of every port that is published already."""
+    return {
+        (port.protocol, port.host_ip, number)
+        for port in all_ports
+        for number in range(port.host_port, port.host_port_end + 1)
+    }

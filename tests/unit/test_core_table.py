@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables: precedence of sources, missing is not deleted, what a subscriber sees."""
+
+from __future__ import annotations
+
+import asyncio
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.table import Table
+
+
+def two_sources() -> Table[str, int]:
+    return Table("test", ("first", "second"))
+
+
+def test_the_higher_source_wins_and_the_lower_becomes_visible_when_it_lets_go() -> None:
+    table = two_sources()
+    table.source("second").upsert("10.0.0.1", 2)
+    table.source("first").upsert("10.0.0.1", 1)
+    assert table.get("10.0.0.1") == 1
+    assert table.owner("10.0.0.1") == "first"
+    table.source("first").delete("10.0.0.1")
+    assert table.get("10.0.0.1") == 2
+    assert table.owner("10.0.0.1") == "second"
+
+
+def test_a_change_below_a_higher_source_is_no_change() -> None:
+    table = two_sources()
+    table.source("first").upsert("a", 1)
+    subscription = table.subscribe()
+    subscription.take()
+    revision = table.revision
+    table.source("second").upsert("a", 5)
+    assert (len(subscription), table.revision) == (0, revision)
+
+
+def test_a_relist_keeps_what_it_lacks_until_the_grace_has_ended() -> None:
+    table = two_sources()
+    source = table.source("first")
+    source.relist({"a": 1, "b": 2}, grace=60, now=0)
+    assert source.relist({"a": 1}, grace=60, now=10) == 1
+    assert table.get("b") == 2
+    assert source.expire(now=69) == []
+    assert source.expire(now=70) == ["b"]
+    assert table.get("b") is None
+
+
+def test_a_second_relist_does_not_prolong_the_grace() -> None:
+    source = two_sources().source("first")
+    source.relist({"a": 1}, grace=60, now=0)
+    source.relist({}, grace=60, now=10)
+    assert source.relist({}, grace=60, now=50) == 0
+    assert source.expire(now=70) == ["a"]
+
+
+def test_what_comes_back_is_no_longer_missing() -> None:
+    source = two_sources().source("first")
+    source.upsert("a", 1)
+    source.relist({}, grace=60, now=0)
+    source.upsert("a", 1)
+    assert source.expire(now=1000) == []
+
+
+def test_a_delivered_deletion_counts_at_once() -> None:
+    table = two_sources()
+    table.source("first").upsert("a", 1)
+    table.source("first").delete("a")
+    assert "a" not in table
+
+
+def test_in_sync_means_every_source() -> None:
+    table = two_sources()
+    table.source("first").mark_in_sync()
+    assert not table.in_sync
+    table.source("second").mark_in_sync()
+    assert table.in_sync
+
+
+async def test_a_subscriber_starts_with_everything_and_is_woken_by_a_change() -> None:
+    table = two_sources()
+    table.source("second").upsert("old", 1)
+    subscription = table.subscribe()
+    assert subscription.take() == ["old"]
+    waiter = asyncio.create_task(subscription.wait())
+    await asyncio.sleep(0)
+    assert not waiter.done()
+    table.source("first").upsert("new", 1)
+    await asyncio.wait_for(waiter, 1)
+    assert subscription.take() == ["new"]
+
+
+def test_take_with_a_limit_leaves_the_rest_in_order() -> None:
+    table = two_sources()
+    subscription = table.subscribe()
+    for name in "abc":
+        table.source("first").upsert(name, 1)
+    assert subscription.take(2) == ["a", "b"]
+    assert subscription.take(2) == ["c"]
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["first", "second"]), st.sampled_from("abc"), st.none() | st.integers(0, 2))
+)
+
+
+@given(STEPS)
+def test_a_subscriber_that_follows_every_change_holds_the_table(
+    steps: list[tuple[str, str, int | None]],
+) -> None:
+    table = two_sources()
+    subscription = table.subscribe()
+    copy: dict[str, int] = {}
+    for source, key, value in steps:
+        if value is None:
+            table.source(source).delete(key)
+        else:
+            table.source(source).upsert(key, value)
+        for changed in subscription.take():
+            current = table.get(changed)
+            if current is None:
+                copy.pop(changed, None)
+            else:
+                copy[changed] = current
+    assert copy == dict(table.items())
+    assert len(table) == len(copy)
