@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The etcd client: get, list, put, delete, transactions, watch, leases, status.
+
+One object per process and etcd cluster.  It neither waits nor repeats for long: each call raises a type
+of `kvstore.errors` when no endpoint serves it in time, and the loops above (`watcher`, `session`,
+`election`, the allocator) wait with back-off.  Keys are text; values are bytes.
+
+Called by: kvstore.{watcher,session,election}, identity, external_resources, certs, cli, agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+
+import grpc.aio
+import msgspec
+
+from kvstore import rpc
+from kvstore.config import EtcdConfig
+from kvstore.errors import Compacted, KvstoreError, LeaseNotFound, Unavailable
+from kvstore.etcd_pb2 import (
+    DeleteRangeRequest,
+    LeaseGrantRequest,
+    LeaseKeepAliveRequest,
+    LeaseKeepAliveResponse,
+    LeaseRevokeRequest,
+    PutRequest,
+    RangeRequest,
+    RangeResponse,
+    StatusRequest,
+    TxnRequest,
+    WatchResponse,
+)
+from kvstore.ops import (
+    Compare,
+    Delete,
+    KeyValue,
+    Op,
+    Put,
+    TxnResult,
+    compare_to_wire,
+    decode_key,
+    encode_key,
+    from_wire,
+    op_to_wire,
+    span,
+    touched,
+    txn_from_wire,
+    write_batches,
+)
+from kvstore.transport import MAX_IN_FLIGHT, TIMEOUT_S, Peer, Transport, translate
+from kvstore.watch import HANG_S, IDLE_S, WatchBatch, WatchStream, event_from_wire
+
+PAGE = 10_000
+# A list that loses its pinned revision to compaction starts again this often before it gives up.
+LIST_ATTEMPTS = 3
+# Transactions of one write_many under way at once: leaves room for everybody else's requests.
+WRITES_AT_ONCE = 16
+
+
+class Listing(msgspec.Struct, frozen=True):
+    """All keys of a prefix as they were at `revision`, in key order."""
+
+    revision: int
+    items: list[KeyValue]
+    cluster_id: int = 0
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """Keys and values of a prefix as they were at `revision`: a listing without the rest."""
+
+    revision: int
+    items: dict[str, bytes]
+    cluster_id: int = 0
+
+
+class MemberStatus(msgspec.Struct, frozen=True):
+    """One endpoint for the status line: `error` is empty when it answered; sizes are bytes."""
+
+    endpoint: str
+    error: str = ""
+    version: str = ""
+    leader: bool = False
+    revision: int = 0
+    db_size: int = 0
+    alarms: tuple[str, ...] = ()
+
+
+class Client:
+    """See the module's text.  `idle` and `hang` are the watchdog's times of `kvstore.watch`, seconds."""
+
+    def __init__(
+        self,
+        config: EtcdConfig,
+        *,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        timeout: float = TIMEOUT_S,
+        idle: float = IDLE_S,
+        hang: float = HANG_S,
+    ) -> None:
+        self.config = config
+        self.transport = Transport(config, max_in_flight=max_in_flight, timeout=timeout)
+        self._idle = idle
+        self._hang = hang
+
+    async def close(self) -> None:
+        await self.transport.close()
+
+    # --- reading
+
+    async def get(self, key: str) -> KeyValue | None:
+        """Return one key, or None; the answer is linearizable."""
+        answer = await self.transport.call(rpc.RANGE, RangeRequest(key=encode_key(key)), key)
+        return from_wire(answer.kvs[0]) if answer.kvs else None
+
+    async def list(self, prefix: str, *, page: int = PAGE, keys_only: bool = False) -> Listing:
+        """Return every key that starts with `prefix`, all at one revision, in pages of `page` keys."""
+        for attempt in range(1, LIST_ATTEMPTS + 1):
+            items: list[KeyValue] = []
+            revision = 0
+            try:
+                async for answer in self._pages(prefix, page, keys_only):
+                    revision = revision or answer.header.revision
+                    items.extend(from_wire(kv) for kv in answer.kvs)
+                return Listing(revision, items, self.transport.cluster_id)
+            except Compacted:
+                if attempt == LIST_ATTEMPTS:
+                    raise
+        raise AssertionError("the loop above returns or raises")
+
+    async def snapshot(self, prefix: str, *, page: int = PAGE) -> Snapshot:
+        """Return what `list` does as a plain dict: a third of the memory, for large prefixes."""
+        for attempt in range(1, LIST_ATTEMPTS + 1):
+            items: dict[str, bytes] = {}
+            revision = 0
+            try:
+                async for answer in self._pages(prefix, page, keys_only=False):
+                    revision = revision or answer.header.revision
+                    items.update((decode_key(kv.key), kv.value) for kv in answer.kvs)
+                return Snapshot(revision, items, self.transport.cluster_id)
+            except Compacted:
+                if attempt == LIST_ATTEMPTS:
+                    raise
+        raise AssertionError("the loop above returns or raises")
+
+    async def _pages(self, prefix: str, page: int, keys_only: bool) -> AsyncIterator[RangeResponse]:
+        start, end = span(prefix)
+        revision = 0
+        while True:
+            request = RangeRequest(
+                key=start, range_end=end, limit=page, revision=revision, keys_only=keys_only
+            )
+            answer = await self.transport.call(rpc.RANGE, request, prefix, wanted=revision)
+            yield answer
+            if not answer.more or not answer.kvs:
+                return
+            revision = revision or answer.header.revision
+            start = answer.kvs[-1].key + b"\0"
+
+    async def count(self, prefix: str) -> int:
+        """Return how many keys start with `prefix`."""
+        start, end = span(prefix)
+        request = RangeRequest(key=start, range_end=end, count_only=True)
+        return (await self.transport.call(rpc.RANGE, request, prefix)).count
+
+    async def created_before(self, prefix: str, revision: int) -> KeyValue | None:
+        """Return the youngest key under `prefix` that was created before `revision`, or None."""
+        start, end = span(prefix)
+        request = RangeRequest(
+            key=start,
+            range_end=end,
+            limit=1,
+            sort_order=RangeRequest.DESCEND,
+            sort_target=RangeRequest.CREATE,
+            max_create_revision=revision - 1,
+        )
+        answer = await self.transport.call(rpc.RANGE, request, prefix)
+        return from_wire(answer.kvs[0]) if answer.kvs else None
+
+    async def head(self, prefix: str) -> int:
+        """Return etcd's present revision, as a member that is up to date says it.
+
+        Asks in the name of a prefix that this user may read.
+        """
+        start, end = span(prefix)
+        request = RangeRequest(key=start, range_end=end, limit=1, keys_only=True)
+        return (await self.transport.call(rpc.RANGE, request, prefix)).header.revision
+
+    # --- writing
+
+    async def put(self, key: str, value: bytes | str, *, lease: int = 0) -> int:
+        """Write one key and return the revision; raises LeaseNotFound when the lease is gone."""
+        data = value.encode() if isinstance(value, str) else value
+        request = PutRequest(key=encode_key(key), value=data, lease=lease)
+        return (await self.transport.call(rpc.PUT, request, key, lease=lease)).header.revision
+
+    async def delete(self, key: str) -> bool:
+        """Delete one key; returns whether it was there."""
+        request = DeleteRangeRequest(key=encode_key(key))
+        return (await self.transport.call(rpc.DELETE, request, key)).deleted > 0
+
+    async def delete_prefix(self, prefix: str) -> int:
+        """Delete every key that starts with `prefix`, which may not be empty; returns how many."""
+        if not prefix:
+            raise ValueError("an empty prefix would delete everything in etcd")
+        start, end = span(prefix)
+        request = DeleteRangeRequest(key=start, range_end=end)
+        return (await self.transport.call(rpc.DELETE, request, prefix)).deleted
+
+    async def txn(
+        self, compares: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()
+    ) -> TxnResult:
+        """Run `success` if all compares hold, else `failure`; atomic either way."""
+        request = TxnRequest(
+            compare=[compare_to_wire(each) for each in compares],
+            success=[op_to_wire(each) for each in success],
+            failure=[op_to_wire(each) for each in failure],
+        )
+        lease = next((each.lease for each in success if isinstance(each, Put) and each.lease), 0)
+        key = touched([*success, *failure], compares)
+        return txn_from_wire(await self.transport.call(rpc.TXN, request, key, lease=lease))
+
+    async def write_many(self, ops: Iterable[Put | Delete]) -> int:
+        """Write any number of keys in transactions of up to 128; returns the last revision (0: nothing).
+
+        Not atomic as a whole.  Of several writes to one key the last counts.  The first error is raised
+        after every transaction that was under way has ended.
+        """
+        slots = asyncio.Semaphore(WRITES_AT_ONCE)
+
+        async def write(batch: Sequence[Op]) -> int:
+            async with slots:
+                return (await self.txn((), batch)).revision
+
+        revisions = await asyncio.gather(
+            *(write(batch) for batch in write_batches(ops)), return_exceptions=True
+        )
+        errors = [each for each in revisions if isinstance(each, BaseException)]
+        if errors:
+            raise errors[0]
+        return max((each for each in revisions if isinstance(each, int)), default=0)
+
+    # --- watching
+
+    async def watch(
+        self, prefix: str, start_revision: int, *, single: bool = False, cluster_id: int = 0
+    ) -> AsyncIterator[WatchBatch]:
+        """Yield what happens under `prefix` (`single`: to that one key) from `start_revision` on.
+
+        The first batch says `created`.  Never ends by itself; raises Compacted, PermissionDenied or
+        Unavailable (then resume with the last batch's revision + 1).  With `cluster_id`, another etcd
+        cluster than that one counts as Compacted.  Close it (`contextlib.aclosing`) when leaving early.
+        """
+        revision = max(start_revision - 1, 0)
+        async with self.watch_stream(prefix) as stream:
+            await stream.create(prefix, start_revision, prefix=not single)
+            while True:
+                response = await stream.read()
+                stream.check(response, prefix, revision + 1)
+                if response.created:
+                    await self._check_history(prefix, start_revision, response, cluster_id)
+                    revision = revision or response.header.revision
+                batch = _batch(response, revision)
+                revision = batch.revision
+                yield batch
+
+    def watch_stream(self, subject: str) -> WatchStream:
+        """Open a stream for several watches (see `kvstore.watch`)."""
+        return WatchStream(self.transport, subject, idle=self._idle, hang=self._hang)
+
+    async def _check_history(
+        self, prefix: str, start_revision: int, response: WatchResponse, cluster_id: int
+    ) -> None:
+        """Raise Compacted when this etcd can not be the one that `start_revision` came from."""
+        header = response.header
+        if cluster_id and header.cluster_id != cluster_id:
+            raise Compacted(
+                prefix, start_revision, 0, f"this is another etcd cluster ({header.cluster_id:x})"
+            )
+        if header.revision + 1 >= start_revision:
+            return
+        # A member that lags behind looks the same as a wiped store: let the leader decide.
+        head = await self.head(prefix)
+        if head + 1 < start_revision:
+            raise Compacted(
+                prefix, start_revision, 0, f"etcd is at revision {head}: it was wiped or restored"
+            )
+
+    # --- leases
+
+    async def lease_grant(self, ttl: int, lease: int = 0) -> int:
+        """Grant a lease of `ttl` seconds and return its number (chosen by etcd unless given)."""
+        request = LeaseGrantRequest(TTL=ttl, ID=lease)
+        return (await self.transport.call(rpc.LEASE_GRANT, request, "")).ID
+
+    async def lease_revoke(self, lease: int) -> None:
+        """Revoke a lease: its keys vanish.  Raises LeaseNotFound when it is gone already."""
+        await self.transport.call(rpc.LEASE_REVOKE, LeaseRevokeRequest(ID=lease), "", lease=lease)
+
+    async def lease_keepalive(self, lease: int) -> int:
+        """Renew a lease once and return its TTL in seconds; raises LeaseNotFound when it is gone."""
+        peer, call = self.transport.open_stream(rpc.KEEP_ALIVE, timeout=self.transport.timeout)
+        try:
+            await call.write(LeaseKeepAliveRequest(ID=lease))
+            answer = await call.read()
+        except grpc.aio.AioRpcError as error:
+            typed = translate(error, "keepalive", "", peer.target, lease=lease)
+            if isinstance(typed, Unavailable):
+                self.transport.failed(peer, typed)
+            raise typed from error
+        finally:
+            call.cancel()
+        if not isinstance(answer, LeaseKeepAliveResponse):
+            raise Unavailable("keepalive", peer.target, "the server ended the stream")
+        if answer.TTL <= 0:
+            raise LeaseNotFound(lease, "keepalive")
+        return answer.TTL
+
+    # --- status
+
+    async def status(self) -> Sequence[MemberStatus]:
+        """Ask every endpoint for its state; one that does not answer is listed with its error."""
+        return await asyncio.gather(*(self._status(peer) for peer in self.transport.peers))
+
+    async def _status(self, peer: Peer) -> MemberStatus:
+        try:
+            answer = await self.transport.call_peer(peer, rpc.STATUS, StatusRequest(), self.transport.timeout)
+        except grpc.aio.AioRpcError as error:
+            return MemberStatus(peer.target, error=str(translate(error, "status", "", peer.target)))
+        except KvstoreError as error:
+            return MemberStatus(peer.target, error=str(error))
+        return MemberStatus(
+            peer.target,
+            version=answer.version,
+            leader=answer.leader == answer.header.member_id,
+            revision=answer.header.revision,
+            db_size=answer.dbSize,
+            alarms=tuple(answer.errors),
+        )
+
+
+def _batch(response: WatchResponse, revision: int) -> WatchBatch:
+    """Make a batch; `revision` is where the watch stood before.
+
+    With events the last one says where to resume: while a watch catches up, the header is ahead of it.
+    Without, the header counts only in a notification of this very watch: the answer to a progress
+    request (watch -1) may overtake events in etcd before 3.4.25 and 3.5.8.
+    """
+    events = [event_from_wire(event) for event in response.events]
+    if events:
+        revision = max(revision, events[-1].kv.mod_revision)
+    elif not response.created and response.watch_id >= 0:
+        revision = max(revision, response.header.revision)
+    return WatchBatch(revision, events, response.header.revision, response.created)

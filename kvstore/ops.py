@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values that requests are made of: key-values, operations, conditions; and their form on the wire.
+
+Pure.  A transaction reads as a sentence::
+
+    await client.txn([absent(key), range_absent(prefix)], [put_op(key, labels)], [list_op(prefix)])
+
+Used by: kvstore.client and everybody who writes transactions (identity.allocator, kvstore.session).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import msgspec
+
+from kvstore.etcd_pb2 import Compare as PbCompare
+from kvstore.etcd_pb2 import DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, ResponseOp, TxnResponse
+from kvstore.etcd_pb2 import KeyValue as PbKeyValue
+
+# etcd refuses a transaction of more operations (its --max-txn-ops) or of more bytes (1.5 MiB).
+MAX_TXN_OPS = 128
+MAX_TXN_BYTES = 1 << 20
+
+
+class KeyValue(msgspec.Struct, frozen=True, gc=False):
+    """One key of etcd.  A key that is not UTF-8 carries its odd bytes as surrogates, both ways."""
+
+    key: str
+    value: bytes
+    mod_revision: int
+    create_revision: int
+    lease: int
+    version: int
+
+
+class Put(msgspec.Struct, frozen=True, gc=False):
+    key: str
+    value: bytes
+    lease: int = 0
+
+
+class Delete(msgspec.Struct, frozen=True, gc=False):
+    key: str
+    prefix: bool = False
+
+
+class Get(msgspec.Struct, frozen=True, gc=False):
+    """Read one key, or with `prefix` up to `limit` (0: all) keys that start with it."""
+
+    key: str
+    prefix: bool = False
+    limit: int = 0
+    keys_only: bool = False
+
+
+Op = Put | Delete | Get
+
+
+class Compare(msgspec.Struct, frozen=True, gc=False):
+    """A condition: `target` `result` `operand`, for one key or (`prefix`) for every key of a range."""
+
+    key: str
+    target: int
+    result: int
+    operand: int | bytes
+    prefix: bool = False
+
+
+class OpResult(msgspec.Struct, frozen=True, gc=False):
+    """What one operation of a transaction answered: keys read, or how many were deleted."""
+
+    items: tuple[KeyValue, ...] = ()
+    deleted: int = 0
+
+
+class TxnResult(msgspec.Struct, frozen=True):
+    """`succeeded`: all conditions held.  `revision`: etcd's after it.  One response an operation."""
+
+    succeeded: bool
+    revision: int
+    responses: tuple[OpResult, ...]
+
+
+# --- conditions
+
+
+def absent(key: str) -> Compare:
+    """`key` does not exist."""
+    return Compare(key, PbCompare.CREATE, PbCompare.EQUAL, 0)
+
+
+def range_absent(prefix: str) -> Compare:
+    """No key that starts with `prefix` exists."""
+    return Compare(prefix, PbCompare.CREATE, PbCompare.EQUAL, 0, prefix=True)
+
+
+def exists(key: str) -> Compare:
+    """`key` exists."""
+    return Compare(key, PbCompare.CREATE, PbCompare.GREATER, 0)
+
+
+def mod_is(key: str, revision: int) -> Compare:
+    """`key` was last modified at `revision`."""
+    return Compare(key, PbCompare.MOD, PbCompare.EQUAL, revision)
+
+
+def created_is(key: str, revision: int) -> Compare:
+    """`key` was created at `revision`."""
+    return Compare(key, PbCompare.CREATE, PbCompare.EQUAL, revision)
+
+
+def value_is(key: str, value: bytes) -> Compare:
+    """`key` exists with this value."""
+    return Compare(key, PbCompare.VALUE, PbCompare.EQUAL, value)
+
+
+def lease_is(key: str, lease: int) -> Compare:
+    """`key` exists and hangs on `lease`."""
+    return Compare(key, PbCompare.LEASE, PbCompare.EQUAL, lease)
+
+
+# --- operations
+
+
+def put_op(key: str, value: bytes | str, lease: int = 0) -> Put:
+    return Put(key, value.encode() if isinstance(value, str) else value, lease)
+
+
+def delete_op(key: str) -> Delete:
+    return Delete(key)
+
+
+def delete_prefix_op(prefix: str) -> Delete:
+    return Delete(prefix, prefix=True)
+
+
+def get_op(key: str) -> Get:
+    return Get(key)
+
+
+def list_op(prefix: str, *, limit: int = 0, keys_only: bool = False) -> Get:
+    return Get(prefix, True, limit, keys_only)
+
+
+def write_batches(
+    ops: Iterable[Put | Delete], *, max_ops: int = MAX_TXN_OPS, max_bytes: int = MAX_TXN_BYTES
+) -> Iterator[list[Put | Delete]]:
+    """Cut writes into transactions.  Of several writes to one key only the last is kept.
+
+    The batches touch different keys, so they may run in any order or at once.
+    """
+    batch: list[Put | Delete] = []
+    size = 0
+    for op in {op.key: op for op in ops}.values():
+        weight = len(op.key) + (len(op.value) if isinstance(op, Put) else 0)
+        if batch and (len(batch) == max_ops or size + weight > max_bytes):
+            yield batch
+            batch, size = [], 0
+        batch.append(op)
+        size += weight
+    if batch:
+        yield batch
+
+
+# --- the wire
+
+
+def encode_key(key: str) -> bytes:
+    return key.encode("utf-8", "surrogateescape")
+
+
+def decode_key(key: bytes) -> str:
+    return key.decode("utf-8", "surrogateescape")
+
+
+def range_end(prefix: bytes) -> bytes:
+    """Return the first key after all that start with `prefix`; b"\\0" (everything) for an empty one."""
+    trimmed = prefix.rstrip(b"\xff")
+    return trimmed[:-1] + bytes([trimmed[-1] + 1]) if trimmed else b"\0"
+
+
+def span(prefix: str) -> tuple[bytes, bytes]:
+    """Return (key, range_end) that select all keys starting with `prefix`."""
+    key = encode_key(prefix)
+    return key or b"\0", range_end(key)
+
+
+def from_wire(kv: PbKeyValue) -> KeyValue:
+    return KeyValue(decode_key(kv.key), kv.value, kv.mod_revision, kv.create_revision, kv.lease, kv.version)
+
+
+_OPERAND = {
+    PbCompare.VERSION: "version",
+    PbCompare.CREATE: "create_revision",
+    PbCompare.MOD: "mod_revision",
+    PbCompare.VALUE: "value",
+    PbCompare.LEASE: "lease",
+}
+
+
+def compare_to_wire(compare: Compare) -> PbCompare:
+    key, end = span(compare.key) if compare.prefix else (encode_key(compare.key), b"")
+    wire = PbCompare(key=key, range_end=end)
+    wire.result = compare.result  # type: ignore[assignment]
+    wire.target = compare.target  # type: ignore[assignment]
+    setattr(wire, _OPERAND[compare.target], compare.operand)  # type: ignore[index]
+    return wire
+
+
+def op_to_wire(op: Op) -> RequestOp:
+    if isinstance(op, Put):
+        return RequestOp(request_put=PutRequest(key=encode_key(op.key), value=op.value, lease=op.lease))
+    key, end = span(op.key) if op.prefix else (encode_key(op.key), b"")
+    if isinstance(op, Delete):
+        return RequestOp(request_delete_range=DeleteRangeRequest(key=key, range_end=end))
+    return RequestOp(
+        request_range=RangeRequest(key=key, range_end=end, limit=op.limit, keys_only=op.keys_only)
+    )
+
+
+def txn_from_wire(wire: TxnResponse) -> TxnResult:
+    return TxnResult(wire.succeeded, wire.header.revision, tuple(_result(each) for each in wire.responses))
+
+
+def _result(wire: ResponseOp) -> OpResult:
+    kind = wire.WhichOneof("response")
+    if kind == "response_range":
+        return OpResult(items=tuple(from_wire(kv) for kv in wire.response_range.kvs))
+    if kind == "response_delete_range":
+        return OpResult(deleted=wire.response_delete_range.deleted)
+    return OpResult()
+
+
+def touched(ops: Sequence[Op], compares: Sequence[Compare] = ()) -> str:
+    """Return one key that stands for a transaction in messages: the first written, else compared or read."""
+    for op in ops:
+        if not isinstance(op, Get):
+            return op.key
+    if compares:
+        return compares[0].key
+    return ops[0].key if ops else ""

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ip/v1/<space>/<address or prefix>: which identity an address has, and on which host it is.
+
+The JSON of Cilium 1.11 (fields of 1.19 are read too)::
+
+    {"IP":"10.50.68.48","Mask":null,"HostIP":"10.99.0.2","ID":13465,"Key":0,"Metadata":"…"}
+
+`Mask` is base64 of the netmask's bytes for a prefix, null for a single address.  Rights in etcd are
+rights on keys, so a record that speaks of another address than its key does is an error.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from typing import Annotated
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from core.errors import shorten
+from kvstore.errors import InvalidKeyPart, RecordError
+from kvstore.schema import codec
+from kvstore.schema.keys import IPS
+
+U8 = Annotated[int, msgspec.Meta(ge=0, le=255)]
+U16 = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
+U32 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
+
+_ONES = {bytes([(0xFF << (8 - bits)) & 0xFF]): bits for bits in range(9)}
+
+
+class NamedPort(msgspec.Struct, frozen=True, gc=False, rename="pascal"):
+    name: str
+    port: U16
+    protocol: str
+
+
+class IpRecord(msgspec.Struct, frozen=True, gc=False):
+    """One address.  Field order is the order in JSON; `host_ip` is empty for an unregistered host."""
+
+    ip: str = msgspec.field(name="IP")
+    mask: bytes | None = msgspec.field(name="Mask", default=None)
+    host_ip: str = msgspec.field(name="HostIP", default="")
+    identity: U32 = msgspec.field(name="ID", default=0)
+    key: U8 = msgspec.field(name="Key", default=0)
+    metadata: str = msgspec.field(name="Metadata", default="")
+    namespace: str | UnsetType = msgspec.field(name="K8sNamespace", default=UNSET)
+    pod: str | UnsetType = msgspec.field(name="K8sPodName", default=UNSET)
+    service_account: str | UnsetType = msgspec.field(name="K8sServiceAccount", default=UNSET)
+    named_ports: tuple[NamedPort, ...] | UnsetType = msgspec.field(name="NamedPorts", default=UNSET)
+
+    @property
+    def is_host(self) -> bool:
+        """True for a single address: it goes before a prefix of the same full length."""
+        return self.mask is None
+
+    @property
+    def prefix(self) -> str:
+        """The address or prefix as it stands in the key; ValueError when the mask is none."""
+        return self.ip if self.mask is None else f"{self.ip}/{mask_length(self.mask)}"
+
+
+_decoder = msgspec.json.Decoder(IpRecord)
+
+
+def ip_record(prefix: str, identity: int, *, host_ip: str = "", metadata: str = "", key: int = 0) -> IpRecord:
+    """Return the record of an address or prefix as an agent writes it; InvalidKeyPart for no address."""
+    try:
+        if "/" in prefix:
+            network = ipaddress.ip_network(prefix)
+            ip, mask = str(network.network_address), network.netmask.packed
+        else:
+            ip, mask = str(ipaddress.ip_address(prefix)), None
+    except ValueError as error:
+        raise InvalidKeyPart("address", prefix, str(error)) from error
+    return IpRecord(ip, mask, host_ip, identity, key, metadata)
+
+
+def encode_ip(record: IpRecord) -> bytes:
+    return codec.encode(record)
+
+
+def rewrite_ip(record: IpRecord, old: bytes | None) -> bytes:
+    """Return `record` with the fields of `old` that this version does not know."""
+    return codec.rewrite(record, old)
+
+
+def parse_ip_key(key: str) -> tuple[str, str]:
+    """Return (address space, address or prefix) as written in the key."""
+    space, slash, prefix = key[len(IPS) :].partition("/")
+    if not key.startswith(IPS) or not slash or not space or not prefix:
+        raise RecordError(key, "is not ip/v1/<space>/<address>", kind="key")
+    return space, prefix
+
+
+def parse_ip(key: str, value: bytes) -> IpRecord:
+    """Return the record; RecordError when it can not be used or is not about the key's address."""
+    _, wanted = parse_ip_key(key)
+    record = codec.decode(_decoder, key, value)
+    address = _packed(key, "IP", record.ip)
+    if record.mask is not None:
+        _check_mask(key, record, address)
+    if record.prefix != wanted:
+        raise RecordError(key, f"it speaks of {shorten(record.prefix)!r}", kind="mismatch")
+    if record.host_ip:
+        _packed(key, "HostIP", record.host_ip)
+    return record
+
+
+def mask_length(mask: bytes) -> int:
+    """Return how many leading bits of a netmask are set; ValueError when it is not one."""
+    body = mask.rstrip(b"\0")
+    if not body:
+        return 0
+    last = _ONES.get(body[-1:])
+    if len(mask) not in (4, 16) or last is None or body[:-1].strip(b"\xff"):
+        raise ValueError(f"{mask.hex()} is not a netmask")
+    return 8 * (len(body) - 1) + last
+
+
+def _packed(key: str, field: str, text: str) -> bytes:
+    """Return the address's bytes; one spelling only, because tables compare text."""
+    family = socket.AF_INET6 if ":" in text else socket.AF_INET
+    try:
+        packed = socket.inet_pton(family, text)
+    except (OSError, ValueError) as error:
+        raise RecordError(key, f"{field} {shorten(text)!r} is not an address") from error
+    if family == socket.AF_INET6 and socket.inet_ntop(family, packed) != text:
+        raise RecordError(key, f"{field} {shorten(text)!r} is not in canonical form")
+    return packed
+
+
+def _check_mask(key: str, record: IpRecord, address: bytes) -> None:
+    mask = record.mask or b""
+    try:
+        mask_length(mask)
+    except ValueError as error:
+        raise RecordError(key, f"Mask {error}") from error
+    if len(mask) != len(address):
+        raise RecordError(key, f"Mask of {len(mask)} bytes for an address of {len(address)}")
+    if any(byte & ~bits & 0xFF for byte, bits in zip(address, mask, strict=True)):
+        raise RecordError(key, f"{record.ip} has bits outside its mask")

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One watch stream: create, cancel, read; and the watchdog that notices a server that hangs.
+
+gRPC's keepalive is answered by the kernel-side of a healthy process and by nobody of a stopped one, but
+a server whose watch loop hangs answers it for ever.  So after `idle` seconds without any message the
+stream asks for progress itself, and gives the peer up when nothing at all comes for `hang` more.
+
+Used by: kvstore.client (one prefix), kvstore.session (many single keys on one stream).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from types import TracebackType
+
+import grpc.aio
+import msgspec
+
+from core.backoff import jittered
+from kvstore.errors import Compacted, PermissionDenied, Unavailable
+from kvstore.etcd_pb2 import (
+    Event as PbEvent,
+)
+from kvstore.etcd_pb2 import (
+    WatchCancelRequest,
+    WatchCreateRequest,
+    WatchProgressRequest,
+    WatchRequest,
+    WatchResponse,
+)
+from kvstore.ops import KeyValue, encode_key, from_wire, span
+from kvstore.rpc import WATCH
+from kvstore.transport import Transport, translate
+
+IDLE_S = 30.0
+HANG_S = 15.0
+
+
+class Kind(enum.Enum):
+    PUT = "put"
+    DELETE = "delete"  # the key-value has the key and the revision of the deletion, no value
+
+
+class Event(msgspec.Struct, frozen=True, gc=False):
+    kind: Kind
+    kv: KeyValue
+
+
+class WatchBatch(msgspec.Struct, frozen=True):
+    """What one message brought.  `revision` is where to resume from (+ 1).
+
+    `events` is empty for the message that says the watch exists (`created`) and for signs of life.
+    `head` is the revision etcd itself was at; events up to it may still be under way.
+    """
+
+    revision: int
+    events: list[Event]
+    head: int = 0
+    created: bool = False
+
+
+class WatchStream:
+    """A stream of watches to one peer.  `subject` is what errors name.  Use as a context manager."""
+
+    def __init__(
+        self, transport: Transport, subject: str, *, idle: float = IDLE_S, hang: float = HANG_S
+    ) -> None:
+        self.subject = subject
+        self._transport = transport
+        self._idle = idle
+        self._hang = hang
+        self._peer, self._call = transport.open_stream(WATCH)
+
+    async def __aenter__(self) -> WatchStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._call.cancel()
+
+    async def create(self, key: str, start_revision: int, *, prefix: bool = False, watch_id: int = 0) -> None:
+        """Ask for a watch of one key, or of all that start with it.  `watch_id` 0: the server chooses.
+
+        Never asks for fragments: a batch that was cut inside a revision could not be resumed from.
+        """
+        start, end = span(key) if prefix else (encode_key(key), b"")
+        await self._write(
+            WatchRequest(
+                create_request=WatchCreateRequest(
+                    key=start,
+                    range_end=end,
+                    start_revision=start_revision,
+                    progress_notify=True,
+                    watch_id=watch_id,
+                )
+            )
+        )
+
+    async def cancel(self, watch_id: int) -> None:
+        await self._write(WatchRequest(cancel_request=WatchCancelRequest(watch_id=watch_id)))
+
+    async def ask_progress(self) -> None:
+        await self._write(WatchRequest(progress_request=WatchProgressRequest()))
+
+    async def read(self) -> WatchResponse:
+        """Return the next message; raises Unavailable when the stream ended or the server hangs."""
+        reading = asyncio.ensure_future(self._call.read())
+        try:
+            done, _ = await asyncio.wait((reading,), timeout=jittered(self._idle))
+            if not done:
+                await self.ask_progress()
+                done, _ = await asyncio.wait((reading,), timeout=self._hang)
+            if not done:
+                raise self._lost(f"no sign of life for {self._idle + self._hang:.0f} s")
+            return self._received(reading)
+        finally:
+            reading.cancel()
+
+    def _received(self, reading: asyncio.Future[object]) -> WatchResponse:
+        try:
+            response = reading.result()
+        except grpc.aio.AioRpcError as error:
+            typed = translate(error, "watch", self.subject, self._peer.target)
+            if isinstance(typed, Unavailable):
+                self._transport.failed(self._peer, typed)
+            raise typed from error
+        except asyncio.CancelledError as error:
+            raise self._lost("the stream was closed") from error
+        if not isinstance(response, WatchResponse):
+            raise self._lost("the server ended the stream")
+        return response
+
+    async def _write(self, request: WatchRequest) -> None:
+        try:
+            await self._call.write(request)
+        except grpc.aio.AioRpcError as error:
+            raise self._lost(error.details() or error.code().name) from error
+        except asyncio.InvalidStateError as error:
+            raise self._lost("the stream has ended") from error
+
+    def _lost(self, reason: str) -> Unavailable:
+        error = Unavailable(f"watch {self.subject}", self._peer.target, reason)
+        self._transport.failed(self._peer, error)
+        return error
+
+    def check(self, response: WatchResponse, key: str, start_revision: int) -> None:
+        """Raise what a canceled watch means: Compacted, PermissionDenied, else Unavailable."""
+        if response.compact_revision:
+            raise Compacted(key, start_revision, response.compact_revision)
+        if not response.canceled:
+            return
+        reason = response.cancel_reason
+        if "permission denied" in reason or "user name" in reason:
+            raise PermissionDenied("watch", key, self._peer.target, reason)
+        if "compacted" in reason:
+            raise Compacted(key, start_revision, 0, reason)
+        raise self._lost(reason or "the server canceled the watch")
+
+
+def event_from_wire(event: PbEvent) -> Event:
+    return Event(Kind.DELETE if event.type == PbEvent.DELETE else Kind.PUT, from_wire(event.kv))
