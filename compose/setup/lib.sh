@@ -8,7 +8,7 @@ set -euo pipefail
 
 SETUP=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 REPO=$(cd "$SETUP/../.." && pwd)
-CACHE=${HOLDFAST_CACHE:-$REPO/compose/.cache}
+CACHE=$REPO/compose/.cache
 LOGS=$CACHE/log-$(id -un) # a user's own, and root's
 # What an engine that we start ourselves keeps: data, sockets, pid files, logs.
 ENGINE_DIR=${HOLDFAST_ENGINE_DIR:-/var/lib/holdfast-engine}
@@ -31,7 +31,7 @@ require_root() {
     [ "$(id -u)" = 0 ] && return 0
     have sudo || die "this needs root, and sudo is not installed: run it as root"
     say "root is needed: sudo asks for it"
-    exec sudo --preserve-env=CI,DOCKER_HOST,HOLDFAST_CACHE,HOLDFAST_ENGINE_DIR,HOLDFAST_IMAGE,HOLDFAST_ETCD_IMAGE \
+    exec sudo --preserve-env=CI,DOCKER_HOST,HOLDFAST_ENGINE_DIR,HOLDFAST_IMAGE,HOLDFAST_ETCD_IMAGE \
         "$0" "$@"
 }
 

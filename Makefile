@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# One verb per chore.  Each does its own set-up on a bare Debian or Ubuntu: what is missing is installed, what
+# is there is used, and a repeat costs nothing.
+
+SETUP := compose/setup
+PYTHON := .venv/bin/python
+# What the tests do to namespaces, BPF and engines takes root.
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
+# A part that a test needs and that is missing is a failure here, not a skipped test.
+CI ?= 1
+# make test TESTS="tests/unit -k labels"
+TESTS ?= tests
+
+.DEFAULT_GOAL := help
+.PHONY: help up down demo test lint format bench bpf venv image clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+up: ## this host: etcd and agent from compose, until `holdfast status` is healthy
+	@$(SETUP)/up.sh
+
+down: ## stop the services; what is enforced stays enforced
+	@$(SETUP)/down.sh
+
+demo: ## two containers and a VM: one flow allowed, one denied, and why
+	@compose/demo/demo.sh
+
+test: venv bpf ## every test, on the real kernel, etcd and docker
+	@$(SETUP)/packages.sh @test @engine
+	$(SUDO) env CI=$(CI) $(PYTHON) -m pytest $(TESTS)
+
+lint: venv ## ruff and mypy
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format: venv ## let ruff rewrite what it can
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+bench: venv bpf ## all figures, or NAME=x for some
+	@$(SETUP)/packages.sh @test @engine
+	$(SUDO) $(PYTHON) -m bench $(NAME)
+
+bpf: ## compile the kernel half
+	@$(SETUP)/packages.sh @build
+	@$(MAKE) --no-print-directory -C bpf
+
+venv: ## .venv with the project and its development packages
+	@$(SETUP)/python.sh dev >/dev/null
+
+image: ## build the two images with the engine that is found
+	@$(SETUP)/up.sh image
+
+clean: ## remove what was built (not the services: make down, holdfast cleanup)
+	rm -rf bpf/build compose/.cache .mypy_cache .ruff_cache .pytest_cache

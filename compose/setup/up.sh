@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+#   up.sh          a healthy all-in-one host: engine, images, certificates, etcd, agent, network, command
+#   up.sh image    the images alone
+#
+# Every step looks first whether it is done already: a second run takes a few seconds.
+
+# shellcheck source=compose/setup/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+HEALTHY_SECONDS=120
+
+engine() {
+    DOCKER_HOST=$("$SETUP/engine.sh" start)
+    if [ -n "$DOCKER_HOST" ]; then
+        export DOCKER_HOST
+        export HOLDFAST_DOCKER_SOCKET=${DOCKER_HOST#unix://}
+        [ -S "$HOLDFAST_DOCKER_SOCKET" ] || die "DOCKER_HOST is $DOCKER_HOST: the agent needs an engine on this host's own unix socket"
+    else
+        unset DOCKER_HOST
+    fi
+    say "engine: docker $(docker version --format '{{.Server.Version}}') at ${DOCKER_HOST:-its default socket}"
+}
+
+images() {
+    "$SETUP/base_image.sh"
+    "$SETUP/image.sh"
+}
+
+start_services() {
+    say "starting etcd and the agent"
+    compose --project-name holdfast --file "$REPO/compose/all-in-one/docker-compose.yml" up --detach --remove-orphans \
+        >"$LOGS/compose-up.log" 2>&1 || {
+        tail -n 30 "$LOGS/compose-up.log" >&2
+        die "compose up failed"
+    }
+    wait_until "$HEALTHY_SECONDS" "the agent to be healthy" docker exec "$(agent_container)" holdfast status || not_healthy
+}
+
+agent_container() { docker ps --all --quiet --filter label=holdfast.role=agent | head -n 1; }
+
+not_healthy() {
+    docker logs --tail 30 "$(agent_container)" >&2 || true
+    docker exec "$(agent_container)" holdfast status >&2 || true
+    die "the agent is not healthy after $HEALTHY_SECONDS s; its whole log: docker logs $(agent_container)"
+}
+
+# Compose makes a project's networks before its containers, so the driver's network can not be part of it.
+network() {
+    docker network inspect holdfast >/dev/null 2>&1 && return 0
+    docker network create --driver holdfast --ipam-driver null holdfast >/dev/null
+}
+
+up() {
+    "$SETUP/packages.sh" @engine
+    "$SETUP/wheels.sh" # before root is asked for: pip's configuration may be the user's
+    require_root "$@"
+    engine
+    images
+    "$SETUP/host.sh"
+    "$SETUP/certs.sh"
+    start_services
+    network
+    tell
+}
+
+tell() {
+    docker exec "$(agent_container)" holdfast status
+    cat <<EOT
+
+This host enforces.  The command is ${HOLDFAST_BIN_DIR:-/usr/local/bin}/holdfast; containers join by the network's name:
+
+  docker run -d --name web --network holdfast -l app=web IMAGE
+  holdfast endpoint list
+  holdfast policy apply -f POLICY.yaml
+  make demo                  # two containers and a VM: one flow allowed, one denied, and why
+EOT
+    [ -z "${DOCKER_HOST:-}" ] || printf '\n  export DOCKER_HOST=%s   # the engine that was started for this\n' "$DOCKER_HOST"
+}
+
+case ${1:-up} in
+up) up "$@" ;;
+image)
+    "$SETUP/packages.sh" @engine
+    "$SETUP/wheels.sh"
+    require_root "$@"
+    engine
+    images
+    ;;
+*) die "usage: up.sh [image]" ;;
+esac
