@@ -1,0 +1,102 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* What every other header here stands on: kernel types, numbers that user space knows too, and how
+ * bytes of a packet are reached.
+ *
+ * Functions that judge a packet return 0 or more to go on and -(drop reason) to end; the program at the
+ * top turns a negative result into counters, an event and TC_ACT_SHOT, in one place.
+ */
+#pragma once
+
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/if_packet.h>
+#include <linux/in.h>
+#include <linux/pkt_cls.h>
+#include <stdbool.h>
+#include <stddef.h>
+
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
+
+#ifndef memcpy
+#define memcpy(d, s, n) __builtin_memcpy((d), (s), (n))
+#endif
+
+/* Keeps the compiler from merging or reordering what the verifier wants to see apart. */
+#define opaque(x) asm volatile("" : "+r"(x))
+
+/* Drop reasons: the `reason` of cilium_metrics and the subtype of a drop event. */
+enum drop_reason {
+	DROP_INVALID_SOURCE = 132,
+	DROP_POLICY = 133,
+	DROP_INVALID = 134,
+	DROP_CT_INVALID_HEADER = 135,
+	DROP_CT_UNKNOWN_L4 = 137,
+	DROP_UNSUPPORTED_L3 = 139,
+	DROP_MISSED_TAIL_CALL = 140,
+	DROP_UNROUTABLE = 151,
+	DROP_CT_CREATE = 155,
+	DROP_UNSUPPORTED_L2 = 166,
+	DROP_FRAGMENT_NOT_FOUND = 175,
+	DROP_POLICY_DENY = 181,
+};
+#define REASON_FORWARDED 0
+
+/* Which way a packet goes, seen from the endpoint; also the flag of a conntrack tuple. */
+enum direction {
+	EGRESS = 0,
+	INGRESS = 1,
+};
+
+/* The same in cilium_metrics and in policy-verdict events. */
+#define METRIC_DIRECTION(dir) ((dir) == EGRESS ? 2 : 1)
+
+enum family {
+	FAMILY_IPV4 = 1,
+	FAMILY_IPV6 = 2,
+};
+
+/* Reserved identities that the data path itself needs. */
+enum identity {
+	IDENTITY_HOST = 1,
+	IDENTITY_WORLD = 2,
+};
+
+/* On packets for the stack whose first half never met the host's netfilter: nft must not masquerade
+ * them.  Outside the mask 0x0f00 in which Cilium keeps its own marks. */
+#define HOLDFAST_MARK_NO_MASQ 0x00080000
+
+/* An IPv4 address lies in the first four bytes, the other twelve are zero; as in the maps. */
+union address {
+	__be32 v4;
+	__be32 words[4];
+	__u8 bytes[16];
+};
+
+/* Packet pointers are 32-bit fields for C, and a compiler that narrows them to 32 bits loses what the
+ * verifier knows of them: so they are loaded as what they are. */
+#define CTX_POINTER(ctx, field)                                                                      \
+	({                                                                                           \
+		void *pointer;                                                                       \
+		asm volatile("%0 = *(u32 *)(%1 + %2)"                                                \
+			     : "=r"(pointer)                                                         \
+			     : "r"(ctx), "i"(offsetof(struct __sk_buff, field)));                    \
+		pointer;                                                                             \
+	})
+
+/* packet_at returns `len` readable bytes at `off`, pulled out of the page fragments when they lie there;
+ * NULL when the packet is shorter.  Pointers from earlier calls are dead afterwards. */
+static __always_inline void *packet_at(struct __sk_buff *ctx, __u32 off, __u32 len)
+{
+	void *found = CTX_POINTER(ctx, data) + off;
+
+	if (likely(found + len <= CTX_POINTER(ctx, data_end)))
+		return found;
+	if (ctx->len < off + len || bpf_skb_pull_data(ctx, off + len))
+		return NULL;
+	found = CTX_POINTER(ctx, data) + off;
+	return found + len <= CTX_POINTER(ctx, data_end) ? found : NULL;
+}

@@ -1,0 +1,177 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Drop, trace and policy-verdict events: Cilium 1.11's notifications, in our ring buffer.
+ *
+ * Nothing is built while nobody reads (holdfast_monitor).  A record has room for EVENT_PAYLOAD bytes of
+ * the packet; `len_cap` says how many are filled.
+ */
+#pragma once
+
+#include "config.h"
+#include "conntrack_state.h"
+#include "maps.h"
+
+#define EVENT_PAYLOAD 128
+#define EVENT_VERSION 1
+
+enum event_type {
+	EVENT_DROP = 1,
+	EVENT_TRACE = 4,
+	EVENT_POLICY_VERDICT = 5,
+};
+
+enum trace_point {
+	TRACE_TO_ENDPOINT = 0,
+	TRACE_TO_HOST = 2,
+	TRACE_TO_STACK = 3,
+	TRACE_FROM_ENDPOINT = 5,
+	TRACE_FROM_STACK = 8,
+	TRACE_FROM_NETWORK = 10,
+};
+
+/* Which kind of policy entry decided. */
+enum policy_match {
+	MATCH_NONE = 0,
+	MATCH_L3_ONLY = 1,
+	MATCH_L3_L4 = 2,
+	MATCH_L4_ONLY = 3,
+	MATCH_ALL = 4,
+};
+
+/* Who speaks to whom: what drop and trace events say besides their reason. */
+struct parties {
+	__u32 source;	   /* identity */
+	__u32 destination; /* identity */
+	__u32 receiver;	   /* endpoint id, 0 when it is none of this host's */
+};
+
+struct event_header {
+	__u8 type;
+	__u8 subtype;
+	__u16 source; /* endpoint id */
+	__u32 hash;
+	__u32 len_orig;
+	__u16 len_cap;
+	__u16 version;
+};
+
+struct drop_event {
+	struct event_header header;
+	__u32 src_label;
+	__u32 dst_label;
+	__u32 dst_id;
+	__u32 unused;
+	__u8 payload[EVENT_PAYLOAD];
+};
+
+struct trace_event {
+	struct event_header header;
+	__u32 src_label;
+	__u32 dst_label;
+	__u16 dst_id;
+	__u8 reason; /* enum ct_state */
+	__u8 ipv6 : 1, pad : 7;
+	__u32 ifindex;
+	union address orig_ip;
+	__u8 payload[EVENT_PAYLOAD];
+};
+
+struct verdict_event {
+	struct event_header header;
+	__u32 remote_label;
+	__s32 verdict; /* 0 or -(drop reason) */
+	__u16 dst_port;
+	__u8 proto;
+	__u8 flags; /* direction, IPv6 << 2, enum policy_match << 3 */
+	__u32 pad;
+	__u8 payload[EVENT_PAYLOAD];
+};
+
+static __always_inline bool events_wanted(void)
+{
+	__u32 zero = 0;
+	__u32 *readers = bpf_map_lookup_elem(&holdfast_monitor, &zero);
+
+	return unlikely(readers && *readers);
+}
+
+static __always_inline void *event_reserve(__u64 size)
+{
+	__u32 zero = 0;
+	void *event = bpf_ringbuf_reserve(&cilium_events, size, 0);
+	__u64 *lost;
+
+	if (unlikely(!event)) {
+		lost = bpf_map_lookup_elem(&holdfast_events_lost, &zero);
+		if (lost)
+			*lost += 1;
+	}
+	return event;
+}
+
+/* event_capture copies the packet's first bytes and returns how many. */
+static __always_inline __u32 event_capture(struct __sk_buff *ctx, void *payload)
+{
+	__u32 length = ctx->len;
+
+	if (length > config.payload_length)
+		length = config.payload_length;
+	opaque(length);
+	if (length - 1 >= EVENT_PAYLOAD) /* 0 too: the helper wants at least one byte */
+		return 0;
+	return bpf_skb_load_bytes(ctx, 0, payload, length) ? 0 : length;
+}
+
+static __always_inline void event_head(struct __sk_buff *ctx, struct event_header *header, __u8 type,
+				       __u8 subtype, void *payload)
+{
+	header->type = type;
+	header->subtype = subtype;
+	header->source = config.endpoint_id;
+	header->hash = bpf_get_hash_recalc(ctx);
+	header->len_orig = ctx->len;
+	header->len_cap = event_capture(ctx, payload);
+	header->version = EVENT_VERSION;
+}
+
+static __always_inline void notify_drop(struct __sk_buff *ctx, __u8 reason, const struct parties *who)
+{
+	struct drop_event *event;
+
+	if (!events_wanted())
+		return;
+	event = event_reserve(sizeof(*event));
+	if (!event)
+		return;
+	event_head(ctx, &event->header, EVENT_DROP, reason, event->payload);
+	event->src_label = who->source;
+	event->dst_label = who->destination;
+	event->dst_id = who->receiver;
+	event->unused = 0;
+	bpf_ringbuf_submit(event, 0);
+}
+
+/* notify_trace reports a packet at `point`; `report`: conntrack says that this one is worth it. */
+static __always_inline void notify_trace(struct __sk_buff *ctx, enum trace_point point,
+					 const struct parties *who, enum ct_state state, bool report,
+					 __u32 ifindex)
+{
+	struct trace_event *event;
+
+	if (config.aggregation != AGGREGATE_NONE && !report)
+		return;
+	if (!events_wanted())
+		return;
+	event = event_reserve(sizeof(*event));
+	if (!event)
+		return;
+	event_head(ctx, &event->header, EVENT_TRACE, point, event->payload);
+	event->src_label = who->source;
+	event->dst_label = who->destination;
+	event->dst_id = who->receiver;
+	event->reason = state;
+	event->ipv6 = 0;
+	event->pad = 0;
+	event->ifindex = ifindex;
+	event->orig_ip = (union address){};
+	bpf_ringbuf_submit(event, 0);
+}

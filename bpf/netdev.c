@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/* The program on the host's own devices (tc ingress): where the rest of the world comes in.
+ *
+ *   wire ──▶ from_netdev ─┬─ for an endpoint of this host ─▶ tail call: its policy_ingress ─▶ its namespace
+ *                         └─ all else ─▶ the host's stack, untouched
+ *
+ * The host must stay reachable: what is not for an endpoint is never dropped here.
+ */
+#include "conntrack.h"
+#include "deliver.h"
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+/* identity_from_wire never believes that the host itself speaks from outside. */
+static __always_inline __u32 identity_from_wire(const union address *ip, enum family family)
+{
+	__u32 identity = identity_of(ip, family);
+
+	return identity == IDENTITY_HOST ? IDENTITY_WORLD : identity;
+}
+
+static __always_inline bool is_workload(const struct endpoint_info *endpoint)
+{
+	return endpoint && !(endpoint->flags & ENDPOINT_IS_HOST);
+}
+
+/* enter delivers a packet to the endpoint it is for; TC_ACT_OK leaves it to the stack. */
+static __always_inline int enter(struct __sk_buff *ctx, enum family family, struct parties *who)
+{
+	struct flow flow = {};
+	const struct endpoint_info *to;
+
+	if (ipv4_parse(ctx, &flow) < 0)
+		return TC_ACT_OK;
+	to = endpoint_of(&flow.daddr, family);
+	if (!is_workload(to))
+		return TC_ACT_OK;
+	who->source = identity_from_wire(&flow.saddr, family);
+	who->receiver = to->lxc_id;
+	if (is_workload(endpoint_of(&flow.saddr, family)))
+		return -DROP_INVALID_SOURCE;
+	if (config.aggregation == AGGREGATE_NONE)
+		notify_trace(ctx, TRACE_FROM_NETWORK, who, CT_NEW, true, ctx->ifindex);
+	if (!ipv4_hop(ctx))
+		return TC_ACT_OK;
+	return deliver_local(ctx, to, who->source, clock_seconds());
+}
+
+SEC("tc")
+int from_netdev(struct __sk_buff *ctx)
+{
+	struct parties who = {};
+	int ret = TC_ACT_OK;
+
+	/* Tagged frames are met again, untagged, on their VLAN's device; frames for other hosts are seen
+	 * only because somebody listens to everything. */
+	if (ctx->vlan_present || ctx->pkt_type != PACKET_HOST)
+		return TC_ACT_OK;
+	if (ctx->protocol == bpf_htons(ETH_P_IP))
+		ret = enter(ctx, FAMILY_IPV4, &who);
+	return ret < 0 ? drop(ctx, ret, INGRESS, &who) : ret;
+}
