@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Network devices of endpoints: veth pairs, their addresses and settings, and the host's router address.
+
+Responsible for: names, creation in the order that leaves nothing half-made, moving a device into a
+container's namespace and setting it up there, and finding devices that no endpoint owns any more.
+A device is ours when its name and its alias say so: real Cilium and LXC name theirs alike.
+Called by: the agent's endpoint manager.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from datapath.errors import DeviceError
+from datapath.namespace import inside, open_namespace
+from datapath.netlink import Message, Netlink, errno_of
+from datapath.sysctl import Sysctls, endpoint_settings
+
+HOST_PREFIX = "lxc0"  # every name below starts so: ids are 16 bits in five hex digits
+DEVICE_PATTERN = f"{HOST_PREFIX}*"  # for nft; iptables says "lxc0+"
+_OURS = re.compile(r"(?:lxc|hf)0[0-9a-f]{4}")
+_ALIAS = "holdfast endpoint "
+_FLAG_UP = 1
+GATEWAY = "169.254.1.1"  # what every container's default route names; answered in BPF
+_SCOPE_LINK = 253
+
+
+@dataclass(frozen=True)
+class Device:
+    """One network device; `peer` is the other side's index (in whichever namespace), 0 without one."""
+
+    index: int
+    name: str
+    kind: str
+    mac: str
+    mtu: int
+    up: bool
+    peer: int
+    alias: str
+
+    @property
+    def is_ours(self) -> bool:
+        return self.kind == "veth" and bool(_OURS.fullmatch(self.name)) and self.alias.startswith(_ALIAS)
+
+    @property
+    def endpoint_id(self) -> int | None:
+        """The endpoint this device was made for, or None when it is not ours."""
+        number = self.alias.removeprefix(_ALIAS)
+        return int(number) if self.is_ours and number.isdigit() else None
+
+
+@dataclass(frozen=True)
+class VethPair:
+    """A new pair: the host's side, and the other side still beside it under a temporary name."""
+
+    host: Device
+    container: Device
+
+
+def host_name(endpoint_id: int) -> str:
+    """Name of the host side, as "lxc000b7"."""
+    return f"lxc{endpoint_id:05x}"
+
+
+def temporary_name(endpoint_id: int) -> str:
+    """Name of the container's side until the engine or `move_inside` renames it."""
+    return f"hf{endpoint_id:05x}"
+
+
+def random_mac() -> str:
+    """Return a locally administered unicast address."""
+    data = bytearray(secrets.token_bytes(6))
+    data[0] = data[0] & 0xFE | 0x02
+    return data.hex(":")
+
+
+class Devices:
+    """Devices of the namespace that `netlink` was opened in."""
+
+    def __init__(self, netlink: Netlink, sysctls: Sysctls | None = None) -> None:
+        self._netlink = netlink
+        self._sysctls = sysctls or Sysctls()
+
+    async def create_veth(self, endpoint_id: int, *, mtu: int, mac: str, host_mac: str = "") -> VethPair:
+        """Make an endpoint's pair, set up and up on the host's side.
+
+        A pair left over under the same name is replaced.  Raises DeviceError; nothing stays behind then.
+        """
+        name, other = host_name(endpoint_id), temporary_name(endpoint_id)
+        await self._remove_leftover(name)
+        await self._link(
+            f"create veth pair {name}",
+            "add",
+            ifname=name,
+            kind="veth",
+            mtu=mtu,
+            address=host_mac or random_mac(),
+            peer={"ifname": other, "address": mac, "mtu": mtu},
+        )
+        try:
+            return await self._prepare(endpoint_id, name, other)
+        except BaseException:
+            await self.delete(name)
+            raise
+
+    async def _prepare(self, endpoint_id: int, name: str, other: str) -> VethPair:
+        self._sysctls.write_all(endpoint_settings(name))
+        host, container = await self.get(name), await self.get(other)
+        alias = f"{_ALIAS}{endpoint_id}"
+        await self._link(f"mark {other}", "set", index=container.index, ifalias=alias)
+        await self._link(f"set {name} up", "set", index=host.index, state="up", ifalias=alias)
+        return VethPair(await self.get(name), container)
+
+    async def _remove_leftover(self, name: str) -> None:
+        old = await self.find(name)
+        if old is None:
+            return
+        if not old.is_ours:
+            raise DeviceError(f"device {name} exists and is not Holdfast's", hint=f"rename or remove {name}")
+        await self.delete(name)
+
+    async def get(self, name: str) -> Device:
+        """Return a device by name.  Raises DeviceError when there is none."""
+        return _device((await self._link(f"find device {name}", "get", ifname=name))[0])
+
+    async def find(self, name: str) -> Device | None:
+        """Return a device by name, or None."""
+        try:
+            return await self.get(name)
+        except DeviceError as error:
+            if errno_of(error) == errno.ENODEV:
+                return None
+            raise
+
+    async def find_index(self, index: int) -> Device | None:
+        """Return a device by its index, or None."""
+        try:
+            return _device((await self._link(f"find device {index}", "get", index=index))[0])
+        except DeviceError as error:
+            if errno_of(error) == errno.ENODEV:
+                return None
+            raise
+
+    async def all(self) -> list[Device]:
+        """Return every device of the namespace."""
+        return [_device(message) for message in await self._link("list devices", "dump")]
+
+    async def ours(self) -> dict[str, Device]:
+        """Return the devices that Holdfast made, by name."""
+        return {device.name: device for device in await self.all() if device.is_ours}
+
+    async def collect_leaks(self, keep: Iterable[int]) -> list[str]:
+        """Delete our devices of endpoints not in `keep` (ids); return the names that were deleted."""
+        wanted = set(keep)
+        leaked = [device for device in (await self.ours()).values() if device.endpoint_id not in wanted]
+        return [device.name for device in leaked if await self.delete(device.name)]
+
+    async def delete(self, name: str) -> bool:
+        """Delete a device (of a pair: both); return whether it was there.
+
+        Takes 10–20 ms: the kernel waits for readers of the device.
+        """
+        device = await self.find(name)
+        if device is None:
+            return False
+        try:
+            await self._link(f"delete {name}", "del", index=device.index)
+        except DeviceError as error:
+            if errno_of(error) == errno.ENODEV:
+                return False
+            raise
+        return True
+
+    async def set_mtu(self, name: str, mtu: int) -> None:
+        """Change a device's MTU.  Raises DeviceError."""
+        device = await self.get(name)
+        await self._link(f"set MTU of {name} to {mtu}", "set", index=device.index, mtu=mtu)
+
+    async def add_address(self, address: str, device: str = "lo") -> None:
+        """Give a device an address ("10.0.0.1", as /32 or /128); having it already is fine."""
+        await self._address("replace", address, device)
+
+    async def remove_address(self, address: str, device: str = "lo") -> bool:
+        """Take an address away; return whether it was there."""
+        try:
+            await self._address("del", address, device)
+        except DeviceError as error:
+            if errno_of(error) == errno.EADDRNOTAVAIL:
+                return False
+            raise
+        return True
+
+    async def _address(self, command: str, address: str, device: str) -> None:
+        index = (await self.get(device)).index
+        length = 128 if ":" in address else 32
+        what = f"{command} address {address} on {device}"
+        await self._netlink.request(
+            what, DeviceError, "addr", command, index=index, address=address, prefixlen=length
+        )
+
+    async def move_inside(self, name: str, netns: Path, inside_name: str, address: str) -> None:
+        """Move a device into a namespace and set it up there: name, address, default route by the gateway.
+
+        For endpoints that no engine sets up.  Raises DeviceError; the device may then be in either place.
+        """
+        device = await self.get(name)
+        handle = open_namespace(netns)
+        try:
+            await self._link(f"move {name} to {netns}", "set", index=device.index, net_ns_fd=handle)
+            await inside(handle, lambda netlink: _set_up_inside(netlink, name, inside_name, address))
+        finally:
+            os.close(handle)
+
+    async def _link(self, what: str, command: str, **arguments: object) -> list[Message]:
+        return await self._netlink.request(what, DeviceError, "link", command, **arguments)
+
+
+def _device(message: Message) -> Device:
+    kind = message.get(("linkinfo", "kind"))
+    return Device(
+        index=message["index"],
+        name=message.get("ifname"),
+        kind=kind or "",
+        mac=message.get("address") or "",
+        mtu=message.get("mtu") or 0,
+        up=bool(message["flags"] & _FLAG_UP),
+        peer=message.get("link") or 0,
+        alias=message.get("ifalias") or "",
+    )
+
+
+async def _set_up_inside(netlink: Netlink, name: str, inside_name: str, address: str) -> None:
+    devices = Devices(netlink)
+    device = await devices.get(name)
+    await devices._link(f"rename {name} to {inside_name}", "set", index=device.index, ifname=inside_name)
+    await devices._link(f"set {inside_name} up", "set", index=device.index, state="up")
+    await devices.add_address(address, inside_name)
+    what = f"default route by {GATEWAY} on {inside_name}"
+    await netlink.request(
+        what, DeviceError, "route", "replace", dst=f"{GATEWAY}/32", oif=device.index, scope=_SCOPE_LINK
+    )
+    await netlink.request(
+        what, DeviceError, "route", "replace", dst="0.0.0.0/0", gateway=GATEWAY, oif=device.index
+    )

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes to /proc/sys, which is read-only in an unprivileged container unless it is bound in.
+
+Responsible for: not writing what is right already, and an error that says what to bind.
+Called by: `datapath.devices`, and the agent at start (forwarding).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from pathlib import Path
+
+from datapath.errors import DeviceError
+
+PROC_SYS = Path("/proc/sys")
+_READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+
+
+class Sysctls:
+    """Settings below `root`; keys are paths ("net/ipv4/ip_forward"), so that device names may hold dots."""
+
+    def __init__(self, root: Path = PROC_SYS) -> None:
+        self.root = root
+
+    def read(self, key: str) -> str:
+        """Return a setting.  Raises DeviceError when there is none."""
+        try:
+            return (self.root / key).read_text().strip()
+        except OSError as error:
+            raise DeviceError(f"sysctl {key} can not be read: {error.strerror}") from error
+
+    def write(self, key: str, value: str) -> bool:
+        """Make a setting `value`; return whether it was another.  Raises DeviceError."""
+        if self.read(key) == value:
+            return False
+        try:
+            (self.root / key).write_text(value)
+        except OSError as error:
+            raise DeviceError(
+                f"sysctl {key} can not be set to {value}: {error.strerror}", hint=self._hint(error)
+            ) from error
+        return True
+
+    def write_all(self, settings: Mapping[str, str]) -> int:
+        """Write several settings; return how many were others.  Raises DeviceError at the first refusal."""
+        return sum(self.write(key, value) for key, value in settings.items())
+
+    def _hint(self, error: OSError) -> str:
+        if error.errno not in _READ_ONLY:
+            return ""
+        return f"{self.root} is read-only here: bind /proc/sys/net writable, or set it on the host"
+
+
+def host_settings() -> dict[str, str]:
+    """What the host needs once: it forwards between its devices."""
+    return {"net/ipv4/ip_forward": "1"}
+
+
+def endpoint_settings(device: str) -> dict[str, str]:
+    """What the host side of an endpoint's pair needs.
+
+    rp_filter: replies of a published port come back by another device.  route_localnet: the host's own
+    127.0.0.1:<published port> leaves by this device (the firewall keeps 127/8 out in the other direction).
+    accept_redirects, send_redirects: every endpoint is one hop away, there is nothing to redirect.
+    """
+    base = f"net/ipv4/conf/{device}"
+    return {
+        f"{base}/forwarding": "1",
+        f"{base}/rp_filter": "0",
+        f"{base}/route_localnet": "1",
+        f"{base}/accept_redirects": "0",
+        f"{base}/send_redirects": "0",
+    }
