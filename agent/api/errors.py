@@ -13,6 +13,7 @@ An `AgentView` raises these.  Errors of the libraries have a code of their own, 
 
 from __future__ import annotations
 
+from agent.errors import AddressTaken, AgentError, EndpointNotFound, EndpointRefused
 from core.errors import HoldfastError
 from core.options import OptionError
 from identity.errors import IdentityError
@@ -20,7 +21,7 @@ from kvstore.errors import KvstoreError
 from policy.errors import PolicyError
 
 
-class ApiError(HoldfastError):
+class ApiError(AgentError):
     """The root: raised for what the agent did wrong itself."""
 
     code = 500
@@ -56,10 +57,22 @@ class NotReady(ApiError):
     code = 503
 
 
+# The first that fits counts.  Whoever asks gives a policy, a label or an option: 400.  The pool, the engine
+# and etcd may be back later: 503.  Anything else, the kernel's refusals above all, is ours: 500.
+_CODES: tuple[tuple[type[HoldfastError], int], ...] = (
+    (EndpointNotFound, 404),
+    (AddressTaken, 409),
+    (EndpointRefused, 400),
+    (AgentError, 503),
+    (PolicyError, 400),
+    (IdentityError, 400),
+    (OptionError, 400),
+    (KvstoreError, 503),
+)
+
+
 def code_of(error: HoldfastError) -> int:
     """Return the HTTP code of any error that Holdfast raises on purpose."""
     if isinstance(error, ApiError):
         return error.code
-    if isinstance(error, (PolicyError, IdentityError, OptionError)):
-        return 400
-    return 503 if isinstance(error, KvstoreError) else 500
+    return next((code for type_, code in _CODES if isinstance(error, type_)), 500)

@@ -270,10 +270,11 @@ class Node(Model, frozen=True, kw_only=True):
 
 
 class PolicyInfo(Model, frozen=True, kw_only=True):
-    """One policy in force: where it came from and its document as it was read."""
+    """One policy in force: where it came from and its document as JSON would load it."""
 
     name: str
-    origin: str  # file /etc/holdfast/policies/x.yaml, or the key in etcd
+    source: str  # etcd or local (the watched directory)
+    origin: str  # the key or the file
     rules: int
     document: Any = None
 

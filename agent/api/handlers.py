@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The handlers: each asks the view for one thing and sends it.  Routes are Cilium's, at the end.
+
+Bodies, errors and timing are `wire`'s business; what things mean is the agent's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from aiohttp import web
+
+from agent.api.errors import BadRequest, NotReady
+from agent.api.models import EndpointRequest, PolicyText, TraceRequest
+from agent.api.monitor import Listener, MonitorFilter
+from agent.api.view import AgentView
+from agent.api.wire import json_response, number, read_body
+
+MAX_LISTENERS = 32
+# How often a silent monitor looks whether its client is still there.
+LISTENER_CHECK_S = 1.0
+PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+EVENT_TYPES = frozenset({"drop", "trace", "policy-verdict", "agent", "lost"})
+ENDPOINT_MAX = 65535
+IDENTITY_MAX = (1 << 25) - 1  # 16 bits, cluster id, local flag
+
+
+class Handlers:
+    """One method a route; `view` is the agent."""
+
+    def __init__(self, view: AgentView) -> None:
+        self.view = view
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return the table of routes."""
+        return [
+            web.get("/v1/healthz", self.healthz),
+            web.get("/v1/config", self.config),
+            web.get("/v1/debuginfo", self.debuginfo),
+            web.get("/v1/cleanup", self.cleanup),
+            web.get("/v1/metrics", self.metrics),
+            web.get("/metrics", self.metrics),
+            web.get("/v1/monitor", self.monitor),
+            web.get("/v1/endpoint", self.endpoints),
+            web.get("/v1/endpoint/{id}", self.endpoint),
+            web.get("/v1/endpoint/{id}/log", self.endpoint_log),
+            web.get("/v1/endpoint/{id}/healthz", self.endpoint_health),
+            web.put("/v1/endpoint/{id}", self.put_endpoint),
+            web.delete("/v1/endpoint/{id}", self.delete_endpoint),
+            web.get("/v1/identity", self.identities),
+            web.get("/v1/identity/{id}", self.identity),
+            web.get("/v1/ip", self.addresses),
+            web.get("/v1/cluster/nodes", self.nodes),
+            web.get("/v1/network", self.networks),
+            web.get("/v1/policy", self.policies),
+            web.get("/v1/policy/selectors", self.selectors),
+            web.post("/v1/policy/resolve", self.resolve),
+            web.put("/v1/policy/{name:.+}", self.put_policy),
+            web.delete("/v1/policy/{name:.+}", self.delete_policy),
+            web.get("/v1/map", self.maps),
+            web.get("/v1/map/{name}", self.map_dump),
+        ]
+
+    # --- the agent itself
+
+    async def healthz(self, _: web.Request) -> web.Response:
+        return json_response(self.view.status())
+
+    async def config(self, _: web.Request) -> web.Response:
+        return json_response(self.view.configuration())
+
+    async def debuginfo(self, _: web.Request) -> web.Response:
+        return json_response(await self.view.debuginfo())
+
+    async def cleanup(self, _: web.Request) -> web.Response:
+        return json_response(await self.view.cleanup_plan())
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=self.view.metrics(), headers={"Content-Type": PROMETHEUS_TYPE})
+
+    async def monitor(self, request: web.Request) -> web.StreamResponse:
+        """Stream events as JSON lines until the client or the agent goes away."""
+        hub = self.view.monitor
+        wanted = monitor_filter(request.query)
+        if hub.listeners >= MAX_LISTENERS:
+            raise NotReady(f"{MAX_LISTENERS} monitors are listening already", hint="end one of them")
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        with hub.listen(wanted) as listener:
+            await response.prepare(request)
+            while not hub.closed and not _gone(request):
+                await _send(response, listener)
+        return response
+
+    # --- endpoints
+
+    async def endpoints(self, _: web.Request) -> web.Response:
+        return json_response(self.view.endpoints())
+
+    async def endpoint(self, request: web.Request) -> web.Response:
+        return json_response(self.view.endpoint(request.match_info["id"]))
+
+    async def endpoint_log(self, request: web.Request) -> web.Response:
+        return json_response(self.view.endpoint(request.match_info["id"]).status.log)
+
+    async def endpoint_health(self, request: web.Request) -> web.Response:
+        return json_response(self.view.endpoint(request.match_info["id"]).status.health)
+
+    async def put_endpoint(self, request: web.Request) -> web.Response:
+        endpoint = number(request.match_info["id"], "endpoint", high=ENDPOINT_MAX)
+        body = await read_body(request, EndpointRequest)
+        return json_response(await self.view.create_endpoint(endpoint, body), 201)
+
+    async def delete_endpoint(self, request: web.Request) -> web.Response:
+        endpoint = number(request.match_info["id"], "endpoint", high=ENDPOINT_MAX)
+        await self.view.delete_endpoint(endpoint)
+        return json_response({})
+
+    # --- identities, addresses, nodes
+
+    async def identities(self, _: web.Request) -> web.Response:
+        return json_response(self.view.identities())
+
+    async def identity(self, request: web.Request) -> web.Response:
+        wanted = number(request.match_info["id"], "identity", high=IDENTITY_MAX)
+        return json_response(self.view.identity(wanted))
+
+    async def addresses(self, _: web.Request) -> web.Response:
+        return json_response(self.view.addresses())
+
+    async def nodes(self, _: web.Request) -> web.Response:
+        return json_response(self.view.nodes())
+
+    async def networks(self, _: web.Request) -> web.Response:
+        return json_response(await self.view.networks())
+
+    # --- policy
+
+    async def policies(self, _: web.Request) -> web.Response:
+        return json_response(self.view.policies())
+
+    async def selectors(self, _: web.Request) -> web.Response:
+        return json_response(self.view.selectors())
+
+    async def resolve(self, request: web.Request) -> web.Response:
+        return json_response(self.view.resolve(await read_body(request, TraceRequest)))
+
+    async def put_policy(self, request: web.Request) -> web.Response:
+        body = await read_body(request, PolicyText)
+        return json_response(await self.view.put_policy(request.match_info["name"], body.text))
+
+    async def delete_policy(self, request: web.Request) -> web.Response:
+        return json_response(await self.view.delete_policy(request.match_info["name"]))
+
+    # --- maps
+
+    async def maps(self, _: web.Request) -> web.Response:
+        return json_response(await self.view.maps())
+
+    async def map_dump(self, request: web.Request) -> web.Response:
+        return json_response(await self.view.map_dump(request.match_info["name"]))
+
+
+def monitor_filter(query: Mapping[str, str]) -> MonitorFilter:
+    """Return the filter of ``?type=drop,trace&from=1&to=2&related=3``; BadRequest names what is wrong."""
+    types = frozenset(filter(None, query.get("type", "").split(",")))
+    unknown = sorted(types - EVENT_TYPES)
+    if unknown:
+        allowed = ", ".join(sorted(EVENT_TYPES))
+        raise BadRequest(f"event type {unknown[0]!r} does not exist", hint=f"it may be {allowed}")
+    return MonitorFilter(types, *(_endpoints(query, name) for name in ("from", "to", "related")))
+
+
+def _endpoints(query: Mapping[str, str], name: str) -> frozenset[int]:
+    words = filter(None, query.get(name, "").split(","))
+    return frozenset(number(word, f"endpoint in {name!r}", high=ENDPOINT_MAX) for word in words)
+
+
+def _gone(request: web.Request) -> bool:
+    return request.transport is None or request.transport.is_closing()
+
+
+async def _send(response: web.StreamResponse, listener: Listener) -> None:
+    """Send what is queued; a reader that does not read holds up this handler only."""
+    try:
+        async with asyncio.timeout(LISTENER_CHECK_S):
+            lines = await listener.take()
+    except TimeoutError:
+        return
+    if lines:
+        await response.write(lines)

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`holdfast status` and `holdfast version`.
+
+The lines have Cilium's labels and order.  Exit code 0 means healthy, 1 that something needs a person, 3 that
+no agent answers: health checks of compose use that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from cli.base import Settings, examples, output_option
+from cli.errors import Unreachable
+from cli.output import plural, print_json, printable
+
+LABEL_WIDTH = 24
+PARTS = ("kvstore", "container-runtime", "network-driver", "masquerading", "holdfast")
+
+Json = dict[str, Any]
+
+
+@click.command(
+    epilog=examples(
+        "holdfast status", "holdfast status --brief || alert", "holdfast status -o json | jq .kvstore"
+    )
+)
+@click.option("--brief", is_flag=True, help="One line: OK, or what is wrong.")
+@click.option("--verbose", is_flag=True, help="Also every controller, table, map and container left out.")
+@click.option("--timeout", default=10.0, show_default=True, help="Seconds to wait for the agent.")
+@output_option
+@click.pass_obj
+def status(settings: Settings, brief: bool, verbose: bool, timeout: float, output: str | None) -> None:
+    """Show how the agent, the kvstore and the engine are.
+
+    Exits 0 when all is well, 1 when something has failed, 3 when no agent answers.
+    """
+    found: Json = settings.agent(timeout=timeout).get("healthz")
+    wrong = failures(found)
+    if output:
+        print_json(found)
+    elif brief:
+        click.echo(printable("; ".join(wrong) or "OK"))
+    else:
+        for line in lines(found, verbose):
+            click.echo(printable(line))
+    click.get_current_context().exit(1 if wrong else 0)
+
+
+def failures(found: Json) -> list[str]:
+    """Return a sentence for each part that has failed; warnings are none."""
+    return [f"{name}: {found[name]['msg']}" for name in PARTS if found[name]["state"] == "Failure"]
+
+
+def lines(found: Json, verbose: bool) -> Iterator[str]:
+    """Yield the lines of the text form."""
+    yield line("KVStore", component(found["kvstore"]))
+    yield line("ContainerRuntime", component(found["container-runtime"]))
+    yield line("NetworkDriver", component(found["network-driver"]))
+    yield line("Holdfast", component(found["holdfast"]))
+    yield line("Node", node(found["node"]))
+    yield line("NodeMonitor", monitor(found["node-monitor"]))
+    yield line("IPAM", ipam(found["ipam"]))
+    yield line("Masquerading", component(found["masquerading"]))
+    yield line("Controller Status", controllers(found["controllers"]))
+    yield line("Endpoints", endpoints(found["endpoints"]))
+    yield line("Policy", policy(found))
+    yield line("Identities", f"{found['identities']}, range {found['identity-range']}")
+    yield line("Staleness", staleness(found["staleness"]))
+    yield line("BPF Maps", maps(found["maps"]))
+    for wait in found["waits"]:
+        note = f": {wait['note']}" if wait["note"] else ""
+        yield line("Waiting", f"{duration(wait['seconds'])} for {wait['subject']} ({wait['purpose']}){note}")
+    for refused in found["policy-errors"]:
+        yield line("Policy refused", f"{refused['name']} from {refused['origin']}: {refused['error']}")
+    yield from dead_controllers(found["controllers"])
+    yield from unmanaged(found["unmanaged"], verbose)
+    if verbose:
+        yield from details(found)
+
+
+def line(label: str, text: str) -> str:
+    return f"{label + ':':<{LABEL_WIDTH}}{text}"
+
+
+def component(part: Json) -> str:
+    return f"{part['state']:<4} {part['msg']}".rstrip()
+
+
+def node(this: Json) -> str:
+    return (
+        f"{this['cluster']}/{this['name']} {this['ipv4-address']}, endpoints in {this['ipv4-endpoint-cidr']}"
+    )
+
+
+def monitor(info: Json) -> str:
+    if not info["listeners"]:
+        return "Disabled (nobody listens)"
+    return f"{plural(info['listeners'], 'listener')}, {info['seen']} events, {info['lost']} lost"
+
+
+def ipam(info: Json) -> str:
+    return f"IPv4: {info['used']}/{info['used'] + info['available']} allocated from {info['pool']}"
+
+
+def controllers(all_: list[Json]) -> str:
+    healthy = sum(not each["error"] for each in all_)
+    return f"{healthy}/{len(all_)} healthy"
+
+
+def dead_controllers(all_: list[Json]) -> Iterator[str]:
+    for each in all_:
+        if each["error"]:
+            yield f"  {each['name']}: {each['state']}, {each['restarts']} restarts: {each['error']}"
+
+
+def endpoints(by_state: dict[str, int]) -> str:
+    return ", ".join(f"{number} {state}" for state, number in sorted(by_state.items()) if number) or "0"
+
+
+def policy(found: Json) -> str:
+    refused = len(found["policy-errors"])
+    tail = f", {refused} refused" if refused else ""
+    return f"{plural(found['policies'], 'policy')} at revision {found['policy-revision']}{tail}"
+
+
+def staleness(seconds: float) -> str:
+    if seconds < 0:
+        return "the kvstore has not been heard since the start"
+    return f"current {duration(seconds)} ago"
+
+
+def maps(all_: list[Json]) -> str:
+    """Return the fullest map: the one that will be in trouble first."""
+    fullest = max(all_, key=lambda each: float(each["pressure"]), default=None)
+    if fullest is None:
+        return "none"
+    errors = sum(each["errors"] for each in all_)
+    text = f"{len(all_)}, fullest {fullest['name']} {fullest['pressure']:.0%}"
+    return text + (f", {plural(errors, 'write')} failed" if errors else "")
+
+
+def unmanaged(all_: list[Json], verbose: bool) -> Iterator[str]:
+    """Say which containers policy does not reach."""
+    if not all_:
+        return
+    yield line("Not managed", f"{plural(len(all_), 'container')}: policy does not reach them")
+    for each in all_ if verbose else all_[:3]:
+        yield f"  {each['name']}: {each['reason']}"
+    if len(all_) > 3 and not verbose:
+        yield "  … (--verbose shows all)"
+
+
+def details(found: Json) -> Iterator[str]:
+    """Yield what --verbose adds."""
+    yield "Controllers:"
+    for each in found["controllers"]:
+        yield f"  {each['name']:<32} {each['state']:<9} {each['restarts']} restarts  since {each['since']}"
+    yield "Tables:"
+    for each in found["tables"]:
+        waiting = f", waits for {', '.join(each['waiting-for'])}" if each["waiting-for"] else ""
+        missing = f", {each['missing']} missing and kept" if each["missing"] else ""
+        yield f"  {each['name']:<32} {each['entries']} entries{waiting}{missing}"
+    yield "Maps:"
+    for each in found["maps"]:
+        yield f"  {each['name']:<32} {each['entries']}/{each['max-entries']} ({each['pressure']:.1%})"
+    yield line("Version", f"{found['version']}, up {duration(found['uptime'])}")
+
+
+def duration(seconds: float) -> str:
+    """Return ``5s``, ``3m20s``, ``2h5m``, ``4d3h``: two units are enough."""
+    left = int(seconds)
+    units = [("d", 86400), ("h", 3600), ("m", 60), ("s", 1)]
+    parts = []
+    for name, size in units:
+        number, left = divmod(left, size)
+        if number or parts:
+            parts.append(f"{number}{name}")
+    return "".join(parts[:2]) or "0s"
+
+
+@click.command(epilog=examples("holdfast version", "holdfast version -o json"))
+@output_option
+@click.pass_obj
+def version(settings: Settings, output: str | None) -> None:
+    """Show the version of this command, and of the agent if it runs."""
+    from importlib.metadata import version as installed
+
+    found = {"client": installed("holdfast"), "agent": ""}
+    try:
+        found["agent"] = settings.agent(timeout=5).get("healthz")["version"]
+    except Unreachable:
+        found["agent"] = "not running"
+    if output:
+        print_json(found)
+        return
+    click.echo(f"Client: {found['client']}")
+    click.echo(f"Agent:  {printable(found['agent'])}")

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point of `holdfast`: global options and the table of commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cli.base import DEFAULT_SOCKET, LazyGroup, Settings, examples
+
+COMMANDS = {
+    "agent": ("cli.commands.agent:agent", "Run the agent in the foreground"),
+    "bpf": ("cli.commands.bpf:bpf", "Read the pinned BPF maps; works with the agent dead"),
+    "bugtool": ("cli.commands.bugtool:bugtool", "Collect statuses, maps and logs in an archive"),
+    "certs": ("cli.commands.certs:certs", "Make and list certificates"),
+    "cleanup": ("cli.commands.cleanup:cleanup", "Remove what the agent put on this host"),
+    "config": ("cli.commands.config:config", "Show, sample and check the agent's options"),
+    "endpoint": ("cli.commands.endpoint:endpoint", "Show and make endpoints"),
+    "identity": ("cli.commands.identity:identity", "Show identities"),
+    "ip": ("cli.commands.node:ip", "Show which address has which identity"),
+    "kvstore": ("cli.commands.kv:kvstore", "Read and write keys in etcd"),
+    "map": ("cli.commands.maps:map_", "Show the agent's view of the BPF maps"),
+    "metrics": ("cli.commands.metrics:metrics", "Show the agent's metrics"),
+    "monitor": ("cli.commands.monitor:monitor", "Follow drops, verdicts and traces"),
+    "network": ("cli.commands.network:network", "Create and list docker networks"),
+    "node": ("cli.commands.node:node", "Show the nodes of the cluster"),
+    "policy": ("cli.commands.policy:policy", "Apply, show, check and trace policy"),
+    "status": ("cli.commands.status:status", "Show how the agent is"),
+    "version": ("cli.commands.status:version", "Show the versions of command and agent"),
+    "vm": ("cli.commands.vm:vm", "Give VMs and bare metal an identity"),
+}
+
+EXAMPLES = examples(
+    "holdfast status",
+    "holdfast policy apply -f policies/",
+    "holdfast endpoint list -o json",
+    "holdfast monitor -t drop",
+)
+
+
+@click.group(cls=LazyGroup, lazy=COMMANDS, epilog=EXAMPLES, context_settings={"max_content_width": 80})
+@click.option(
+    "-H",
+    "--host",
+    "socket",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_SOCKET,
+    envvar="HOLDFAST_SOCK",
+    show_default=True,
+    help="The agent's socket.",
+)
+@click.help_option("-h", "--help")
+@click.pass_context
+def main(ctx: click.Context, socket: Path) -> None:
+    """Identity-based policy for the workloads of this host.
+
+    Exit codes: 0 done; 1 refused, failed or not healthy; 2 wrong usage; 3 agent, etcd or engine
+    not reachable; 4 no such thing.
+    """
+    ctx.obj = Settings(Path(str(socket).removeprefix("unix://")))
+
+
+if __name__ == "__main__":
+    main(prog_name="holdfast")

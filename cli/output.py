@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and JSON on stdout.
+
+Tables have no borders and fixed headers.  On a terminal they fit its width; anywhere else every line is
+complete, so that `grep` and `awk` see what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+
+# Wide enough for any line when nobody looks at it on a terminal.
+UNLIMITED_WIDTH = 100_000
+
+
+def print_json(value: Any) -> None:
+    """Print `value` as JSON, indented, keys in the order they came."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(
+    headers: Sequence[str], rows: Iterable[Sequence[object]], *, no_headers: bool = False, second: str = ""
+) -> None:
+    """Print rows under headers.  A header may have two lines; cells may have several."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    terminal = sys.stdout.isatty()
+    console = Console(file=sys.stdout, highlight=False, width=None if terminal else UNLIMITED_WIDTH)
+    table = Table(box=None, show_header=not no_headers, padding=(0, 3, 0, 0), pad_edge=False)
+    for header in headers:
+        table.add_column(Text(header), overflow="fold", no_wrap=not terminal)
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console.print(table, soft_wrap=not terminal)
+
+
+def printable(value: object) -> str:
+    """Return `value` as text that can not steer a terminal; line feeds stay."""
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def plural(number: int, noun: str) -> str:
+    """Return ``1 rule``, ``2 rules``; nouns that end in -y or -s get what English wants."""
+    if number == 1:
+        return f"1 {noun}"
+    if noun.endswith("y"):
+        return f"{number} {noun[:-1]}ies"
+    return f"{number} {noun}s"
