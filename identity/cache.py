@@ -24,6 +24,7 @@ from identity.errors import NumberError
 from identity.labels import Labels
 from identity.numbers import RESERVED, is_global
 from kvstore import schema
+from kvstore.errors import RecordError
 
 RESERVED_SOURCE = "reserved"
 LOCAL_SOURCE = "local"
@@ -123,8 +124,7 @@ class IdentityCache:
             return None
 
     def _ignore(self, key: str, error: HoldfastError) -> None:
-        reason = type(error).__name__
-        metrics.KVSTORE_RECORDS_IGNORED.labels(schema.IDENTITY_ID_PREFIX, reason).inc()
+        count_ignored(schema.IDENTITY_IDS, error)
         if key not in self.ignored and len(self.ignored) < IGNORED_SHOWN:
             self.ignored[key] = error.message
             logger.warning("record {} is ignored: {}", shorten(key), error)
@@ -132,7 +132,7 @@ class IdentityCache:
     def _last_good(self, key: str) -> dict[int, Labels]:
         # A key without a number never had a record.
         try:
-            number = schema.identity_number_of_key(key)
+            number = schema.parse_identity_id_key(key)
         except HoldfastError:
             return {}
         labels = self._kvstore.entries().get(number)
@@ -168,6 +168,12 @@ class _ReverseIndex:
         if labels is not None:
             text = self._labels[number] = labels.serialized
             self._numbers[text] = (*self._numbers.get(text, ()), number)
+
+
+def count_ignored(prefix: str, error: HoldfastError) -> None:
+    """Count a record of the kvstore that is not used; the reasons are a small fixed set."""
+    reason = error.kind if isinstance(error, RecordError) else type(error).__name__
+    metrics.KVSTORE_RECORDS_IGNORED.labels(prefix, reason).inc()
 
 
 def _parse_record(key: str, value: bytes) -> tuple[int, Labels]:

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The allocator: from labels to the number that the whole cluster uses for them.
+
+    allocate(labels) ─▶ used here already? ─▶ known from the cache? ─▶ one transaction ─▶ number
+                              │                     │
+                              └── counted           └── settled in the background
+
+Each set of labels in use on this host is one `_Use` with a count.  *Settling* makes etcd agree with it:
+id/<N> and our own value/ key exist while the count is positive, the value/ key is gone when it is not.
+Everything that goes wrong (a lost lease, a deleted key, a restart, an etcd that was away) ends in
+settling again; every five minutes all of them are read back.  If the store has another number than this
+host took from its cache or checkpoint, the store's wins and `on_renumbered` is told.
+
+Called by the agent; it runs `Allocator.run` as a task.  Belongs to the loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from loguru import logger
+
+from core import metrics
+from core.backoff import Backoff, jittered
+from core.errors import shorten
+from identity import transactions
+from identity.attempt import Attempt
+from identity.cache import IdentityCache
+from identity.errors import AllocationFailed, LabelError, RangeExhausted
+from identity.labels import Labels
+from identity.numbers import RESERVED, allocation_range
+from identity.transactions import Slot
+from kvstore import schema
+from kvstore.client import Client
+from kvstore.errors import KvstoreError
+from kvstore.ops import KeyValue
+from kvstore.session import Session
+
+T = TypeVar("T")
+
+# Cilium's identity-allocation-sync-interval.
+VERIFY_INTERVAL_S = 300.0
+# Identities read back in one transaction: two reads each, etcd allows 128 operations.
+VERIFIED_AT_ONCE = 32
+SETTLED_AT_ONCE = 16
+
+Renumbered = Callable[[Labels, int, int], None]
+
+
+@dataclass(eq=False)
+class _Use:
+    """One set of labels in use here.  `lock` orders what is done about it in etcd."""
+
+    slot: Slot
+    number: int = 0
+    count: int = 0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Allocator:
+    """See the module's text.  `owner` is this node's address, as it stands in value/ keys."""
+
+    def __init__(
+        self,
+        client: Client,
+        session: Session,
+        cache: IdentityCache,
+        *,
+        owner: str,
+        cluster_id: int = 0,
+        on_renumbered: Renumbered | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.range = allocation_range(cluster_id)
+        self._client = client
+        self._session = session
+        self._cache = cache
+        self._owner = owner
+        self._on_renumbered = on_renumbered
+        self._rng = rng or random.Random()
+        self._uses: dict[Labels, _Use] = {}
+        self._unsettled: dict[_Use, None] = {}
+        self._wake = asyncio.Event()
+
+    # --- what callers do
+
+    async def allocate(self, labels: Labels) -> int:
+        """Return the number of `labels` and count one use of it; the same number for the same labels.
+
+        Known labels are answered at once, without etcd.  For new ones this waits for etcd as long as it
+        takes.  Raises LabelError for no labels, RangeExhausted, AllocationFailed, and KvstoreError when
+        etcd refuses (no permission).
+        """
+        reserved = _RESERVED_NUMBERS.get(labels)
+        if reserved is not None:
+            return reserved
+        use = self._use(labels)
+        use.count += 1
+        try:
+            if not use.number:
+                await self._number(use)
+        except BaseException:
+            # Cancelled or failed: the transaction may have happened, so settle what is left of it.
+            self._drop(use)
+            raise
+        return use.number
+
+    def restore(self, labels: Labels, number: int) -> bool:
+        """Count one use of an identity that a checkpoint knows; etcd is asked in the background.
+
+        Returns False, and counts nothing, for a number that this cluster does not hand out or when the
+        labels have another number already: `allocate` them.
+        """
+        if number not in self.range or not len(labels):
+            return False
+        use = self._use(labels)
+        if use.number not in (0, number):
+            return False
+        use.number = number
+        use.count += 1
+        self._settle_later(use)
+        return True
+
+    async def release(self, labels: Labels) -> None:
+        """Count one use less; after the last one our value/ key is deleted in the background.
+
+        id/<N> stays: garbage collection takes it.  Releasing what is not in use is logged and ignored.
+        """
+        if labels in _RESERVED_NUMBERS:
+            return
+        use = self._uses.get(labels)
+        if use is None or use.count <= 0:
+            logger.error("identity of {} is released but not in use", shorten(labels.serialized))
+            return
+        self._drop(use)
+
+    def in_use(self) -> Mapping[Labels, int]:
+        """Return the labels in use on this host with their numbers."""
+        return {labels: use.number for labels, use in self._uses.items() if use.count > 0 and use.number}
+
+    def count(self, labels: Labels) -> int:
+        """Return how many uses are counted."""
+        use = self._uses.get(labels)
+        return use.count if use else 0
+
+    # --- the background
+
+    async def run(self) -> None:
+        """Settle what needs it, at once and every five minutes.  Never returns."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow_cache(), name="identity:follow-cache")
+            tasks.create_task(self._verify_periodically(), name="identity:verify")
+            await self._settle_forever()
+
+    async def settle(self) -> None:
+        """Do everything that is outstanding once; raises the first error, the rest stays outstanding."""
+        while self._unsettled:
+            batch = list(itertools.islice(self._unsettled, VERIFIED_AT_ONCE))
+            odd = await self._read_back([use for use in batch if use.count and use.number])
+            # What was read back whole is settled; all the others need a write of their own.
+            rest = [use for use in batch if use in odd or not (use.count and use.number)]
+            for group in _chunks(rest, SETTLED_AT_ONCE):
+                await _all(self._settle_one(use) for use in group)
+
+    async def _settle_forever(self) -> None:
+        backoff = Backoff(base=0.1, cap=60.0)
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                await self.settle()
+                backoff.reset()
+            except (KvstoreError, AllocationFailed, RangeExhausted) as error:
+                logger.warning("{} identities are not settled in etcd: {}", len(self._unsettled), error)
+                await asyncio.sleep(backoff.next())
+                self._wake.set()
+
+    async def _verify_periodically(self) -> None:
+        while True:
+            await asyncio.sleep(jittered(VERIFY_INTERVAL_S))
+            for use in self._uses.values():
+                self._settle_later(use)
+
+    async def _follow_cache(self) -> None:
+        """Notice at once when the store says something else about an identity that is in use here."""
+        changes = self._cache.table.subscribe()
+        try:
+            while True:
+                await changes.wait()
+                changed = set(changes.take())
+                for use in self._uses.values():
+                    if use.number in changed and self._cache.get(use.number) != use.slot.labels:
+                        self._settle_later(use)
+        finally:
+            self._cache.table.unsubscribe(changes)
+
+    def _settle_later(self, use: _Use) -> None:
+        self._unsettled[use] = None
+        self._wake.set()
+
+    async def _read_back(self, uses: list[_Use]) -> set[_Use]:
+        """Settle those whose keys are all right; return the others."""
+        if not uses:
+            return set()
+        pairs = [(use.slot, use.number) for use in uses]
+        result = await self._client.txn(*transactions.read(pairs))
+        odd: set[_Use] = set()
+        for use, (slot, number), answers in zip(uses, pairs, _chunks(result.responses, 2), strict=True):
+            id_item, value_item = (_first(answer.items) for answer in answers)
+            if transactions.intact(slot, number, id_item, value_item) and use.number == number:
+                await self._adopt(use)
+                self._unsettled.pop(use, None)
+            else:
+                odd.add(use)
+        return odd
+
+    async def _settle_one(self, use: _Use) -> None:
+        async with use.lock:
+            self._unsettled.pop(use, None)
+            try:
+                if use.count > 0:
+                    await self._obtain(use)
+                else:
+                    await self._give_back(use)
+            except BaseException:
+                self._unsettled[use] = None
+                raise
+
+    async def _give_back(self, use: _Use) -> None:
+        await self._session.disown(use.slot.value_key)
+        if use.count > 0:
+            # Allocated again while the deletion was under way.
+            self._settle_later(use)
+        elif self._uses.get(use.slot.labels) is use:
+            del self._uses[use.slot.labels]
+
+    # --- one identity
+
+    def _use(self, labels: Labels) -> _Use:
+        if not len(labels):
+            raise LabelError("an identity needs at least one label")
+        use = self._uses.get(labels)
+        if use is None:
+            use = self._uses[labels] = _Use(Slot(labels, self._owner))
+        return use
+
+    def _drop(self, use: _Use) -> None:
+        use.count -= 1
+        if use.count == 0:
+            self._settle_later(use)
+
+    async def _number(self, use: _Use) -> None:
+        known = self._cache.number_of(use.slot.labels, self.range)
+        if known is not None:
+            use.number = known
+            metrics.IDENTITY_ALLOCATIONS.labels("cached").inc()
+            self._settle_later(use)
+            return
+        async with use.lock:
+            if not use.number:
+                await self._obtain(use)
+
+    async def _obtain(self, use: _Use) -> None:
+        """Make the store hold this identity for us.  With `use.lock` held."""
+        try:
+            number = await Attempt(
+                self._client, self._session, self._cache, use.slot, self.range, self._rng
+            ).run(use.number)
+        except Exception:
+            metrics.IDENTITY_ALLOCATIONS.labels("error").inc()
+            raise
+        metrics.IDENTITY_ALLOCATIONS.labels("stored").inc()
+        old, use.number = use.number, number
+        await self._adopt(use)
+        if old and old != number:
+            logger.warning("identity {} of {} is {} in etcd, which counts", old, use.slot.text, number)
+            if self._on_renumbered is not None:
+                self._on_renumbered(use.slot.labels, old, number)
+
+    async def _adopt(self, use: _Use) -> None:
+        """Have the session keep our value/ key alive, and write it again when it is gone."""
+        value = schema.encode_identity_value(use.number)
+        await self._session.own(use.slot.value_key, value)
+
+
+_RESERVED_NUMBERS = {labels: number for number, labels in RESERVED.items()}
+
+
+def _first(items: Sequence[KeyValue]) -> KeyValue | None:
+    return items[0] if items else None
+
+
+def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+async def _all(work: Iterable[Awaitable[None]]) -> None:
+    """Do all of it, then raise the first error."""
+    for outcome in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome

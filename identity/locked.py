@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The locked way of allocation: lock, list, join or create, unlock, as a real cilium-agent does it.
+
+Needed only where one transaction can not decide: the range ``value/<labels>/`` holds keys, but none whose
+labels are exactly these.  The lock is the one of etcd's concurrency package, which Cilium uses: a key
+under ``locks/<labels>/`` named by a lease; the oldest key in the range holds it.  We never queue for it:
+it is taken only while the range is empty, and whoever finds it held waits and begins again, because then
+there may be an identity to join.
+
+Called by: identity.allocator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from loguru import logger
+
+from identity import transactions
+from identity.transactions import Answer, Outcome, Slot, Txn
+from kvstore import schema
+from kvstore.client import Client
+from kvstore.errors import KvstoreError
+from kvstore.ops import Compare, created_is, put_op, range_absent
+
+# As long as Cilium's lock lease: what a crash in the middle costs the others.
+LOCK_TTL_S = 25
+
+
+async def allocate(
+    client: Client, slot: Slot, numbers: range, unusable: set[int], fresh: int, lease: int
+) -> Answer:
+    """Take the lock, and create with the number `fresh` unless there is an identity to join.
+
+    LOCKED: somebody else holds the lock.  TAKEN: `fresh` is.  Raises KvstoreError; the lock then goes with
+    its lease.
+    """
+    async with _lock(client, slot) as held:
+        if held is None:
+            return Answer(Outcome.LOCKED)
+        listing = await client.list(slot.value_prefix)
+        number = transactions.first_match(slot, listing.items, numbers, unusable)
+        if number:
+            return Answer(Outcome.JOIN, number)
+        # The lock keeps out everybody who might create these labels; only the number can be taken.
+        create = transactions.restore(slot, fresh, lease)
+        result = await client.txn((held, *create.compares), create.success)
+        return Answer(Outcome.DONE if result.succeeded else Outcome.TAKEN, fresh)
+
+
+@contextlib.asynccontextmanager
+async def _lock(client: Client, slot: Slot) -> AsyncIterator[Compare | None]:
+    """Yield the condition that the lock is still ours, or None when it is not to be had now."""
+    lease = await client.lease_grant(LOCK_TTL_S)
+    try:
+        key = schema.identity_lock_key(slot.text, lease)
+        take = Txn((range_absent(slot.lock_prefix),), (put_op(key, "", lease),))
+        result = await client.txn(*take)
+        yield created_is(key, result.revision) if result.succeeded else None
+    finally:
+        # Revoking deletes the key.  When etcd is away the lease ends by itself.
+        try:
+            await client.lease_revoke(lease)
+        except KvstoreError as error:
+            logger.debug("lock of {} is left to its lease: {}", slot.text, error)
