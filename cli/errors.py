@@ -46,7 +46,11 @@ class Failure(click.ClickException):
     def __init__(self, error: HoldfastError) -> None:
         super().__init__(error.message)
         self.hint = error.hint
-        self.exit_code = exit_code_of(error)
+        self.code = exit_code_of(error)
+
+    @property
+    def exit_code(self) -> int:  # type: ignore[override]  # click reads it from the instance
+        return self.code
 
     def show(self, file: object = None) -> None:
         click.echo(f"Error: {self.message}", err=True)

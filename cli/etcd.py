@@ -31,7 +31,7 @@ def etcd_option(function: F) -> F:
         "--etcd-config",
         type=click.Path(path_type=Path),
         envvar="HOLDFAST_ETCD_CONFIG",
-        help=f"Endpoints and certificate for etcd.  [default: {OPERATOR_CONFIG}; to read also {AGENT_CONFIG}]",
+        help=f"Endpoints and certificate.  [default: {OPERATOR_CONFIG}; to read also {AGENT_CONFIG}]",
     )(function)
 
 

@@ -7,12 +7,11 @@ Called by `holdfast policy apply` and `validate`.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import click
 
 from cli.errors import CliError, Missing
 
@@ -38,7 +37,7 @@ def read_files(names: Iterable[str], default_name: str = "") -> PolicyFiles:
     from policy.language import parse_policies
 
     found = PolicyFiles({}, {})
-    for origin, text in texts(names):
+    for origin, text in read_texts(names):
         for policy in parse_policies(text, origin, name=default_name):
             if policy.name in found.documents:
                 raise CliError(
@@ -50,14 +49,15 @@ def read_files(names: Iterable[str], default_name: str = "") -> PolicyFiles:
     return found
 
 
-def texts(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+def read_texts(names: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Yield (origin, text) of each file; a directory stands for the policy files in it."""
     for name in names:
         if name == STDIN:
-            yield "standard input", click.get_text_stream("stdin").read()
+            yield "standard input", sys.stdin.read()
             continue
         path = Path(name)
-        for file in sorted(members(path)) if path.is_dir() else [path]:
+        files = sorted(members(path)) if path.is_dir() else [path]
+        for file in files:
             yield str(file), read(file)
 
 

@@ -16,11 +16,10 @@ import click
 from cli.base import LazyGroup, Settings, examples, headers_option, output_option
 from cli.client import api_path
 from cli.commands.kv import ask
-from cli.errors import CliError, Missing
+from cli.errors import CliError, Missing, Unreachable
 from cli.etcd import etcd_option, with_client
 from cli.output import plural, print_json, print_table, printable
 from cli.policy_files import PolicyFiles, read_files
-from cli.policy_store import delete_all, in_store, stored, write_all
 
 Json = dict[str, Any]
 _HERE = "cli.commands.policy"
@@ -81,6 +80,8 @@ def apply(
         refuse_in_store(found, etcd_config)
         results = [put_local(settings, each, text) for each, text in found.texts.items()]
     else:
+        from cli.policy_store import write_all
+
         refuse_local(settings, set(found.texts))
         results = with_client(etcd_config, lambda client: write_all(client, found.texts), writes=True)
     if wait_s:
@@ -110,8 +111,6 @@ def refuse_local(settings: Settings, names: set[str]) -> None:
 
 def known_policies(settings: Settings) -> list[Json]:
     """Return the policies this host's agent has, or none when no agent answers."""
-    from cli.errors import Unreachable
-
     try:
         found: list[Json] = settings.agent(timeout=5).get("policy")["policies"]
     except Unreachable:
@@ -121,6 +120,8 @@ def known_policies(settings: Settings) -> list[Json]:
 
 def refuse_in_store(found: PolicyFiles, etcd_config: Path | None) -> None:
     """CliError when etcd has one of the names.  Without credentials the agent, which sees etcd, decides."""
+    from cli.policy_store import in_store
+
     try:
         taken = with_client(etcd_config, lambda client: in_store(client, found.texts))
     except Missing:
@@ -177,6 +178,8 @@ def get(
 ) -> None:
     """Show the policies in force on this host as JSON, then their revision."""
     if from_etcd:
+        from cli.policy_store import stored
+
         repository: Json = with_client(etcd_config, stored)
     else:
         repository = settings.agent().get("policy")
@@ -224,6 +227,8 @@ def delete(
         for name in names:
             settings.agent().request("DELETE", api_path("policy", *name.split("/")))
     else:
+        from cli.policy_store import delete_all
+
         names = tuple(with_client(etcd_config, lambda client: delete_all(client, names), writes=True))
     for name in names:
         click.echo(f"{name}: deleted")

@@ -173,7 +173,7 @@ def duration(seconds: float) -> str:
     """Return ``5s``, ``3m20s``, ``2h5m``, ``4d3h``: two units are enough."""
     left = int(seconds)
     units = [("d", 86400), ("h", 3600), ("m", 60), ("s", 1)]
-    parts = []
+    parts: list[str] = []
     for name, size in units:
         number, left = divmod(left, size)
         if number or parts:
