@@ -47,7 +47,7 @@ class Prefix:
 PREFIXES: tuple[Prefix, ...] = (
     Prefix(IDENTITY_IDS, "labels of a numeric identity", ("agent", "external", "operator"), leased=False),
     Prefix(IDENTITY_VALUES, "users of an identity, by labels and node", ("agent", "external"), leased=True),
-    Prefix(IDENTITY_LOCKS, "locks of real Cilium agents; only respected", ("agent",), leased=True),
+    Prefix(IDENTITY_LOCKS, "locks on labels while their identity is allocated", ("agent",), leased=True),
     Prefix(IPS, "identity of an address or prefix", ("agent", "external"), leased=True),
     Prefix(NODES, "hosts", ("agent",), leased=True),
     Prefix(HEARTBEAT, "time of the last sign of life", ("agent", "operator"), leased=False),
@@ -86,6 +86,11 @@ def identity_value_key(labels: str, node: str) -> str:
 def identity_lock_prefix(labels: str) -> str:
     """Return the prefix of the locks that Cilium agents take while they allocate these labels."""
     return f"{IDENTITY_LOCKS}{_labels(labels)}/"
+
+
+def identity_lock_key(labels: str, lease: int) -> str:
+    """Return the key by which the holder of `lease` locks these labels, as etcd's own mutex names it."""
+    return f"{identity_lock_prefix(labels)}{lease:x}"
 
 
 def ip_space_prefix(space: str) -> str:
