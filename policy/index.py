@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two indexes, each the mirror of the other: labelled things by selector, selectors by labels.
+
+`LabelIndex` answers "which identities does this new selector select", `SelectorIndex` "which selectors
+select this new identity"; neither looks at all of its members unless a selector gives it nothing to
+look up (only NotIn and DoesNotExist).  The same two serve endpoints and the subjects of rules.
+
+Called by `policy.selector_cache` and `policy.repository`; pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from typing import Generic, TypeVar
+
+from identity.labels import ANY, CIDR, Label, Labels
+from policy.selectors import Operator, Requirement, Selector
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
+
+# All prefix labels share one index key, with the prefix as the value: each has a key of its own, and an
+# index key is built by looking at every member once.  No label has such a key.
+_PREFIXES = "\0cidr"
+
+
+class LabelIndex(Generic[K]):
+    """Things with labels, found by selector.
+
+    Buckets exist only for label keys that some selector asked for: a cluster has tens of thousands of
+    identities with a dozen keys each, and policies name a few of these.
+    """
+
+    def __init__(self) -> None:
+        self._labels: dict[K, Labels] = {}
+        self._keys: dict[str, dict[str, set[K]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._labels)
+
+    def get(self, item: K) -> Labels | None:
+        """Return the labels of `item`, None if it is not here."""
+        return self._labels.get(item)
+
+    def add(self, item: K, labels: Labels) -> None:
+        """Add `item`, which must not be here."""
+        self._labels[item] = labels
+        for label in labels:
+            key, value = _term(label)
+            buckets = self._keys.get(key)
+            if buckets is not None:
+                buckets.setdefault(value, set()).add(item)
+
+    def remove(self, item: K) -> Labels | None:
+        """Remove `item` and return its labels, None if it was not here."""
+        labels = self._labels.pop(item, None)
+        for label in labels or ():
+            key, value = _term(label)
+            bucket = self._keys.get(key, {}).get(value)
+            if bucket is not None:
+                bucket.discard(item)
+                if not bucket:
+                    del self._keys[key][value]
+        return labels
+
+    def find(self, selector: Selector) -> set[K]:
+        """Return (in a new set) what `selector` selects."""
+        best: list[set[K]] | None = None
+        smallest = 0
+        for each in selector.requirements:
+            if each.positive:
+                buckets = self._buckets(each)
+                size = sum(map(len, buckets))
+                if best is None or size < smallest:
+                    best, smallest = buckets, size
+        if best is not None and _exact(selector):
+            return set().union(*best)
+        candidates = self._labels if best is None else set().union(*best)
+        return {item for item in candidates if selector.selects(self._labels[item])}
+
+    def _buckets(self, requirement: Requirement) -> list[set[K]]:
+        """Return sets that together hold everything for which `requirement` may hold."""
+        if requirement.source == CIDR:
+            found = [self._key(_PREFIXES).get(requirement.key)]
+        elif requirement.operator is Operator.EXISTS:
+            return list(self._key(requirement.key).values())
+        else:
+            found = [self._key(requirement.key).get(value) for value in requirement.values]
+        return [bucket for bucket in found if bucket]
+
+    def _key(self, key: str) -> dict[str, set[K]]:
+        buckets = self._keys.get(key)
+        if buckets is None:
+            buckets = self._keys[key] = {}
+            for item, labels in self._labels.items():
+                for label in labels:
+                    term, value = _term(label)
+                    if term == key:
+                        buckets.setdefault(value, set()).add(item)
+        return buckets
+
+
+class SelectorIndex(Generic[T]):
+    """Selectors with something attached to each, found by labels.
+
+    Each selector stands under one of its requirements that can only hold when a label is there.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[str, str], dict[Selector, T]] = {}
+        self._keys: dict[str, dict[Selector, T]] = {}
+        self._rest: dict[Selector, T] = {}
+
+    def add(self, selector: Selector, item: T) -> None:
+        """Attach `item` to `selector`, which must not be here."""
+        anchor = _anchor(selector)
+        if anchor is None:
+            self._rest[selector] = item
+        elif anchor.source == CIDR:
+            self._values.setdefault((_PREFIXES, anchor.key), {})[selector] = item
+        elif anchor.operator is Operator.EXISTS:
+            self._keys.setdefault(anchor.key, {})[selector] = item
+        else:
+            for value in anchor.values:
+                self._values.setdefault((anchor.key, value), {})[selector] = item
+
+    def remove(self, selector: Selector) -> None:
+        """Remove `selector`, which must be here."""
+        anchor = _anchor(selector)
+        if anchor is None:
+            del self._rest[selector]
+        elif anchor.source == CIDR:
+            _drop(self._values, (_PREFIXES, anchor.key), selector)
+        elif anchor.operator is Operator.EXISTS:
+            _drop(self._keys, anchor.key, selector)
+        else:
+            for value in anchor.values:
+                _drop(self._values, (anchor.key, value), selector)
+
+    def find(self, labels: Labels) -> list[T]:
+        """Return what is attached to the selectors that select `labels`."""
+        found = {each: item for each, item in self._rest.items() if each.selects(labels)}
+        for label in labels:
+            term = _term(label)
+            for bucket in (self._values.get(term), self._keys.get(term[0])):
+                if bucket:
+                    found.update((each, item) for each, item in bucket.items() if each.selects(labels))
+        return list(found.values())
+
+
+def _term(label: Label) -> tuple[str, str]:
+    """Return the key and value a label is indexed under."""
+    return (_PREFIXES, label.key) if label.source == CIDR else (label.key, label.value)
+
+
+def _exact(selector: Selector) -> bool:
+    """True if the buckets of its one requirement are the answer and need no test."""
+    return len(selector.requirements) == 1 and selector.requirements[0].source in (ANY, CIDR)
+
+
+def _anchor(selector: Selector) -> Requirement | None:
+    """Return the requirement to look `selector` up by: the one that fewest labels are likely to meet."""
+    positive = [each for each in selector.requirements if each.positive]
+    return min(positive, key=lambda each: len(each.values) or 1_000, default=None)
+
+
+def _drop(buckets: dict[K, dict[Selector, T]], key: K, selector: Selector) -> None:
+    del buckets[key][selector]
+    if not buckets[key]:
+        del buckets[key]

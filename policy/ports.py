@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""toPorts and icmps: from documents to transports.
+
+The policy map is flat: it knows one port, or all ports of all protocols.  So ranges are expanded, up
+to `MAX_RANGE` ports, ``ANY`` becomes TCP, UDP and SCTP, and port 0 (every port of one protocol, in
+Cilium) is refused because no entry can say it.  Called by `policy.rules`; pure.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from core.errors import shorten
+from policy.model import ICMP, ICMPV6, SCTP, TCP, UDP, Transport
+from policy.reader import Place
+
+MAX_RANGE: Final = 64
+MAX_PORT: Final = 65_535
+MAX_ICMP_TYPE: Final = 255
+
+PROTOCOLS: Final[dict[str, tuple[int, ...]]] = {
+    "TCP": (TCP,),
+    "UDP": (UDP,),
+    "SCTP": (SCTP,),
+    "ANY": (TCP, UDP, SCTP),
+}
+FAMILIES: Final = {"IPv4": ICMP, "IPv6": ICMPV6}
+
+
+def read_transports(element: dict[str, Place]) -> tuple[Transport, ...] | None:
+    """Return the transports of one ingress or egress element; None if it names none.
+
+    Raises FieldError.
+    """
+    ports, icmps = element.get("toPorts"), element.get("icmps")
+    port_rules = ports.items() if ports else []
+    icmp_rules = icmps.items() if icmps else []
+    if icmps and port_rules and icmp_rules:
+        raise icmps.error("icmps and toPorts in one element", hint="write two elements")
+    if not port_rules and not icmp_rules:
+        return None
+    found = [transport for place in port_rules for transport in _port_rule(place)]
+    found += [transport for place in icmp_rules for transport in _icmp_rule(place)]
+    return tuple(dict.fromkeys(found))
+
+
+def _port_rule(place: Place) -> list[Transport]:
+    ports = place.fields("toPorts").get("ports")
+    listed = ports.items() if ports else []
+    if not listed:
+        raise place.error("it names no ports", hint="list ports, or leave toPorts out to allow every port")
+    return [transport for each in listed for transport in _port(each)]
+
+
+def _port(place: Place) -> list[Transport]:
+    given = place.fields("ports")
+    if "port" not in given:
+        raise place.error("port is missing", hint="a number from 1 to 65535")
+    first = _port_number(given["port"])
+    last = _end_port(given["endPort"], first) if "endPort" in given else first
+    protocols = PROTOCOLS["ANY"]
+    if "protocol" in given:
+        protocols = _protocol(given["protocol"])
+    return [Transport(port, protocol) for port in range(first, last + 1) for protocol in protocols]
+
+
+def _port_number(place: Place) -> int:
+    value = place.node.value
+    if isinstance(value, str) and value and not value[0].isdigit():
+        raise place.unsupported(f"named port {shorten(value)!r} is not supported", hint="write its number")
+    if value in (0, "0") and value is not False:
+        raise place.unsupported(
+            "port 0 (every port) is not supported", hint="leave toPorts out to allow every port"
+        )
+    return place.number(1, MAX_PORT, "port")
+
+
+def _end_port(place: Place, first: int) -> int:
+    last = place.number(first, MAX_PORT, "end of a range that starts at `port`")
+    if last - first >= MAX_RANGE:
+        raise place.unsupported(
+            f"a range of {last - first + 1} ports is not supported, the most is {MAX_RANGE}",
+            hint="leave toPorts out to allow every port, or name fewer",
+        )
+    return last
+
+
+def _protocol(place: Place) -> tuple[int, ...]:
+    name = place.text().upper()
+    if name in ("ICMP", "ICMPV6"):
+        raise place.error(f"{name} has no ports", hint="use icmps")
+    return PROTOCOLS[name] if name in PROTOCOLS else PROTOCOLS[place.choice(PROTOCOLS, "protocol")]
+
+
+def _icmp_rule(place: Place) -> list[Transport]:
+    fields = place.fields("icmps").get("fields")
+    listed = fields.items() if fields else []
+    if not listed:
+        raise place.error("it names no types", hint="list `fields`, each with family and type")
+    return [_icmp(each) for each in listed]
+
+
+def _icmp(place: Place) -> Transport:
+    given = place.fields("fields")
+    if "type" not in given:
+        raise place.error("type is missing", hint="a number from 0 to 255, as 8 for echo requests")
+    number = given["type"].number(0, MAX_ICMP_TYPE, "ICMP type")
+    family = given["family"].choice(FAMILIES, "family") if "family" in given else "IPv4"
+    return Transport(number << 8, FAMILIES[family])
