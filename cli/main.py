@@ -39,7 +39,10 @@ EXAMPLES = examples(
 )
 
 
-@click.group(cls=LazyGroup, lazy=COMMANDS, epilog=EXAMPLES, context_settings={"max_content_width": 80})
+CONTEXT = {"max_content_width": 80, "help_option_names": ["-h", "--help"]}
+
+
+@click.group(cls=LazyGroup, lazy=COMMANDS, epilog=EXAMPLES, context_settings=CONTEXT)
 @click.option(
     "-H",
     "--host",
@@ -50,7 +53,6 @@ EXAMPLES = examples(
     show_default=True,
     help="The agent's socket.",
 )
-@click.help_option("-h", "--help")
 @click.pass_context
 def main(ctx: click.Context, socket: Path) -> None:
     """Identity-based policy for the workloads of this host.
