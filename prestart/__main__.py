@@ -15,4 +15,5 @@ if not __package__:
 
 from prestart.main import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

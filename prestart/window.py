@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from bisect import bisect_left
 from collections.abc import Sequence
 
 REFERENCE_NODES = 1_000
@@ -46,10 +45,10 @@ def slot_fraction(name: str, names: Sequence[str] = ()) -> float:
     With the cluster's names it is the host's rank, in the middle of its share: perfectly even.  Without
     them, or when the host is not among them, a hash: even on average.
     """
-    ranked = sorted(set(names))
-    rank = bisect_left(ranked, name)
-    if rank < len(ranked) and ranked[rank] == name:
-        return (rank + 0.5) / len(ranked)
+    unique = set(names)
+    if name in unique:
+        rank = sum(each < name for each in unique)
+        return (rank + 0.5) / len(unique)
     return _mixed(zlib.crc32(name.encode("utf-8", "surrogateescape"))) / 2**32
 
 

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs of `python -m certs`: init, issue, list, check.
+
+They say what they do line by line on stdout, warn and fail on stderr, and can be run again at any time:
+what is there and good stays as it is.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import click
+from cryptography import x509
+
+from certs import authority as authorities
+from certs import etcd_config, issue
+from certs.apply import apply, survey
+from certs.errors import CertificateError
+from certs.inspect import Condition, Finding, examine
+from certs.issue import Request
+from certs.layout import Folder, Holder, Layout
+from certs.material import load_certificate
+from certs.plan import Action, plan
+
+ENDPOINT = "https://127.0.0.1:2379"
+SEEN_AT = {
+    Holder.AGENT: PurePosixPath("/etc/holdfast/certs"),
+    Holder.OPERATOR: PurePosixPath("/etc/holdfast/operator"),
+}
+HOLDERS = click.Choice([holder.value for holder in Holder])
+DIRECTORY = click.option(
+    "--dir", "directory", type=click.Path(path_type=Path), default=Path("/etc/holdfast/pki"),
+    show_default=True, help="Where the folders ca, etcd, agent and operator are.",
+)  # fmt: skip
+ENDPOINTS = click.option(
+    "--endpoint",
+    "endpoints",
+    multiple=True,
+    help=f"etcd's URL for etcd.config (repeat). [default: {ENDPOINT}]",
+)
+DAYS = click.option(
+    "--days", type=click.IntRange(1, 3650), default=issue.VALIDITY.days, show_default=True,
+    help="How long the certificates are valid.",
+)  # fmt: skip
+RENEW = click.option(
+    "--renew", type=HOLDERS, multiple=True, help="Replace this holder's key and certificate (repeat)."
+)
+
+
+@click.group(
+    epilog="Example: python -m certs init --dir pki --etcd-name etcd --agent $(hostname) --operator admin"
+)
+def certs() -> None:
+    """Make and check the certificates of etcd, agents and operators."""
+
+
+@certs.command()
+@DIRECTORY
+@click.option("--etcd-name", help="Make a certificate for the etcd member of this name.")
+@click.option("--etcd-address", "addresses", multiple=True, help="IP or DNS name it is reached at (repeat).")
+@click.option("--agent", help="Make a certificate for the agent of the host of this name.")
+@click.option(
+    "--operator", is_flag=False, flag_value="admin", help="Make an operator's certificate. [name: admin]"
+)
+@ENDPOINTS
+@click.option(
+    "--agent-path", default=str(SEEN_AT[Holder.AGENT]), show_default=True,
+    help="Folder in which the agent sees its files (for its etcd.config).",
+)  # fmt: skip
+@click.option(
+    "--operator-path",
+    default=str(SEEN_AT[Holder.OPERATOR]),
+    show_default=True,
+    help="The same for the operator.",
+)
+@DAYS
+@click.option(
+    "--ca-days", type=click.IntRange(1, 36500), default=authorities.VALIDITY.days, show_default=True,
+    help="How long a new CA is valid.",
+)  # fmt: skip
+@RENEW
+@click.option("--dry-run", is_flag=True, help="Only show what would be done.")
+def init(
+    directory: Path,
+    etcd_name: str | None,
+    addresses: tuple[str, ...],
+    agent: str | None,
+    operator: str | None,
+    endpoints: tuple[str, ...],
+    agent_path: str,
+    operator_path: str,
+    days: int,
+    ca_days: int,
+    renew: tuple[str, ...],
+    dry_run: bool,
+) -> None:
+    """Make what is missing of a CA and of the certificates that are named."""
+    requests = [
+        Request(holder, name, addresses if holder is Holder.ETCD else ())
+        for holder, name in ((Holder.ETCD, etcd_name), (Holder.AGENT, agent), (Holder.OPERATOR, operator))
+        if name is not None
+    ]
+    seen_at = {Holder.AGENT: PurePosixPath(agent_path), Holder.OPERATOR: PurePosixPath(operator_path)}
+    _carry_out(Layout(directory), requests, {}, renew, (days, ca_days), endpoints, seen_at, dry_run)
+
+
+@certs.command("issue")
+@DIRECTORY
+@click.argument("holder", type=click.Choice([each.value for each in Holder if each is not Holder.AUTHORITY]))
+@click.argument("name")
+@click.option("--into", type=click.Path(path_type=Path), help="Write into this folder, not into DIR's.")
+@click.option("--etcd-address", "addresses", multiple=True, help="IP or DNS name of the member (repeat).")
+@ENDPOINTS
+@click.option("--seen-at", help="Folder in which the holder will see the files (for etcd.config).")
+@DAYS
+@click.option("--renew", is_flag=True, help="Replace a key and certificate that are there.")
+def issue_command(
+    directory: Path,
+    holder: str,
+    name: str,
+    into: Path | None,
+    addresses: tuple[str, ...],
+    endpoints: tuple[str, ...],
+    seen_at: str | None,
+    days: int,
+    renew: bool,
+) -> None:
+    """Make one certificate with the CA in DIR, for the HOLDER called NAME."""
+    kind = Holder(holder)
+    folders = {kind: into} if into else {}
+    paths = {**SEEN_AT, **({kind: PurePosixPath(seen_at)} if seen_at else {})}
+    request = Request(kind, name, addresses)
+    renewed = (holder,) if renew else ()
+    _carry_out(Layout(directory), [request], folders, renewed, (days, 0), endpoints, paths, dry_run=False)
+
+
+@certs.command("list")
+@DIRECTORY
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", help="How to show it.")
+def list_command(directory: Path, output: str) -> None:
+    """Show every certificate below DIR: user, group, end, state."""
+    findings = look(directory)
+    if output == "json":
+        click.echo(json.dumps([_row(finding) for finding in findings], indent=2))
+        return
+    click.echo(f"{'HOLDER':<10}{'USER':<28}{'GROUP':<20}{'UNTIL':<12}STATE")
+    for row in map(_row, findings):
+        end = str(row["not-after"])[:10]
+        click.echo(f"{row['holder']:<10}{row['user']:<28}{row['group']:<20}{end:<12}{row['state']}")
+
+
+@certs.command()
+@DIRECTORY
+def check(directory: Path) -> None:
+    """Check every certificate below DIR; status 1 if one is broken, each problem on a line of its own."""
+    findings = look(directory)
+    for finding in findings:
+        if finding.detail and finding.condition is not Condition.ABSENT:
+            click.echo(f"{finding.holder.value}: {finding.condition.value}: {finding.detail}", err=True)
+    bad = [each for each in findings if each.condition in (Condition.BROKEN, Condition.KEY_ONLY)]
+    present = [each for each in findings if each.condition is not Condition.ABSENT]
+    click.echo(f"{len(present)} checked, {len(bad)} broken")
+    sys.exit(1 if bad or not present else 0)
+
+
+def look(directory: Path) -> list[Finding]:
+    """Return the state of each of DIR's folders, the CA's first.
+
+    Where the CA itself is not (an agent's host), each folder's own copy of its certificate counts.
+    """
+    layout, now = Layout(directory), issue.utc_now()
+    first = examine(layout.folder(Holder.AUTHORITY), None, now)
+    certificate = load_certificate(first.folder.certificate) if first.summary else None
+    others = [holder for holder in Holder if holder is not Holder.AUTHORITY]
+    folders = [layout.folder(holder) for holder in others]
+    return [first, *(examine(each, certificate or _own_authority(each), now) for each in folders)]
+
+
+def _own_authority(folder: Folder) -> x509.Certificate | None:
+    return authorities.load_public(folder) if folder.authority.exists() else None
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one line on stderr and status 1."""
+    try:
+        certs(prog_name="python -m certs")
+    except CertificateError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+
+
+def _carry_out(
+    layout: Layout,
+    requests: Sequence[Request],
+    folders: Mapping[Holder, Path],
+    renew: Sequence[str],
+    days: tuple[int, int],
+    endpoints: Sequence[str],
+    seen_at: Mapping[Holder, PurePosixPath],
+    dry_run: bool,
+) -> None:
+    authority, wanted = survey(layout, requests, into=folders)
+    steps = plan(authority, wanted, {Holder(each) for each in renew})
+    for step in steps:
+        if dry_run or step.action is not Action.REFUSE:
+            click.echo(str(step), err=step.warning)
+    if dry_run:
+        return
+    leaf_days, authority_days = (datetime.timedelta(days=each) for each in days)
+    written = apply(steps, validity=leaf_days, authority_validity=authority_days or authorities.VALIDITY)
+    for step in steps:
+        if step.folder.holder.has_config:
+            urls = endpoints or (ENDPOINT,)
+            path = seen_at[step.folder.holder]
+            written += etcd_config.write(step.folder, urls, path, overwrite=bool(endpoints))
+    for file in written:
+        click.echo(f"wrote {file}")
+
+
+def _row(finding: Finding) -> dict[str, Any]:
+    summary = finding.summary
+    return {
+        "holder": finding.holder.value,
+        "user": summary.common_name if summary else "",
+        "group": summary.group if summary else "",
+        "issuer": summary.issuer if summary else "",
+        "serial": summary.serial if summary else "",
+        "not-before": summary.not_before.isoformat() if summary else "",
+        "not-after": summary.not_after.isoformat() if summary else "",
+        "names": sorted(summary.names) if summary else [],
+        "state": finding.condition.value,
+        "detail": finding.detail,
+        "path": str(finding.folder.certificate),
+    }
