@@ -11,14 +11,14 @@ Called by: kvstore.{watcher,session,election}, identity, external_resources, cer
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 
 import grpc.aio
 import msgspec
 
 from kvstore import rpc
 from kvstore.config import EtcdConfig
-from kvstore.errors import Compacted, KvstoreError, LeaseNotFound, Unavailable
+from kvstore.errors import Compacted, KvstoreError, LeaseNotFound, RequestRefused, Unavailable
 from kvstore.etcd_pb2 import (
     DeleteRangeRequest,
     LeaseGrantRequest,
@@ -55,6 +55,8 @@ from kvstore.watch import HANG_S, IDLE_S, WatchBatch, WatchStream, event_from_wi
 PAGE = 10_000
 # A list that loses its pinned revision to compaction starts again this often before it gives up.
 LIST_ATTEMPTS = 3
+# A new watch asks for progress after this much quiet, seconds: then it has caught up with the past.
+SETTLE_S = 1.0
 # Transactions of one write_many under way at once: leaves room for everybody else's requests.
 WRITES_AT_ONCE = 16
 
@@ -151,7 +153,13 @@ class Client:
             request = RangeRequest(
                 key=start, range_end=end, limit=page, revision=revision, keys_only=keys_only
             )
-            answer = await self.transport.call(rpc.RANGE, request, prefix, wanted=revision)
+            try:
+                answer = await self.transport.call(rpc.RANGE, request, prefix, wanted=revision)
+            except RequestRefused as error:
+                if "larger than max" not in error.reason or page == 1:
+                    raise
+                page = max(page // 8, 1)  # values of a megabyte: fewer of them fit into one answer
+                continue
             yield answer
             if not answer.more or not answer.kvs:
                 return
@@ -245,22 +253,29 @@ class Client:
 
     async def watch(
         self, prefix: str, start_revision: int, *, single: bool = False, cluster_id: int = 0
-    ) -> AsyncIterator[WatchBatch]:
+    ) -> AsyncGenerator[WatchBatch, None]:
         """Yield what happens under `prefix` (`single`: to that one key) from `start_revision` on.
 
-        The first batch says `created`.  Never ends by itself; raises Compacted, PermissionDenied or
-        Unavailable (then resume with the last batch's revision + 1).  With `cluster_id`, another etcd
-        cluster than that one counts as Compacted.  Close it (`contextlib.aclosing`) when leaving early.
+        The first batch says `created`; the first one without events after it comes when there has been
+        quiet for a second, so that nothing older is likely to be under way.
+
+        Never ends by itself; raises Compacted, PermissionDenied or Unavailable (then resume with the last
+        batch's revision + 1).  With `cluster_id`, another etcd cluster than that one counts as Compacted.
+        Close it (`contextlib.aclosing`) when leaving early.
         """
         revision = max(start_revision - 1, 0)
+        idle: float | None = SETTLE_S
         async with self.watch_stream(prefix) as stream:
-            await stream.create(prefix, start_revision, prefix=not single)
+            # From the revision before, which exists: else etcd would not answer the watchdog.
+            await stream.create(prefix, revision, prefix=not single)
             while True:
-                response = await stream.read()
+                response = await stream.read(idle)
                 stream.check(response, prefix, revision + 1)
                 if response.created:
                     await self._check_history(prefix, start_revision, response, cluster_id)
                     revision = revision or response.header.revision
+                elif not response.events:
+                    idle = None
                 batch = _batch(response, revision)
                 revision = batch.revision
                 yield batch
@@ -347,7 +362,7 @@ def _batch(response: WatchResponse, revision: int) -> WatchBatch:
     Without, the header counts only in a notification of this very watch: the answer to a progress
     request (watch -1) may overtake events in etcd before 3.4.25 and 3.5.8.
     """
-    events = [event_from_wire(event) for event in response.events]
+    events = [event_from_wire(event) for event in response.events if event.kv.mod_revision > revision]
     if events:
         revision = max(revision, events[-1].kv.mod_revision)
     elif not response.created and response.watch_id >= 0:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One watch stream: create, cancel, read; and the watchdog that notices a server that hangs.
 
-gRPC's keepalive is answered by the kernel-side of a healthy process and by nobody of a stopped one, but
-a server whose watch loop hangs answers it for ever.  So after `idle` seconds without any message the
-stream asks for progress itself, and gives the peer up when nothing at all comes for `hang` more.
+gRPC's keepalive says that the other side's HTTP/2 layer lives, not that its watch loop does.  So after
+`idle` seconds without any message the stream asks for progress itself, and gives the peer up when
+nothing at all comes for `hang` more.  etcd from 3.4.25 and 3.5.8 on answers that only when the stream
+has a watch whose start revision has been reached: start watches at a revision that exists.
 
 Used by: kvstore.client (one prefix), kvstore.session (many single keys on one stream).
 """
@@ -104,11 +105,14 @@ class WatchStream:
     async def ask_progress(self) -> None:
         await self._write(WatchRequest(progress_request=WatchProgressRequest()))
 
-    async def read(self) -> WatchResponse:
-        """Return the next message; raises Unavailable when the stream ended or the server hangs."""
+    async def read(self, idle: float | None = None) -> WatchResponse:
+        """Return the next message; raises Unavailable when the stream ended or the server hangs.
+
+        After `idle` seconds (the stream's own unless given) without one, progress is asked for.
+        """
         reading = asyncio.ensure_future(self._call.read())
         try:
-            done, _ = await asyncio.wait((reading,), timeout=jittered(self._idle))
+            done, _ = await asyncio.wait((reading,), timeout=jittered(idle or self._idle))
             if not done:
                 await self.ask_progress()
                 done, _ = await asyncio.wait((reading,), timeout=self._hang)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a watched view stands in etcd's history, and what a batch of events changes in it.  Pure.
+
+    snapshot at revision R ──▶ listed
+    batches from R + 1 on ──▶ merge ──▶ changes, one a key
+    stream lost ──▶ nothing: the cursor still says where to resume
+    history lost ──▶ lost: the next step is a list
+
+Used by: kvstore.watcher.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvstore.watch import Kind, WatchBatch
+
+
+class Change(msgspec.Struct, frozen=True, gc=False):
+    """The last thing that happened to a key in a batch; `value` None is a deletion."""
+
+    key: str
+    value: bytes | None
+
+
+class Cursor:
+    """A position in etcd's history.  Owner: the one task that follows.
+
+    `caught_up` is true once everything that had happened before the stream began has been delivered.
+    """
+
+    def __init__(self, revision: int = 0, cluster_id: int = 0) -> None:
+        self.revision = revision
+        self.cluster_id = cluster_id
+        self.caught_up = False
+        self._target = 0
+
+    @property
+    def must_list(self) -> bool:
+        return self.revision <= 0
+
+    def listed(self, revision: int, cluster_id: int = 0) -> None:
+        """A full list as of `revision` has been delivered."""
+        self.revision = revision
+        self.cluster_id = cluster_id
+        self.caught_up = True
+
+    def resumed(self) -> None:
+        """A new stream starts from here: what happened meanwhile is yet to come."""
+        self.caught_up = False
+
+    def lost(self) -> None:
+        """The history after `revision` is gone: what happened meanwhile only a list can tell."""
+        self.revision = 0
+        self.cluster_id = 0
+        self.caught_up = False
+
+    def merge(self, batch: WatchBatch) -> list[Change]:
+        """Take a batch: returns one change a key, and moves on.
+
+        Events that were delivered before (a stream that was resumed repeats some) are dropped.
+        """
+        last: dict[str, bytes | None] = {}
+        for event in batch.events:
+            if event.kv.mod_revision > self.revision:
+                last[event.kv.key] = None if event.kind is Kind.DELETE else event.kv.value
+        self.revision = max(self.revision, batch.revision)
+        self._settle(batch)
+        return [Change(key, value) for key, value in last.items()]
+
+    def _settle(self, batch: WatchBatch) -> None:
+        """Decide whether the view has caught up: the revision etcd was at when the stream began has been
+        passed, or after some quiet etcd had nothing more to say."""
+        if batch.created:
+            self._target = batch.head
+        quiet = not batch.events and not batch.created
+        if quiet or self.revision >= self._target:
+            self.caught_up = True

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The session: one lease, and the keys that hang on it, kept alive as long as this process wants them.
+
+    lease (grant, or the one from before) ──▶ verify own keys ──▶ watch them, write, keep alive
+        ▲                                                              │
+        ├── lease lost: a new one, every own key is written again ◀────┤
+        └── etcd away: wait with back-off, then verify (no blind rewriting) ◀─┘
+
+`own` and `disown` return at once, also when etcd is away; `written` waits.  A key that somebody deletes or
+overwrites comes back; a key of somebody else is never touched, not even when we disowned it before.
+
+Every own key has an exact watch of its own, all on one stream: etcd then sends this host nothing but
+what happens to its own keys.
+
+An agent's lease lasts a day, so that its keys survive its restarts and long outages; a role that must
+change hands quickly (kvstore.election) uses a session of its own with a short one.
+
+Called by: agent (one), identity.allocator, external_resources, kvstore.election.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
+
+from loguru import logger
+
+from core import metrics
+from core.backoff import jittered
+from kvstore.client import Client
+from kvstore.errors import (
+    KvstoreError,
+    LeaseNotFound,
+    PermissionDenied,
+    RequestRefused,
+)
+from kvstore.etcd_pb2 import WatchResponse
+from kvstore.ops import MAX_TXN_OPS, KeyValue, delete_op, get_op, lease_is, put_op, value_is, write_batches
+from kvstore.ownkeys import OwnKeys
+from kvstore.patience import Patience
+from kvstore.watch import Event, Kind, WatchStream, event_from_wire
+
+# Seconds.  A day: keys outlive an agent's upgrade and a long outage of etcd.
+DEFAULT_TTL_S = 24 * 3600
+# A lease is renewed at a third of its time, and at least this often: renewal is also how the loss of a
+# long lease is noticed.
+LONGEST_KEEPALIVE_S = 60.0
+
+
+class Session:
+    """See the module's text.  `lease` is the number of a lease from before (a checkpoint's), or 0.
+
+    Owner of all state: the event loop; `run` must be running for anything to reach etcd.
+    """
+
+    def __init__(
+        self, client: Client, *, ttl: int = DEFAULT_TTL_S, lease: int = 0, name: str = "agent"
+    ) -> None:
+        self.ttl = ttl
+        self.lease_id = lease
+        self.name = name
+        self.error = ""
+        self._client = client
+        self._keys = OwnKeys()
+        self._proven_at = 0.0
+        self._changed = asyncio.Event()
+        self._progress = asyncio.Condition()
+
+    # --- for everybody
+
+    @property
+    def own_keys(self) -> Mapping[str, bytes]:
+        """What this process wants in etcd."""
+        return self._keys.values()
+
+    @property
+    def errors(self) -> Mapping[str, str]:
+        """Own keys that etcd refuses, with the reason."""
+        return self._keys.errors()
+
+    @property
+    def alive(self) -> bool:
+        """True while etcd surely still holds our lease: it said so less than its time ago."""
+        return self.lease_id != 0 and time.monotonic() - self._proven_at < self.ttl
+
+    async def own(self, key: str, value: bytes | str) -> None:
+        """Want `key` in etcd with this value, under our lease.  Returns at once; see `written`."""
+        if self._keys.want(key, value.encode() if isinstance(value, str) else value):
+            self._changed.set()
+
+    async def adopt(self, key: str, value: bytes | str, revision: int) -> None:
+        """Own a key that the caller has just written itself, with `lease_id`, at `revision`."""
+        self._keys.adopt(key, value.encode() if isinstance(value, str) else value, revision)
+        self._changed.set()
+
+    async def disown(self, key: str) -> None:
+        """No longer want `key`: it is deleted if it is still ours.  Returns at once; see `settled`."""
+        self._keys.unwant(key)
+        self._changed.set()
+
+    async def written(self, key: str) -> None:
+        """Wait until `key` is in etcd as wanted; KeyError when it is not (or no longer) wanted."""
+        async with self._progress:
+            await self._progress.wait_for(lambda: self._keys.is_clean(key))
+
+    async def settled(self) -> None:
+        """Wait until every own key is written and every disowned one deleted."""
+        async with self._progress:
+            await self._progress.wait_for(lambda: self._keys.settled)
+
+    async def ready(self) -> int:
+        """Wait for a lease and return its number."""
+        async with self._progress:
+            await self._progress.wait_for(lambda: self.alive)
+        return self.lease_id
+
+    async def revoke(self) -> None:
+        """Give up the lease and with it every own key (uninstalling; never for a restart)."""
+        lease, self.lease_id = self.lease_id, 0
+        if lease:
+            await self._client.lease_revoke(lease)
+
+    # --- the loop
+
+    async def run(self) -> None:
+        """Hold the lease and the keys until cancelled."""
+        with Patience(f"session of {self.name}") as patience:
+            while True:
+                patience.attempt(self.error)
+                try:
+                    await self._open()
+                    patience.works()
+                    await self._hold()
+                except LeaseNotFound as error:
+                    self._lease_lost(error)
+                except KvstoreError as error:
+                    self.error = str(error)
+                await patience.pause()
+
+    async def _open(self) -> None:
+        """Have a lease that lives, and know which own keys are in etcd."""
+        if self.lease_id:
+            await self._keep_alive_once()
+        else:
+            self.lease_id = await self._client.lease_grant(self.ttl)
+            self._proven_at = time.monotonic()
+            logger.info("{}: lease {:016x} for {} s", self.name, self.lease_id, self.ttl)
+        wrong = await self._verify()
+        if wrong:
+            logger.info("{}: {} own keys to write", self.name, len(wrong))
+        self.error = ""
+        await self._notify()
+
+    async def _verify(self) -> list[str]:
+        """Read every own key; the keys that are not in etcd as wanted become dirty, and only they."""
+        keys = list(self._keys.values())
+        wrong: list[str] = []
+        for start in range(0, len(keys), MAX_TXN_OPS):
+            chunk = keys[start : start + MAX_TXN_OPS]
+            found, revision = await self._read(chunk)
+            wrong += self._keys.verify(chunk, found, self.lease_id, revision)
+        return wrong
+
+    async def _read(self, keys: Sequence[str]) -> tuple[dict[str, KeyValue], int]:
+        try:
+            answer = await self._client.txn((), [get_op(key) for key in keys])
+        except (PermissionDenied, RequestRefused) as error:
+            logger.warning("own keys can not be verified and are written again: {}", error)
+            return {}, 0
+        return {item.key: item for response in answer.responses for item in response.items}, answer.revision
+
+    async def _hold(self) -> None:
+        """Keep alive, write and watch; raises the first trouble of any of the three."""
+        async with self._client.watch_stream(f"own keys of {self.name}") as stream:
+            watches = _KeyWatches(stream)
+            await _first_failure(self._keep_alive(), self._write(watches), self._watch(watches))
+
+    async def _keep_alive(self) -> None:
+        while True:
+            await asyncio.sleep(jittered(min(self.ttl / 3, LONGEST_KEEPALIVE_S)))
+            await self._keep_alive_once()
+
+    async def _keep_alive_once(self) -> None:
+        asked = time.monotonic()
+        await self._client.lease_keepalive(self.lease_id)
+        self._proven_at = asked
+
+    def _lease_lost(self, error: LeaseNotFound) -> None:
+        metrics.KVSTORE_LEASE_LOST.inc()
+        logger.warning("{}: {}; a new lease, and {} own keys again", self.name, error, len(self._keys))
+        self.error = str(error)
+        self.lease_id = 0
+        self._keys.all_lost()
+
+    # --- writing
+
+    async def _write(self, watches: _KeyWatches) -> None:
+        while True:
+            self._changed.clear()
+            await watches.equal(self._keys.watchable())
+            await self._write_due()
+            await self._delete_leaving()
+            await watches.equal(self._keys.watchable())
+            await self._notify()
+            await self._pause()
+
+    async def _write_due(self) -> None:
+        while due := self._keys.due(MAX_TXN_OPS):
+            for batch in write_batches(put_op(key, value, self.lease_id) for key, value in due.items()):
+                await self._write_batch({op.key: due[op.key] for op in batch})
+
+    async def _write_batch(self, values: Mapping[str, bytes]) -> None:
+        """Write a batch; one that etcd refuses is tried key by key, so that one bad key stops no other."""
+        try:
+            ops = [put_op(key, value, self.lease_id) for key, value in values.items()]
+            answer = await self._client.txn((), ops)
+        except (PermissionDenied, RequestRefused) as error:
+            await self._refused(values, error)
+            return
+        self._keys.wrote(values, answer.revision)
+
+    async def _refused(self, values: Mapping[str, bytes], error: KvstoreError) -> None:
+        if len(values) > 1:
+            for key, value in values.items():
+                await self._write_batch({key: value})
+            return
+        for key in values:
+            self._keys.failed(key, str(error))
+            logger.error("own key is not written: {}", error)
+
+    async def _delete_leaving(self) -> None:
+        """Delete what was disowned, on the condition that it is still ours: our lease, or our value."""
+        while leaving := self._keys.leaving(MAX_TXN_OPS):
+            for key, value in leaving.items():
+                try:
+                    await self._delete_one(key, value)
+                except (PermissionDenied, RequestRefused) as error:
+                    logger.error("disowned key is not deleted: {}", error)
+            self._keys.left(leaving)
+
+    async def _delete_one(self, key: str, value: bytes | None) -> None:
+        ours = lease_is(key, self.lease_id) if value is None else value_is(key, value)
+        await self._client.txn([ours], [delete_op(key)])
+
+    async def _pause(self) -> None:
+        """Wait for a change, or until a delayed write is due."""
+        due = self._keys.next_due()
+        timeout = None if due is None else max(due - time.monotonic(), 0.01)
+        try:
+            await asyncio.wait_for(self._changed.wait(), timeout)
+        except TimeoutError:
+            return
+
+    async def _notify(self) -> None:
+        async with self._progress:
+            self._progress.notify_all()
+
+    # --- watching
+
+    async def _watch(self, watches: _KeyWatches) -> None:
+        while True:
+            await watches.wait_any()
+            response = await watches.stream.read()
+            if not watches.over(response):
+                for event in map(event_from_wire, response.events):
+                    self._observe(event)
+
+    def _observe(self, event: Event) -> None:
+        key, deleted = event.kv.key, event.kind is Kind.DELETE
+        if self._keys.observed(event.kv, deleted=deleted, lease=self.lease_id):
+            metrics.KVSTORE_OWN_KEYS_RESTORED.inc()
+            logger.warning("own key {} was {} by somebody", key, "deleted" if deleted else "changed")
+            self._changed.set()
+
+
+class _KeyWatches:
+    """The watches of single keys on one stream.  Owner: the session's tasks of one `_hold`."""
+
+    def __init__(self, stream: WatchStream) -> None:
+        self.stream = stream
+        self._ids: dict[str, int] = {}
+        self._keys: dict[int, str] = {}
+        self._last_id = 0
+        self._any = asyncio.Event()
+
+    async def wait_any(self) -> None:
+        """Wait for the first watch: a stream without any answers no question for progress."""
+        await self._any.wait()
+
+    async def equal(self, wanted: Mapping[str, int]) -> None:
+        """Have a watch for each wanted key, from its revision; and no others, but never none."""
+        for key, revision in wanted.items():
+            if key not in self._ids:
+                await self._add(key, revision)
+        for key in [key for key in self._ids if key not in wanted]:
+            if len(self._ids) > 1:
+                await self._remove(key)
+
+    async def _add(self, key: str, revision: int) -> None:
+        self._last_id += 1
+        self._ids[key] = self._last_id
+        self._keys[self._last_id] = key
+        await self.stream.create(key, revision, watch_id=self._last_id)
+        self._any.set()
+
+    async def _remove(self, key: str) -> None:
+        watch_id = self._ids.pop(key)
+        del self._keys[watch_id]
+        await self.stream.cancel(watch_id)
+
+    def over(self, response: WatchResponse) -> bool:
+        """True when the message only says that a watch ended; raises when it may not have.
+
+        A denied watch is told and left: its key can still be written.
+        """
+        if not response.canceled:
+            return False
+        key = self._keys.get(response.watch_id, "")
+        if key:
+            try:
+                self.stream.check(response, key, 0)
+            except PermissionDenied as error:
+                logger.error("own key is not watched: {}", error)
+        return True
+
+
+async def _first_failure(*mains: Coroutine[Any, Any, None]) -> None:
+    """Run all until one ends, cancel the others, raise what the one raised."""
+    tasks = [asyncio.create_task(main) for main in mains]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
