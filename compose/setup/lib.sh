@@ -12,6 +12,8 @@ CACHE=$REPO/compose/.cache
 LOGS=$CACHE/log-$(id -un) # a user's own, and root's
 # What an engine that we start ourselves keeps: data, sockets, pid files, logs.
 ENGINE_DIR=${HOLDFAST_ENGINE_DIR:-/var/lib/holdfast-engine}
+# etcd's data and all certificates with the CA's key: what a host must not lose.
+STATE_DIR=${HOLDFAST_STATE_DIR:-$REPO/compose/all-in-one/state}
 BASE_IMAGE=debian:bookworm-slim
 AGENT_IMAGE=${HOLDFAST_IMAGE:-holdfast/agent:latest}
 ETCD_IMAGE=${HOLDFAST_ETCD_IMAGE:-holdfast/etcd:latest}
@@ -31,7 +33,7 @@ require_root() {
     [ "$(id -u)" = 0 ] && return 0
     have sudo || die "this needs root, and sudo is not installed: run it as root"
     say "root is needed: sudo asks for it"
-    exec sudo --preserve-env=CI,DOCKER_HOST,HOLDFAST_ENGINE_DIR,HOLDFAST_IMAGE,HOLDFAST_ETCD_IMAGE \
+    exec sudo --preserve-env=CI,DOCKER_HOST,HOLDFAST_ENGINE_DIR,HOLDFAST_STATE_DIR,HOLDFAST_BIN_DIR,HOLDFAST_IMAGE,HOLDFAST_ETCD_IMAGE \
         "$0" "$@"
 }
 

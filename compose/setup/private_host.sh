@@ -82,7 +82,7 @@ wait_for() {
 enter() {
     local dir=$1 pid
     shift
-    pid=$(cat "$dir/pid" 2>/dev/null) || die "$dir holds no running private host"
+    read -r pid 2>/dev/null <"$dir/pid" || die "$dir holds no running private host"
     # shellcheck disable=SC2016 # $1 and $@ belong to the inner shell
     exec nsenter --target "$pid" --mount --uts --net --pid -- \
         sh -c 'cd "$1" && shift && exec "$@"' sh "$PWD" "$@"

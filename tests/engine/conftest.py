@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests with real docker engines: the fixtures are `tests.support.engine_fixtures`."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.engine_fixtures import engine_parts, host, hub, three_hosts
+
+__all__ = ["engine_parts", "host", "hub", "three_hosts"]
+
+# The first test that needs an image waits until it is built (a minute; more where the network is slow).
+TIMEOUT_S = 600
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the tests of this folder time for images and engines."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TIMEOUT_S))

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real docker engines for tests: a dockerd in each `Host`, and images that every engine gets from one file.
+
+`Engine` starts, stops, kills and restarts the daemon and runs `docker` and both composes against it; a
+`DockerHost` is a host that has one.  Images are made once for the sources they are made from, in a host with
+a way out, and loaded by the others from compose/.cache: `workload_image` (Debian with python3 and what the
+tests send traffic with) and `project_images` (the agent's and etcd's).
+
+The fixtures are in `tests.support.engine_fixtures`.  Needs root and the packages of `make test`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from tests.support.host import REPO, Host, Process, run, wait_for
+from tests.support.require import require
+
+CACHE = REPO / "compose" / ".cache"
+WORKLOAD_IMAGE = "holdfast-test/workload:latest"
+WORKLOAD_SOURCES = REPO / "tests" / "engine" / "data" / "workload"
+IMAGE_SOURCES = (
+    *("agent", "bpf", "certs", "cli", "core", "datapath", "external_resources", "identity", "kvstore"),
+    *("policy", "prestart", "compose/image", "compose/Dockerfile", "pyproject.toml"),
+)
+AGENT_IMAGE = "holdfast/agent:latest"
+ETCD_IMAGE = "holdfast/etcd:latest"
+FETCH_COMPOSE2 = REPO / "tests" / "support" / "fetch_compose2.sh"
+START_SECONDS = 60.0
+BUILD_SECONDS = 600.0
+
+
+class Engine:
+    """A dockerd in `host`.  All it keeps is under the host's directory; its containers die with the host."""
+
+    def __init__(self, host: Host, *, options: Sequence[str] = ()) -> None:
+        self.host = host
+        self.directory = host.directory / "engine"
+        self.directory.mkdir()
+        self.socket = self.directory / "docker.sock"
+        self._options = tuple(options)
+        self._daemon: Process | None = None
+
+    @property
+    def url(self) -> str:
+        """The engine's DOCKER_HOST."""
+        return f"unix://{self.socket}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a command needs to find this engine and no other."""
+        return {"DOCKER_HOST": self.url, "DOCKER_BUILDKIT": "0", "COMPOSE_INTERACTIVE_NO_CLI": "1"}
+
+    def start(self) -> Engine:
+        """Start the daemon and wait until it answers."""
+        base = self.directory
+        self._daemon = self.host.popen(
+            "dockerd",
+            *("--data-root", f"{base}/data", "--exec-root", f"{base}/exec"),
+            *("--pidfile", f"{base}/dockerd.pid", "--host", self.url),
+            *("--cgroup-parent", f"/{self.host.name}"),
+            *self._options,
+        )
+        try:
+            wait_for(self._answers, "answer of dockerd", seconds=START_SECONDS)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self._daemon.output()[-4000:]}") from error
+        return self
+
+    def stop(self) -> None:
+        """End the daemon politely: its containers end too, and those with a restart policy come back."""
+        if self._daemon is not None:
+            self._daemon.stop(timeout=60)
+
+    def kill(self) -> None:
+        """SIGKILL to the daemon; its containerd dies with it, containers run on without both."""
+        if self._daemon is None:
+            return
+        self._daemon.kill()
+        self._daemon.wait()
+        # Both files name processes of a pid namespace in which numbers come again soon.
+        (self.directory / "dockerd.pid").unlink(missing_ok=True)
+        (self.directory / "exec" / "containerd" / "containerd.pid").unlink(missing_ok=True)
+
+    def restart(self) -> Engine:
+        """Stop politely and start again, as `systemctl restart docker` does."""
+        self.stop()
+        return self.start()
+
+    def docker(
+        self, *arguments: str, check: bool = True, timeout: float = 60.0, stdin: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `docker …` against this engine."""
+        return run(
+            ["docker", *arguments], check=check, timeout=timeout, stdin=stdin, environment=self.environment
+        )
+
+    def compose(
+        self,
+        directory: Path,
+        *arguments: str,
+        version: int = 1,
+        check: bool = True,
+        timeout: float = 180.0,
+        environment: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run compose 1.29 or 2.x on the file in `directory`; find its containers by their labels."""
+        argv = [*compose_command(version), "--project-directory", str(directory), "--file"]
+        return run(
+            [*argv, str(directory / "docker-compose.yml"), *arguments],
+            check=check,
+            timeout=timeout,
+            environment={**self.environment, **(environment or {})},
+        )
+
+    def containers(self, *labels: str) -> list[str]:
+        """Return the ids of running containers that carry all of these labels (key or key=value)."""
+        filters = [text for label in labels for text in ("--filter", f"label={label}")]
+        return self.docker("ps", "--quiet", "--no-trunc", *filters).stdout.split()
+
+    def inspect(self, container: str) -> dict[str, object]:
+        """Return what the engine knows of a container."""
+        found: list[dict[str, object]] = json.loads(self.docker("inspect", container).stdout)
+        return found[0]
+
+    def load(self, archive: Path) -> None:
+        """Load images from a file that `docker save` wrote."""
+        self.docker("load", "--quiet", "--input", str(archive), timeout=BUILD_SECONDS)
+
+    def _answers(self) -> bool:
+        assert self._daemon is None or self._daemon.running, (
+            f"dockerd ended:\n{self._daemon.output()[-4000:]}"
+        )
+        return self.docker("version", check=False, timeout=10).returncode == 0
+
+
+class DockerHost(Host):
+    """A host with a running engine; its own docker socket is where an agent looks for it."""
+
+    def __init__(self, prefix: str = "hf", *, uplink: bool = False, options: Sequence[str] = ()) -> None:
+        super().__init__(prefix, uplink=uplink)
+        self.engine = Engine(self, options=options)
+        try:
+            self.engine.start()
+        except BaseException:
+            self.stop()
+            raise
+
+
+def compose_command(version: int) -> list[str]:
+    """Return how compose of this major version is called; skips the test if it is not here."""
+    if version == 1:
+        found = shutil.which("docker-compose")
+        require(found is not None and _major(found) == 1, "docker-compose 1.29 is not installed")
+        return [str(found)]
+    fetched = CACHE / "compose2" / "docker-compose"
+    if not fetched.exists():
+        done = run([str(FETCH_COMPOSE2), str(fetched)], check=False, timeout=BUILD_SECONDS)
+        require(done.returncode == 0, f"docker compose 2.x can not be fetched: {done.stderr[-500:]}")
+    return [str(fetched)]
+
+
+def _major(command: str) -> int:
+    text = run([command, "version", "--short"], check=False).stdout.strip().lstrip("v")
+    return int(text.split(".")[0]) if text[:1].isdigit() else 0
+
+
+def workload_image() -> Path:
+    """Return the file with the workload image: python3, socat, nc, ping, iperf3, curl on Debian slim."""
+    name = f"workload-{digest_of([WORKLOAD_SOURCES])}.tar"
+    return _cached(name, [WORKLOAD_IMAGE], _build_workload)
+
+
+def project_images() -> Path:
+    """Return the file with the agent's and etcd's images, built by the script that `make up` runs."""
+    name = f"project-{digest_of([REPO / path for path in IMAGE_SOURCES])}.tar"
+    return _cached(name, [AGENT_IMAGE, ETCD_IMAGE], lambda engine: setup(engine, "up.sh", "image"))
+
+
+def _build_workload(engine: Engine) -> None:
+    setup(engine, "base_image.sh")
+    engine.docker("build", "--tag", WORKLOAD_IMAGE, str(WORKLOAD_SOURCES), timeout=BUILD_SECONDS)
+
+
+def _cached(name: str, images: Sequence[str], build: Callable[[Engine], object]) -> Path:
+    """Return the cached file of that name, made by `build` in a host of its own when it is missing."""
+    target = CACHE / "images" / name
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{name}.{os.getpid()}")
+        with DockerHost("hfb", uplink=True) as host:
+            build(host.engine)
+            host.engine.docker("save", "--output", str(partial), *images, timeout=BUILD_SECONDS)
+        _drop_older(target)
+        partial.rename(target)
+    return target
+
+
+def _drop_older(target: Path) -> None:
+    kind = target.name.partition("-")[0]
+    for older in target.parent.glob(f"{kind}-*"):
+        older.unlink()
+
+
+def setup(
+    engine: Engine, script: str, *arguments: str, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run one of compose/setup's scripts inside the engine's host, as a person would there."""
+    path = str(REPO / "compose" / "setup" / script)
+    return engine.host.exec(
+        path, *arguments, check=check, timeout=BUILD_SECONDS, environment=engine.environment
+    )
+
+
+def digest_of(paths: Sequence[Path]) -> str:
+    """Return a digest of all files under `paths`: names and contents, without what is compiled."""
+    digest = hashlib.sha256()
+    for path in paths:
+        files = [path] if path.is_file() else sorted(path.rglob("*"))
+        for file in files:
+            if file.is_file() and "__pycache__" not in file.parts and "build" not in file.parts:
+                digest.update(f"{file.relative_to(REPO)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
