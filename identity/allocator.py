@@ -28,6 +28,7 @@ from loguru import logger
 from core import metrics
 from core.backoff import Backoff, jittered
 from core.errors import shorten
+from core.waiting import waiting
 from identity import transactions
 from identity.attempt import Attempt
 from identity.cache import IdentityCache
@@ -38,7 +39,7 @@ from identity.transactions import Slot
 from kvstore import schema
 from kvstore.client import Client
 from kvstore.errors import KvstoreError
-from kvstore.ops import KeyValue
+from kvstore.ops import KeyValue, delete_op, lease_is
 from kvstore.session import Session
 
 T = TypeVar("T")
@@ -47,18 +48,19 @@ T = TypeVar("T")
 VERIFY_INTERVAL_S = 300.0
 # Identities read back in one transaction: two reads each, etcd allows 128 operations.
 VERIFIED_AT_ONCE = 32
-SETTLED_AT_ONCE = 16
 
 Renumbered = Callable[[Labels, int, int], None]
 
 
 @dataclass(eq=False)
 class _Use:
-    """One set of labels in use here.  `lock` orders what is done about it in etcd."""
+    """One set of labels in use here.  `lock` orders what is done about it in etcd; `adopted`: the session
+    has our value/ key."""
 
     slot: Slot
     number: int = 0
     count: int = 0
+    adopted: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -161,11 +163,14 @@ class Allocator:
         """Do everything that is outstanding once; raises the first error, the rest stays outstanding."""
         while self._unsettled:
             batch = list(itertools.islice(self._unsettled, VERIFIED_AT_ONCE))
-            odd = await self._read_back([use for use in batch if use.count and use.number])
-            # What was read back whole is settled; all the others need a write of their own.
-            rest = [use for use in batch if use in odd or not (use.count and use.number)]
-            for group in _chunks(rest, SETTLED_AT_ONCE):
-                await _all(self._settle_one(use) for use in group)
+            for use in batch:
+                del self._unsettled[use]
+            try:
+                whole = await self._read_back([use for use in batch if use.count and use.number])
+            except BaseException:
+                self._unsettled.update(dict.fromkeys(batch))
+                raise
+            await _all(self._settle_one(use) for use in batch if use not in whole)
 
     async def _settle_forever(self) -> None:
         backoff = Backoff(base=0.1, cap=60.0)
@@ -204,24 +209,23 @@ class Allocator:
         self._wake.set()
 
     async def _read_back(self, uses: list[_Use]) -> set[_Use]:
-        """Settle those whose keys are all right; return the others."""
+        """Return those whose keys in etcd are all right, and have the session look after them."""
         if not uses:
             return set()
+        lease = self._session.lease_id
         pairs = [(use.slot, use.number) for use in uses]
         result = await self._client.txn(*transactions.read(pairs))
-        odd: set[_Use] = set()
+        whole: set[_Use] = set()
         for use, (slot, number), answers in zip(uses, pairs, _chunks(result.responses, 2), strict=True):
             id_item, value_item = (_first(answer.items) for answer in answers)
-            if transactions.intact(slot, number, id_item, value_item) and use.number == number:
-                await self._adopt(use)
-                self._unsettled.pop(use, None)
-            else:
-                odd.add(use)
-        return odd
+            good = transactions.intact(slot, number, lease, id_item, value_item) and use.number == number
+            if good and value_item is not None:
+                await self._adopt(use, value_item.mod_revision)
+                whole.add(use)
+        return whole
 
     async def _settle_one(self, use: _Use) -> None:
         async with use.lock:
-            self._unsettled.pop(use, None)
             try:
                 if use.count > 0:
                     await self._obtain(use)
@@ -232,7 +236,13 @@ class Allocator:
                 raise
 
     async def _give_back(self, use: _Use) -> None:
-        await self._session.disown(use.slot.value_key)
+        if use.adopted:
+            use.adopted = False
+            await self._session.disown(use.slot.value_key)
+        else:
+            # An allocation that was cancelled: its transaction may have been the last word.
+            key = use.slot.value_key
+            await self._client.txn([lease_is(key, self._session.lease_id)], [delete_op(key)])
         if use.count > 0:
             # Allocated again while the deletion was under way.
             self._settle_later(use)
@@ -268,24 +278,38 @@ class Allocator:
     async def _obtain(self, use: _Use) -> None:
         """Make the store hold this identity for us.  With `use.lock` held."""
         try:
-            number = await Attempt(
-                self._client, self._session, self._cache, use.slot, self.range, self._rng
-            ).run(use.number)
+            attempt = Attempt(
+                self._client,
+                use.slot,
+                self.range,
+                lease=self._lease,
+                known=self._cache.table.__contains__,
+                rng=self._rng,
+            )
+            answer = await attempt.run(use.number)
         except Exception:
             metrics.IDENTITY_ALLOCATIONS.labels("error").inc()
             raise
         metrics.IDENTITY_ALLOCATIONS.labels("stored").inc()
-        old, use.number = use.number, number
-        await self._adopt(use)
-        if old and old != number:
-            logger.warning("identity {} of {} is {} in etcd, which counts", old, use.slot.text, number)
+        old, use.number = use.number, answer.number
+        await self._adopt(use, answer.revision)
+        if old and old != use.number:
+            logger.warning("identity {} of {} is {} in etcd, which counts", old, use.slot.text, use.number)
             if self._on_renumbered is not None:
-                self._on_renumbered(use.slot.labels, old, number)
+                self._on_renumbered(use.slot.labels, old, use.number)
 
-    async def _adopt(self, use: _Use) -> None:
-        """Have the session keep our value/ key alive, and write it again when it is gone."""
+    async def _adopt(self, use: _Use, revision: int) -> None:
+        """Have the session keep our value/ key, written at `revision`, alive and in place."""
+        use.adopted = True
         value = schema.encode_identity_value(use.number)
-        await self._session.own(use.slot.value_key, value)
+        await self._session.adopt(use.slot.value_key, value, revision)
+
+    async def _lease(self) -> int:
+        """Return the session's lease; wait for the first one, and for a new one when it is lost."""
+        if self._session.lease_id:
+            return self._session.lease_id
+        with waiting("etcd", "a lease"):
+            return await self._session.ready()
 
 
 _RESERVED_NUMBERS = {labels: number for number, labels in RESERVED.items()}

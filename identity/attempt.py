@@ -17,21 +17,19 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Container
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from core.backoff import Backoff
 from core.errors import shorten
 from core.waiting import waiting
 from identity import locked, transactions
-from identity.cache import IdentityCache
 from identity.errors import AllocationFailed, RangeExhausted
 from identity.transactions import Answer, Outcome, Slot, Txn
 from kvstore import schema
 from kvstore.client import Client
 from kvstore.errors import LeaseNotFound, RecordError, Unavailable
 from kvstore.ops import TxnResult
-from kvstore.session import Session
 
 T = TypeVar("T")
 
@@ -43,30 +41,45 @@ TAKEN_BEFORE_LISTING = 3
 DRAWS = 32
 
 
+async def no_lease() -> int:
+    return 0
+
+
+def nothing_known(number: int) -> bool:
+    return False
+
+
 class Attempt:
-    """The state of one allocation for `slot`, from `numbers`."""
+    """The state of one allocation for `slot`, from `numbers`.
+
+    `lease` gives the lease that our value/ key hangs on at the time (0: none), `known` says which numbers
+    are surely in use.
+    """
 
     def __init__(
         self,
         client: Client,
-        session: Session,
-        cache: IdentityCache,
         slot: Slot,
         numbers: range,
-        rng: random.Random,
+        *,
+        lease: Callable[[], Awaitable[int]] = no_lease,
+        known: Callable[[int], bool] = nothing_known,
+        rng: random.Random | None = None,
     ) -> None:
         self._client = client
-        self._session = session
-        self._cache = cache
         self._slot = slot
         self._numbers = numbers
-        self._rng = rng
+        self._lease = lease
+        self._known = known
+        self._rng = rng or random.Random()
+        # Numbers in use by anybody, and of those the ones that do not hold our labels.
         self._taken: set[int] = set()
+        self._foreign: set[int] = set()
         self._gone: set[int] = set()
         self._listed = False
 
-    async def run(self, preferred: int = 0) -> int:
-        """Return the number that the store now holds for the slot; `preferred` is taken if it can be.
+    async def run(self, preferred: int = 0) -> Answer:
+        """Return DONE with the number that the store now holds; `preferred` is taken if it can be.
 
         Waits for etcd and for locks of others as long as it takes.  Raises AllocationFailed,
         RangeExhausted, and KvstoreError where waiting can not help.
@@ -80,7 +93,7 @@ class Attempt:
             attempts += 1
             answer = await self._step(answer)
             if answer.outcome is Outcome.DONE:
-                return answer.number
+                return answer
         raise AllocationFailed(
             f"no identity for {shorten(self._slot.text)} after {MAX_ATTEMPTS} attempts, the last: {answer}",
             hint="somebody else keeps changing the same keys under cilium/state/identities/v1/",
@@ -98,22 +111,28 @@ class Attempt:
             case Outcome.AMBIGUOUS:
                 return await self._locked()
             case _:
-                self._taken.add(answer.number)
+                self._note_taken(answer)
                 return await self._create(await self._choose())
+
+    def _note_taken(self, answer: Answer) -> None:
+        if answer.number:
+            self._taken.add(answer.number)
+        if answer.outcome is Outcome.FOREIGN:
+            self._foreign.add(answer.number)
 
     async def _join(self, number: int) -> Answer:
         result = await self._txn(lambda lease: transactions.join(self._slot, number, lease))
-        return Answer(transactions.joined(result), number)
+        return Answer(transactions.joined(result), number, result.revision)
 
     async def _restore(self, number: int) -> Answer:
         result = await self._txn(lambda lease: transactions.restore(self._slot, number, lease))
         self._gone.discard(number)
-        return Answer(Outcome.DONE if result.succeeded else Outcome.JOIN, number)
+        return Answer(Outcome.DONE if result.succeeded else Outcome.JOIN, number, result.revision)
 
     async def _create(self, number: int) -> Answer:
         result = await self._txn(lambda lease: transactions.create(self._slot, number, lease))
-        answer = transactions.created(self._slot, result, self._numbers, self._taken)
-        return answer if answer.number else answer._replace(number=number)
+        answer = transactions.created(self._slot, result, self._numbers, self._foreign)
+        return answer._replace(number=answer.number or number, revision=result.revision)
 
     async def _locked(self) -> Answer:
         # Chosen before the lock is taken: choosing may list, and a lock should be short.
@@ -121,7 +140,7 @@ class Attempt:
 
         async def attempt() -> Answer:
             return await locked.allocate(
-                self._client, self._slot, self._numbers, self._taken, number, self._session.lease_id
+                self._client, self._slot, self._numbers, self._foreign, number, await self._lease()
             )
 
         return await patiently(f"identity of {shorten(self._slot.text)}", attempt)
@@ -138,18 +157,18 @@ class Attempt:
 
     async def _txn(self, build: Callable[[int], Txn]) -> TxnResult:
         # Built anew for each try: the lease may be another one then.
-        return await patiently(
-            f"identity of {shorten(self._slot.text)}",
-            lambda: self._client.txn(*build(self._session.lease_id)),
-        )
+        async def attempt() -> TxnResult:
+            return await self._client.txn(*build(await self._lease()))
+
+        return await patiently(f"identity of {shorten(self._slot.text)}", attempt)
 
     async def _choose(self) -> int:
         number = 0
         if len(self._taken) < TAKEN_BEFORE_LISTING:
-            number = pick(self._numbers, (self._cache.table, self._taken), self._rng)
+            number = pick(self._numbers, lambda each: each in self._taken or self._known(each), self._rng)
         if not number:
             await self._read_taken()
-            number = pick(self._numbers, (self._taken,), self._rng)
+            number = pick(self._numbers, self._taken.__contains__, self._rng)
         if not number:
             raise RangeExhausted(
                 f"no number is left for {shorten(self._slot.text)}: all of {self._numbers[0]} to "
@@ -173,16 +192,16 @@ class Attempt:
         self._listed = True
 
 
-def pick(numbers: range, taken: tuple[Container[int], ...], rng: random.Random) -> int:
-    """Return a random number that is in none of `taken`, 0 when there is none.
+def pick(numbers: range, taken: Callable[[int], bool], rng: random.Random) -> int:
+    """Return a random number that is not `taken`, 0 when there is none.
 
     Random, so that agents which choose at the same moment rarely choose the same.
     """
     for _ in range(DRAWS):
         number = rng.choice(numbers)
-        if not any(number in each for each in taken):
+        if not taken(number):
             return number
-    free = [number for number in numbers if not any(number in each for each in taken)]
+    free = [number for number in numbers if not taken(number)]
     return rng.choice(free) if free else 0
 
 

@@ -46,7 +46,7 @@ async def allocate(
         # The lock keeps out everybody who might create these labels; only the number can be taken.
         create = transactions.restore(slot, fresh, lease)
         result = await client.txn((held, *create.compares), create.success)
-        return Answer(Outcome.DONE if result.succeeded else Outcome.TAKEN, fresh)
+        return Answer(Outcome.DONE if result.succeeded else Outcome.TAKEN, fresh, result.revision)
 
 
 @contextlib.asynccontextmanager

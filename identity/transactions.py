@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from core import metrics
-from identity.cache import count_ignored
 from identity.labels import Labels
 from kvstore import schema
 from kvstore.errors import RecordError
@@ -92,10 +91,11 @@ class Outcome(enum.Enum):
 
 
 class Answer(NamedTuple):
-    """An outcome; `number` is set for JOIN."""
+    """An outcome, the number it is about (0: none), and for DONE the revision of the write."""
 
     outcome: Outcome
     number: int = 0
+    revision: int = 0
 
 
 # --- create
@@ -141,7 +141,7 @@ def first_match(slot: Slot, items: Iterable[KeyValue], numbers: range, unusable:
         try:
             labels, _, number = schema.parse_identity_value(item.key, item.value)
         except RecordError as error:
-            count_ignored(schema.IDENTITY_VALUES, error)
+            metrics.KVSTORE_RECORDS_IGNORED.labels(schema.IDENTITY_VALUES, error.kind).inc()
             continue
         if labels != slot.text or number in skipped:
             continue
@@ -186,13 +186,16 @@ def read(slots: Iterable[tuple[Slot, int]]) -> Txn:
     )
 
 
-def intact(slot: Slot, number: int, id_item: KeyValue | None, value_item: KeyValue | None) -> bool:
-    """True when both keys are what an identity in use needs."""
+def intact(
+    slot: Slot, number: int, lease: int, id_item: KeyValue | None, value_item: KeyValue | None
+) -> bool:
+    """True when both keys are what an identity in use needs, ours on `lease`."""
     return (
         id_item is not None
         and value_item is not None
         and id_item.value == schema.encode_identity_id(slot.text)
         and value_item.value == schema.encode_identity_value(number)
+        and value_item.lease == lease
     )
 
 
