@@ -48,7 +48,7 @@ class Request:
     @property
     def common_name(self) -> str:
         """The user name in etcd."""
-        return check_name(f"{self.holder.value}:{self.name}")
+        return check_name(f"{self.holder.value}:{check_name(self.name)}")
 
     @property
     def alternatives(self) -> tuple[x509.GeneralName, ...]:
