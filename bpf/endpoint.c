@@ -22,11 +22,6 @@
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
-static __always_inline void parties_egress(struct parties *who, __u32 remote)
-{
-	*who = (struct parties){.source = config.identity, .destination = remote};
-}
-
 static __always_inline void parties_ingress(struct parties *who, __u32 remote)
 {
 	*who = (struct parties){
@@ -37,80 +32,62 @@ static __always_inline void parties_ingress(struct parties *who, __u32 remote)
 }
 
 /* to_stack leaves a packet to the host. */
-static __always_inline int to_stack(struct __sk_buff *ctx, enum trace_point point, const struct parties *who,
-				    const struct verdict *verdict)
+static __always_inline int to_stack(struct __sk_buff *ctx, enum trace_point point, const struct parties *who)
 {
-	if (verdict->state == CT_REPLY || verdict->state == CT_RELATED)
+	if (flow_get(ctx, state) >= CT_REPLY)
 		ctx->mark |= HOLDFAST_MARK_NO_MASQ;
 	count(REASON_FORWARDED, EGRESS, ctx->len);
-	notify_trace(ctx, point, who, verdict->state, verdict->report, 0);
+	notify_trace(ctx, point, who, 0);
 	return TC_ACT_OK;
 }
 
 /* forward sends an allowed packet on its way. */
-static __always_inline int forward(struct __sk_buff *ctx, const struct flow *flow, enum family family, __u32 now,
-				   const struct parties *who, const struct verdict *verdict)
+static __always_inline int forward(struct __sk_buff *ctx, const struct addresses *ends, enum family family,
+				   const struct parties *who)
 {
-	const struct endpoint_info *to;
+	const struct endpoint_info *to = NULL;
+	enum trace_point point = TRACE_TO_STACK;
 
-	if (verdict->from_stack)
-		return to_stack(ctx, TRACE_TO_STACK, who, verdict);
-	to = endpoint_of(&flow->daddr, family);
-	if (!to)
-		return to_stack(ctx, TRACE_TO_STACK, who, verdict);
-	if (to->flags & ENDPOINT_IS_HOST)
-		return to_stack(ctx, TRACE_TO_HOST, who, verdict);
-	if (!ipv4_hop(ctx))
-		return to_stack(ctx, TRACE_TO_STACK, who, verdict);
-	return deliver_local(ctx, to, config.identity, now);
+	if (!(flow_get(ctx, traits) & FLOW_FROM_STACK))
+		to = endpoint_of(&ends->destination, family);
+	if (to && to->flags & ENDPOINT_IS_HOST)
+		point = TRACE_TO_HOST;
+	else if (to && ipv4_hop(ctx))
+		return deliver_local(ctx, to, config.identity);
+	return to_stack(ctx, point, who);
 }
 
 static __always_inline int egress(struct __sk_buff *ctx, enum family family, struct parties *who)
 {
-	struct verdict verdict;
-	struct flow flow = {};
-	__u32 now, remote;
-	int ret = ipv4_parse(ctx, &flow);
+	struct addresses ends = {};
+	int ret = ipv4_parse(ctx, &ends);
 
 	if (ret < 0)
 		return ret;
-	if (flow.saddr.v4 != config.ipv4.v4)
+	if (ends.source.v4 != config.ipv4.v4)
 		return -DROP_INVALID_SOURCE;
-	if (ipv4_unroutable(&flow.daddr))
+	if (ipv4_unroutable(&ends.destination))
 		return -DROP_UNROUTABLE;
-	ret = ipv4_parse_l4(ctx, &flow);
+	ret = ipv4_parse_l4(ctx);
 	if (ret < 0)
 		return ret;
-	now = clock_seconds();
-	remote = identity_of(&flow.daddr, family);
-	parties_egress(who, remote);
-	ret = judge(ctx, &flow, EGRESS, remote, now, false, &verdict);
-	if (ret < 0)
-		return ret;
-	return forward(ctx, &flow, family, now, who, &verdict);
+	flow_set(ctx, now, clock_seconds());
+	who->destination = identity_of(&ends.destination, family);
+	ret = judge(ctx, &ends, EGRESS, who->destination, false);
+	return ret < 0 ? ret : forward(ctx, &ends, family, who);
 }
 
 /* ingress judges a packet for this endpoint. */
-static __always_inline int ingress(struct __sk_buff *ctx, const struct flow *flow, __u32 remote, __u32 now,
-				   bool via_stack, struct parties *who)
+static __always_inline int ingress(struct __sk_buff *ctx, const struct addresses *ends, const struct parties *who,
+				   bool via_stack)
 {
-	struct verdict verdict;
-	int ret;
+	int ret = judge(ctx, ends, INGRESS, who->source, via_stack);
 
-	parties_ingress(who, remote);
-	ret = judge(ctx, flow, INGRESS, remote, now, via_stack, &verdict);
 	if (ret < 0)
 		return ret;
 	count(REASON_FORWARDED, INGRESS, ctx->len);
-	notify_trace(ctx, TRACE_TO_ENDPOINT, who, verdict.state, verdict.report, config.ifindex);
+	notify_trace(ctx, TRACE_TO_ENDPOINT, who, config.ifindex);
 	return 0;
-}
-
-static __always_inline int parse(struct __sk_buff *ctx, struct flow *flow)
-{
-	int ret = ipv4_parse(ctx, flow);
-
-	return ret < 0 ? ret : ipv4_parse_l4(ctx, flow);
 }
 
 SEC("tc")
@@ -119,8 +96,7 @@ int from_endpoint(struct __sk_buff *ctx)
 	struct parties who = {.source = config.identity};
 	int ret = -DROP_UNSUPPORTED_L3;
 
-	if (config.aggregation == AGGREGATE_NONE)
-		notify_trace(ctx, TRACE_FROM_ENDPOINT, &who, CT_NEW, true, 0);
+	notify_arrival(ctx, TRACE_FROM_ENDPOINT, &who, 0);
 	if (ctx->protocol == bpf_htons(ETH_P_IP))
 		ret = egress(ctx, FAMILY_IPV4, &who);
 	else if (ctx->protocol == bpf_htons(ETH_P_ARP))
@@ -128,26 +104,45 @@ int from_endpoint(struct __sk_buff *ctx)
 	return ret < 0 ? drop(ctx, ret, EGRESS, &who) : ret;
 }
 
+static __always_inline int ingress_handed_over(struct __sk_buff *ctx, const struct parties *who)
+{
+	struct addresses ends = {};
+	int ret = ipv4_addresses(ctx, &ends);
+
+	return ret < 0 ? ret : ingress(ctx, &ends, who, false);
+}
+
 SEC("tc")
 int policy_ingress(struct __sk_buff *ctx)
 {
-	struct flow flow = {};
 	struct parties who;
-	__u32 remote = ctx->cb[CB_SOURCE], now = ctx->cb[CB_NOW];
 	int ret = -DROP_UNSUPPORTED_L3;
 
-	parties_ingress(&who, remote);
+	flow_set(ctx, traits, flow_get(ctx, traits) & (FLOW_PORTLESS | FLOW_ICMP_ERROR)); /* the rest was said of the sender's half */
+	parties_ingress(&who, flow_get(ctx, sender));
 	if (ctx->protocol == bpf_htons(ETH_P_IP))
-		ret = parse(ctx, &flow);
-	if (ret >= 0)
-		ret = ingress(ctx, &flow, remote, now, false, &who);
+		ret = ingress_handed_over(ctx, &who);
 	return ret < 0 ? drop(ctx, ret, INGRESS, &who) : bpf_redirect_peer(config.ifindex, 0);
+}
+
+static __always_inline int ingress_from_stack(struct __sk_buff *ctx, enum family family, struct parties *who)
+{
+	struct addresses ends = {};
+	int ret = ipv4_parse(ctx, &ends);
+
+	if (ret < 0)
+		return ret;
+	ret = ipv4_parse_l4(ctx);
+	if (ret < 0)
+		return ret;
+	flow_set(ctx, now, clock_seconds());
+	who->source = identity_of(&ends.source, family);
+	return ingress(ctx, &ends, who, true);
 }
 
 SEC("tc")
 int to_endpoint(struct __sk_buff *ctx)
 {
-	struct flow flow = {};
 	struct parties who;
 	int ret = -DROP_UNSUPPORTED_L3;
 
@@ -155,8 +150,6 @@ int to_endpoint(struct __sk_buff *ctx)
 		return TC_ACT_OK;
 	parties_ingress(&who, 0);
 	if (ctx->protocol == bpf_htons(ETH_P_IP))
-		ret = parse(ctx, &flow);
-	if (ret >= 0)
-		ret = ingress(ctx, &flow, identity_of(&flow.saddr, FAMILY_IPV4), clock_seconds(), true, &who);
+		ret = ingress_from_stack(ctx, FAMILY_IPV4, &who);
 	return ret < 0 ? drop(ctx, ret, INGRESS, &who) : TC_ACT_OK;
 }

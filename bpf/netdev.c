@@ -27,23 +27,27 @@ static __always_inline bool is_workload(const struct endpoint_info *endpoint)
 /* enter delivers a packet to the endpoint it is for; TC_ACT_OK leaves it to the stack. */
 static __always_inline int enter(struct __sk_buff *ctx, enum family family, struct parties *who)
 {
-	struct flow flow = {};
+	struct addresses ends = {};
 	const struct endpoint_info *to;
+	int ret;
 
-	if (ipv4_parse(ctx, &flow) < 0)
+	if (ipv4_parse(ctx, &ends) < 0)
 		return TC_ACT_OK;
-	to = endpoint_of(&flow.daddr, family);
+	to = endpoint_of(&ends.destination, family);
 	if (!is_workload(to))
 		return TC_ACT_OK;
-	who->source = identity_from_wire(&flow.saddr, family);
+	who->source = identity_from_wire(&ends.source, family);
 	who->receiver = to->lxc_id;
-	if (is_workload(endpoint_of(&flow.saddr, family)))
+	if (is_workload(endpoint_of(&ends.source, family)))
 		return -DROP_INVALID_SOURCE;
-	if (config.aggregation == AGGREGATE_NONE)
-		notify_trace(ctx, TRACE_FROM_NETWORK, who, CT_NEW, true, ctx->ifindex);
+	notify_arrival(ctx, TRACE_FROM_NETWORK, who, ctx->ifindex);
+	ret = ipv4_parse_l4(ctx);
+	if (ret < 0)
+		return ret;
 	if (!ipv4_hop(ctx))
 		return TC_ACT_OK;
-	return deliver_local(ctx, to, who->source, clock_seconds());
+	flow_set(ctx, now, clock_seconds());
+	return deliver_local(ctx, to, who->source);
 }
 
 SEC("tc")

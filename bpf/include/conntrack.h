@@ -25,70 +25,126 @@ static __always_inline __u32 clock_seconds(void)
 	return now / 1000000000;
 }
 
-static __always_inline void ct_key(struct ipv4_ct_tuple *key, const struct flow *flow, enum direction dir, bool reply)
+/* ct_key makes the tuple of the entry that a packet in `dir` would create. */
+static __always_inline void ct_key(struct __sk_buff *ctx, const struct addresses *ends, enum direction dir,
+				   struct ipv4_ct_tuple *key)
 {
-	key->daddr = reply ? flow->daddr.v4 : flow->saddr.v4;
-	key->saddr = reply ? flow->saddr.v4 : flow->daddr.v4;
-	key->dport = reply ? flow->sport : flow->dport;
-	key->sport = reply ? flow->dport : flow->sport;
-	key->nexthdr = flow->proto;
-	key->flags = dir ^ reply;
+	key->daddr = ends->source.v4;
+	key->saddr = ends->destination.v4;
+	key->dport = flow_get(ctx, dport);
+	key->sport = flow_get(ctx, sport);
+	key->nexthdr = flow_get(ctx, proto);
+	key->flags = dir;
 }
 
-/* ct_find returns the live entry that was made for `flow` in `dir` or, as a `reply`, for its opposite. */
-static __always_inline struct ct_entry *ct_find(const struct flow *flow, enum direction dir, bool reply, __u32 now)
+/* ct_reverse turns a tuple into that of the same connection opened from the other end. */
+static __always_inline void ct_reverse(struct ipv4_ct_tuple *key)
+{
+	__be32 address = key->daddr;
+	__be16 port = key->dport;
+
+	key->daddr = key->saddr;
+	key->saddr = address;
+	key->dport = key->sport;
+	key->sport = port;
+	key->flags ^= 1;
+}
+
+/* ct_find returns the live entry of a tuple. */
+static __always_inline struct ct_entry *ct_find(struct __sk_buff *ctx, const struct ipv4_ct_tuple *key, bool tcp)
+{
+	struct ct_entry *entry;
+
+	if (tcp)
+		entry = bpf_map_lookup_elem(&cilium_ct4_global, key);
+	else
+		entry = bpf_map_lookup_elem(&cilium_ct_any4_global, key);
+	return entry && entry->lifetime >= flow_get(ctx, now) ? entry : NULL;
+}
+
+static __always_inline bool is_tcp(struct __sk_buff *ctx)
+{
+	return flow_get(ctx, proto) == IPPROTO_TCP;
+}
+
+/* ct_related says whether an ICMP error is about a packet of a connection: one that went the other way. */
+static __always_inline bool ct_related(struct __sk_buff *ctx, const struct addresses *ends, enum direction dir)
+{
+	struct ipv4_ct_tuple key __attribute__((aligned(8)));
+
+	if (!ipv4_embedded_key(ctx, ends, &key))
+		return false;
+	key.flags = !dir;
+	if (ct_find(ctx, &key, key.nexthdr == IPPROTO_TCP))
+		return true;
+	ct_reverse(&key);
+	return ct_find(ctx, &key, key.nexthdr == IPPROTO_TCP);
+}
+
+/* ct_find_opening returns the entry that a bare SYN repeats, not one that is closing: it opens anew. */
+static __always_inline struct ct_entry *ct_find_opening(struct __sk_buff *ctx, const struct ipv4_ct_tuple *key)
+{
+	struct ct_entry *entry = ct_find(ctx, key, true);
+
+	return entry && !entry->rx_closing && !entry->tx_closing ? entry : NULL;
+}
+
+/* ct_find_either looks a packet up in its own direction and as a reply; flow.reply says which it was. */
+static __always_inline struct ct_entry *ct_find_either(struct __sk_buff *ctx, struct ipv4_ct_tuple *key)
+{
+	struct ct_entry *entry;
+
+	flow_set(ctx, reply, bpf_ntohs(key->sport) < bpf_ntohs(key->dport));
+	if (flow_get(ctx, reply))
+		ct_reverse(key);
+	entry = ct_find(ctx, key, is_tcp(ctx));
+	if (entry)
+		return entry;
+	flow_set(ctx, reply, !flow_get(ctx, reply));
+	ct_reverse(key);
+	return ct_find(ctx, key, is_tcp(ctx));
+}
+
+/* ct_lookup finds out what a packet is (flow.state); it returns its entry, NULL for CT_NEW and
+ * CT_RELATED. */
+static __always_inline struct ct_entry *ct_lookup(struct __sk_buff *ctx, const struct addresses *ends,
+						  enum direction dir)
 {
 	struct ipv4_ct_tuple key __attribute__((aligned(8)));
 	struct ct_entry *entry;
 
-	ct_key(&key, flow, dir, reply);
-	if (flow->proto == IPPROTO_TCP)
-		entry = bpf_map_lookup_elem(&cilium_ct4_global, &key);
+	flow_set(ctx, state, CT_NEW);
+	if (unlikely(flow_get(ctx, traits) & FLOW_ICMP_ERROR)) {
+		if (ct_related(ctx, ends, dir))
+			flow_set(ctx, state, CT_RELATED);
+		return NULL;
+	}
+	ct_key(ctx, ends, dir, &key);
+	flow_set(ctx, reply, 0);
+	if (flow_opens_tcp(ctx))
+		entry = ct_find_opening(ctx, &key);
 	else
-		entry = bpf_map_lookup_elem(&cilium_ct_any4_global, &key);
-	return entry && entry->lifetime >= now ? entry : NULL;
+		entry = ct_find_either(ctx, &key);
+	if (entry)
+		flow_set(ctx, state, CT_ESTABLISHED + flow_get(ctx, reply));
+	return entry;
 }
 
-static __always_inline bool ct_related(struct __sk_buff *ctx, const struct flow *error, enum direction dir, __u32 now)
+/* ct_is_reply says whether a packet that was found in its own direction is a reply as well. */
+static __always_inline bool ct_is_reply(struct __sk_buff *ctx, const struct addresses *ends, enum direction dir)
 {
-	struct flow inner = {};
+	struct ipv4_ct_tuple key __attribute__((aligned(8)));
 
-	if (!ipv4_parse_embedded(ctx, error, &inner))
+	if (flow_opens_tcp(ctx))
 		return false;
-	return ct_find(&inner, !dir, false, now) || ct_find(&inner, !dir, true, now);
+	ct_key(ctx, ends, dir, &key);
+	ct_reverse(&key);
+	return ct_find(ctx, &key, is_tcp(ctx));
 }
 
-/* ct_lookup says what a packet is; *found is its entry, NULL for CT_NEW and CT_RELATED. */
-static __always_inline enum ct_state ct_lookup(struct __sk_buff *ctx, const struct flow *flow, enum direction dir,
-					       __u32 now, struct ct_entry **found)
+static __always_inline __u32 ct_timeout(struct __sk_buff *ctx, const struct ct_entry *entry)
 {
-	bool reply = bpf_ntohs(flow->sport) < bpf_ntohs(flow->dport);
-	struct ct_entry *entry;
-
-	*found = NULL;
-	if (unlikely(flow->icmp_error))
-		return ct_related(ctx, flow, dir, now) ? CT_RELATED : CT_NEW;
-	if (flow_opens_tcp(flow)) {
-		entry = ct_find(flow, dir, false, now);
-		if (!entry || entry->rx_closing || entry->tx_closing)
-			return CT_NEW;
-		*found = entry;
-		return CT_ESTABLISHED;
-	}
-	entry = ct_find(flow, dir, reply, now);
-	if (!entry) {
-		reply = !reply;
-		entry = ct_find(flow, dir, reply, now);
-	}
-	*found = entry;
-	if (!entry)
-		return CT_NEW;
-	return reply ? CT_REPLY : CT_ESTABLISHED;
-}
-
-static __always_inline __u32 ct_timeout(const struct ct_entry *entry, const struct flow *flow)
-{
-	if (flow->proto != IPPROTO_TCP)
+	if (!is_tcp(ctx))
 		return config.timeout_any;
 	if (entry->rx_closing && entry->tx_closing)
 		return config.timeout_tcp_fin;
@@ -97,32 +153,32 @@ static __always_inline __u32 ct_timeout(const struct ct_entry *entry, const stru
 
 /* ct_follow moves the TCP state on.  A reset closes both ways; packets that still come (a forged reset
  * ends nothing) keep the entry alive for the short timeout each. */
-static __always_inline void ct_follow(struct ct_entry *entry, const struct flow *flow, enum direction dir)
+static __always_inline void ct_follow(struct __sk_buff *ctx, struct ct_entry *entry, enum direction dir)
 {
-	bool reset = flow->tcp_flags & TCP_RST;
+	__u8 flags = flow_get(ctx, tcp_flags);
 
-	if (!(flow->tcp_flags & TCP_SYN) && !entry->seen_non_syn)
+	if (!(flags & TCP_SYN) && !entry->seen_non_syn)
 		entry->seen_non_syn = 1;
-	if (likely(!(flow->tcp_flags & (TCP_FIN | TCP_RST))))
+	if (likely(!(flags & (TCP_FIN | TCP_RST))))
 		return;
-	if (reset || dir == INGRESS)
+	if (dir == INGRESS || flow_get(ctx, tcp_flags) & TCP_RST)
 		entry->rx_closing = 1;
-	if (reset || dir == EGRESS)
+	if (dir == EGRESS || flow_get(ctx, tcp_flags) & TCP_RST)
 		entry->tx_closing = 1;
 }
 
 /* ct_report decides whether this packet is worth a trace event, and remembers that it was. */
-static __always_inline bool ct_report(struct ct_entry *entry, const struct flow *flow, enum direction dir, __u32 now)
+static __always_inline void ct_report(struct __sk_buff *ctx, struct ct_entry *entry, enum direction dir)
 {
 	__u8 *seen = dir == INGRESS ? &entry->rx_flags_seen : &entry->tx_flags_seen;
 	__u32 *last = dir == INGRESS ? &entry->last_rx_report : &entry->last_tx_report;
-	__u8 flags = *seen | (flow->tcp_flags & REPORT_FLAGS);
+	__u8 flags = *seen | (flow_get(ctx, tcp_flags) & REPORT_FLAGS);
 
-	if (likely(flags == *seen && *last + config.report_interval >= now))
-		return false;
+	if (likely(flags == *seen && *last + config.report_interval >= flow_get(ctx, now)))
+		return;
 	*seen = flags;
-	*last = now;
-	return true;
+	*last = flow_get(ctx, now);
+	flow_mark(ctx, FLOW_REPORT);
 }
 
 static __always_inline void ct_account(struct ct_entry *entry, enum direction dir, __u32 bytes)
@@ -136,40 +192,43 @@ static __always_inline void ct_account(struct ct_entry *entry, enum direction di
 	}
 }
 
-/* ct_update carries a packet into its entry; true when it is worth a trace event. */
-static __always_inline bool ct_update(struct ct_entry *entry, const struct flow *flow, enum direction dir, __u32 now,
-				      __u32 bytes)
+/* ct_update carries a packet into its entry. */
+static __always_inline void ct_update(struct __sk_buff *ctx, struct ct_entry *entry, enum direction dir)
 {
 	__u32 lifetime;
 
-	ct_account(entry, dir, bytes);
-	ct_follow(entry, flow, dir);
-	lifetime = now + ct_timeout(entry, flow);
+	ct_account(entry, dir, ctx->len);
+	ct_follow(ctx, entry, dir);
+	lifetime = flow_get(ctx, now) + ct_timeout(ctx, entry);
 	if (entry->lifetime != lifetime)
 		entry->lifetime = lifetime;
-	return ct_report(entry, flow, dir, now);
+	ct_report(ctx, entry, dir);
 }
 
 /* ct_create makes the entry of a new connection.  `source`: identity of who opened it. */
-static __always_inline int ct_create(const struct flow *flow, enum direction dir, __u32 now, __u32 bytes, __u32 source,
-				     bool from_stack)
+static __always_inline int ct_create(struct __sk_buff *ctx, const struct addresses *ends, enum direction dir,
+				     __u32 source, bool from_stack)
 {
 	struct ipv4_ct_tuple key __attribute__((aligned(8)));
 	struct ct_entry entry = {.src_sec_id = source, .from_stack = from_stack};
+	bool tcp = is_tcp(ctx);
 	long failed;
 
-	ct_key(&key, flow, dir, false);
+	ct_key(ctx, ends, dir, &key);
+	entry.seen_non_syn = !(flow_get(ctx, tcp_flags) & TCP_SYN);
+	entry.lifetime = flow_get(ctx, now) + (!tcp ? config.timeout_any : entry.seen_non_syn ? config.timeout_tcp : config.timeout_tcp_syn);
 	if (dir == INGRESS) {
 		entry.rx_packets = 1;
-		entry.rx_bytes = bytes;
+		entry.rx_bytes = ctx->len;
+		entry.rx_flags_seen = flow_get(ctx, tcp_flags) & REPORT_FLAGS;
+		entry.last_rx_report = flow_get(ctx, now);
 	} else {
 		entry.tx_packets = 1;
-		entry.tx_bytes = bytes;
+		entry.tx_bytes = ctx->len;
+		entry.tx_flags_seen = flow_get(ctx, tcp_flags) & REPORT_FLAGS;
+		entry.last_tx_report = flow_get(ctx, now);
 	}
-	ct_follow(&entry, flow, dir);
-	ct_report(&entry, flow, dir, now);
-	entry.lifetime = now + ct_timeout(&entry, flow);
-	if (flow->proto == IPPROTO_TCP)
+	if (tcp)
 		failed = bpf_map_update_elem(&cilium_ct4_global, &key, &entry, BPF_ANY);
 	else
 		failed = bpf_map_update_elem(&cilium_ct_any4_global, &key, &entry, BPF_ANY);

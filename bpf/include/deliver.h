@@ -7,10 +7,6 @@
 #include "ipv4.h"
 #include "metrics.h"
 
-/* Words of skb->cb that a tail call into policy_ingress carries. */
-#define CB_SOURCE 0 /* identity of the sender */
-#define CB_NOW 1    /* clock_seconds() */
-
 static __always_inline int drop(struct __sk_buff *ctx, int error, enum direction dir, const struct parties *who)
 {
 	count(-error, dir, ctx->len);
@@ -18,10 +14,9 @@ static __always_inline int drop(struct __sk_buff *ctx, int error, enum direction
 	return TC_ACT_SHOT;
 }
 
-/* deliver_local hands a packet to the ingress policy of an endpoint of this host; it returns only when
- * that endpoint has no program. */
-static __always_inline int deliver_local(struct __sk_buff *ctx, const struct endpoint_info *to, __u32 source,
-					 __u32 now)
+/* deliver_local hands a packet to the ingress policy of an endpoint of this host, and what is known of it
+ * in skb->cb; it returns only when that endpoint has no program. */
+static __always_inline int deliver_local(struct __sk_buff *ctx, const struct endpoint_info *to, __u32 sender)
 {
 	__u32 id = to->lxc_id;
 	struct ethhdr *eth = packet_at(ctx, 0, sizeof(*eth));
@@ -30,8 +25,7 @@ static __always_inline int deliver_local(struct __sk_buff *ctx, const struct end
 		return -DROP_INVALID;
 	memcpy(eth->h_dest, &to->mac, ETH_ALEN);
 	memcpy(eth->h_source, &to->node_mac, ETH_ALEN);
-	ctx->cb[CB_SOURCE] = source;
-	ctx->cb[CB_NOW] = now;
+	flow_set(ctx, sender, sender);
 	bpf_tail_call(ctx, &cilium_call_policy, id);
 	return -DROP_MISSED_TAIL_CALL;
 }

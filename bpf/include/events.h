@@ -8,6 +8,7 @@
 
 #include "config.h"
 #include "conntrack_state.h"
+#include "flow.h"
 #include "maps.h"
 
 #define EVENT_PAYLOAD 128
@@ -150,14 +151,13 @@ static __always_inline void notify_drop(struct __sk_buff *ctx, __u8 reason, cons
 	bpf_ringbuf_submit(event, 0);
 }
 
-/* notify_trace reports a packet at `point`; `report`: conntrack says that this one is worth it. */
-static __always_inline void notify_trace(struct __sk_buff *ctx, enum trace_point point,
-					 const struct parties *who, enum ct_state state, bool report,
+/* notify_trace reports a packet at `point`. */
+static __always_inline void notify_trace(struct __sk_buff *ctx, enum trace_point point, const struct parties *who,
 					 __u32 ifindex)
 {
 	struct trace_event *event;
 
-	if (config.aggregation != AGGREGATE_NONE && !report)
+	if (config.aggregation != AGGREGATE_NONE && !(flow_get(ctx, traits) & FLOW_REPORT))
 		return;
 	if (!events_wanted())
 		return;
@@ -168,10 +168,20 @@ static __always_inline void notify_trace(struct __sk_buff *ctx, enum trace_point
 	event->src_label = who->source;
 	event->dst_label = who->destination;
 	event->dst_id = who->receiver;
-	event->reason = state;
+	event->reason = flow_get(ctx, state);
 	event->ipv6 = 0;
 	event->pad = 0;
 	event->ifindex = ifindex;
 	event->orig_ip = (union address){};
 	bpf_ringbuf_submit(event, 0);
+}
+
+/* notify_arrival reports a packet before anything is known of it, when every packet is wanted. */
+static __always_inline void notify_arrival(struct __sk_buff *ctx, enum trace_point point, const struct parties *who,
+					   __u32 ifindex)
+{
+	if (config.aggregation != AGGREGATE_NONE)
+		return;
+	flow_set(ctx, state, CT_NEW);
+	notify_trace(ctx, point, who, ifindex);
 }

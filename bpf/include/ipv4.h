@@ -4,8 +4,9 @@
  * Parsing has two steps, because nothing of a packet may be remembered (fragments are) before its source
  * address was checked:
  *
- *   ipv4_parse      version, lengths, addresses, protocol, which fragment it is
- *   ipv4_parse_l4   ports, TCP flags, ICMP type and identifier; for later fragments from the first one
+ *   ipv4_parse      version, lengths, addresses
+ *   ipv4_parse_l4   protocol, ports, TCP flags, ICMP type and identifier; a later fragment has them from
+ *                   the first one
  */
 #pragma once
 
@@ -34,10 +35,10 @@ struct icmp_header {
 #define IPV4_FRAGMENT_OFFSET 0x1fff
 #define TCP_FLAGS_AT 13 /* the byte of a TCP header that holds FIN to CWR */
 
-static __always_inline int ipv4_parse(struct __sk_buff *ctx, struct flow *flow)
+static __always_inline int ipv4_parse(struct __sk_buff *ctx, struct addresses *ends)
 {
 	const struct iphdr *ip = packet_at(ctx, ETH_HLEN, sizeof(*ip));
-	__u32 header, total, fragment;
+	__u32 header, total;
 
 	if (unlikely(!ip))
 		return -DROP_INVALID;
@@ -47,133 +48,170 @@ static __always_inline int ipv4_parse(struct __sk_buff *ctx, struct flow *flow)
 		total = ctx->len - ETH_HLEN;
 	if (unlikely(ip->version != 4 || header < sizeof(*ip) || total < header || ETH_HLEN + total > ctx->len))
 		return -DROP_INVALID;
-	flow->saddr.v4 = ip->saddr;
-	flow->daddr.v4 = ip->daddr;
-	flow->proto = ip->protocol;
-	flow->l4_off = ETH_HLEN + header;
-	flow->fragment_id = ip->id;
-	fragment = bpf_ntohs(ip->frag_off);
-	flow->later_fragment = (fragment & IPV4_FRAGMENT_OFFSET) != 0;
-	flow->first_fragment = (fragment & (IPV4_FRAGMENT_OFFSET | IPV4_MORE_FRAGMENTS)) == IPV4_MORE_FRAGMENTS;
+	ends->source.v4 = ip->saddr;
+	ends->destination.v4 = ip->daddr;
 	return 0;
 }
 
-static __always_inline void ipv4_fragment_key(struct ipv4_frag_id *key, const struct flow *flow)
+/* ipv4_addresses reads what an earlier program has checked. */
+static __always_inline int ipv4_addresses(struct __sk_buff *ctx, struct addresses *ends)
 {
-	key->daddr = flow->daddr.v4;
-	key->saddr = flow->saddr.v4;
-	key->id = flow->fragment_id;
-	key->proto = flow->proto;
-	key->pad = 0;
-}
+	const struct iphdr *ip = packet_at(ctx, ETH_HLEN, sizeof(*ip));
 
-static __always_inline void ipv4_remember_fragment(const struct flow *flow)
-{
-	struct ipv4_frag_id key __attribute__((aligned(8)));
-	struct ipv4_frag_l4ports ports __attribute__((aligned(4))) = {.sport = flow->sport, .dport = flow->dport};
-
-	ipv4_fragment_key(&key, flow);
-	bpf_map_update_elem(&cilium_ipv4_frag_datagrams, &key, &ports, BPF_ANY);
-}
-
-static __always_inline int ipv4_recall_fragment(struct flow *flow)
-{
-	struct ipv4_frag_id key __attribute__((aligned(8)));
-	const struct ipv4_frag_l4ports *ports;
-
-	if (!config.track_fragments) {
-		flow->portless = 1;
-		return 0;
-	}
-	ipv4_fragment_key(&key, flow);
-	ports = bpf_map_lookup_elem(&cilium_ipv4_frag_datagrams, &key);
-	if (!ports)
-		return -DROP_FRAGMENT_NOT_FOUND;
-	flow->sport = ports->sport;
-	flow->dport = ports->dport;
-	if (flow->proto == IPPROTO_ICMP) /* only echo is ever long enough: a request has no dport */
-		flow->icmp_type = flow->dport ? ICMP_ECHOREPLY : ICMP_ECHO;
+	if (unlikely(!ip))
+		return -DROP_INVALID;
+	ends->source.v4 = ip->saddr;
+	ends->destination.v4 = ip->daddr;
 	return 0;
 }
 
 /* icmp_ports fills in ports from an ICMP header so that a reply is the request reversed. */
-static __always_inline void icmp_ports(struct flow *flow, __u8 type, __be16 id)
+static __always_inline void icmp_ports(__u8 type, __be16 id, __be16 *sport, __be16 *dport)
 {
-	flow->icmp_type = type;
-	flow->sport = type == ICMP_ECHO ? id : 0;
-	flow->dport = type == ICMP_ECHOREPLY ? id : 0;
-	flow->icmp_error = type == ICMP_DEST_UNREACH || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETERPROB;
+	*sport = type == ICMP_ECHO ? id : 0;
+	*dport = type == ICMP_ECHOREPLY ? id : 0;
 }
 
-static __always_inline int ipv4_load_l4(struct __sk_buff *ctx, struct flow *flow)
+static __always_inline bool icmp_is_error(__u8 type)
 {
-	const struct icmp_header *icmp;
-	const __u8 *tcp;
-	const __be16 *ports;
+	return type == ICMP_DEST_UNREACH || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETERPROB;
+}
 
-	switch (flow->proto) {
-	case IPPROTO_TCP:
-		tcp = packet_at(ctx, flow->l4_off, TCP_FLAGS_AT + 1);
-		if (!tcp)
-			return -DROP_CT_INVALID_HEADER;
-		flow->tcp_flags = tcp[TCP_FLAGS_AT];
-		ports = (const __be16 *)tcp;
-		break;
-	case IPPROTO_UDP:
-	case IPPROTO_SCTP:
-		ports = packet_at(ctx, flow->l4_off, 8);
-		if (!ports)
-			return -DROP_CT_INVALID_HEADER;
-		break;
-	case IPPROTO_ICMP:
-		icmp = packet_at(ctx, flow->l4_off, sizeof(*icmp));
-		if (!icmp)
-			return -DROP_CT_INVALID_HEADER;
-		icmp_ports(flow, icmp->type, icmp->echo_id);
+static __always_inline void ipv4_fragment_key(struct ipv4_frag_id *key, const struct iphdr *ip)
+{
+	key->daddr = ip->daddr;
+	key->saddr = ip->saddr;
+	key->id = ip->id;
+	key->proto = ip->protocol;
+	key->pad = 0;
+}
+
+static __always_inline void ipv4_remember_fragment(struct __sk_buff *ctx, const struct ipv4_frag_id *key)
+{
+	struct ipv4_frag_l4ports ports __attribute__((aligned(4))) = {
+		.sport = flow_get(ctx, sport),
+		.dport = flow_get(ctx, dport),
+	};
+
+	bpf_map_update_elem(&cilium_ipv4_frag_datagrams, key, &ports, BPF_ANY);
+}
+
+static __always_inline int ipv4_recall_fragment(struct __sk_buff *ctx, const struct ipv4_frag_id *key)
+{
+	const struct ipv4_frag_l4ports *ports;
+
+	if (!config.track_fragments) {
+		flow_set(ctx, traits, FLOW_PORTLESS);
 		return 0;
-	default:
-		return -DROP_CT_UNKNOWN_L4;
 	}
-	flow->sport = ports[0];
-	flow->dport = ports[1];
+	ports = bpf_map_lookup_elem(&cilium_ipv4_frag_datagrams, key);
+	if (!ports)
+		return -DROP_FRAGMENT_NOT_FOUND;
+	flow_set(ctx, sport, ports->sport);
+	flow_set(ctx, dport, ports->dport);
+	/* Of ICMP only echo is ever long enough: a request has no dport. */
+	flow_set(ctx, icmp_type, ports->dport ? ICMP_ECHOREPLY : ICMP_ECHO);
 	return 0;
 }
 
-static __always_inline int ipv4_parse_l4(struct __sk_buff *ctx, struct flow *flow)
+static __always_inline int ipv4_load_icmp(struct __sk_buff *ctx, __u32 off)
 {
+	const struct icmp_header *icmp = packet_at(ctx, off, sizeof(*icmp));
+	__be16 sport, dport;
+
+	if (!icmp)
+		return -DROP_CT_INVALID_HEADER;
+	icmp_ports(icmp->type, icmp->echo_id, &sport, &dport);
+	flow_set(ctx, sport, sport);
+	flow_set(ctx, dport, dport);
+	flow_set(ctx, icmp_type, icmp->type);
+	flow_set(ctx, traits, icmp_is_error(icmp->type) ? FLOW_ICMP_ERROR : 0);
+	return 0;
+}
+
+static __always_inline int ipv4_load_ports(struct __sk_buff *ctx, __u32 off, bool tcp)
+{
+	const __u8 *l4 = packet_at(ctx, off, tcp ? TCP_FLAGS_AT + 1 : 8);
+
+	if (!l4)
+		return -DROP_CT_INVALID_HEADER;
+	flow_set(ctx, sport, *(const __be16 *)l4);
+	flow_set(ctx, dport, *(const __be16 *)(l4 + 2));
+	if (tcp)
+		flow_set(ctx, tcp_flags, l4[TCP_FLAGS_AT]);
+	return 0;
+}
+
+static __always_inline int ipv4_load_l4(struct __sk_buff *ctx, __u32 off, __u8 proto)
+{
+	switch (proto) {
+	case IPPROTO_TCP:
+		return ipv4_load_ports(ctx, off, true);
+	case IPPROTO_UDP:
+	case IPPROTO_SCTP:
+		return ipv4_load_ports(ctx, off, false);
+	case IPPROTO_ICMP:
+		return ipv4_load_icmp(ctx, off);
+	default:
+		return -DROP_CT_UNKNOWN_L4;
+	}
+}
+
+static __always_inline int ipv4_parse_fragment(struct __sk_buff *ctx, const struct iphdr *ip, __u32 off, bool later)
+{
+	struct ipv4_frag_id key __attribute__((aligned(8)));
 	int ret;
 
-	if (unlikely(flow->later_fragment))
-		return ipv4_recall_fragment(flow);
-	ret = ipv4_load_l4(ctx, flow);
-	if (!ret && unlikely(flow->first_fragment) && config.track_fragments)
-		ipv4_remember_fragment(flow);
+	ipv4_fragment_key(&key, ip);
+	if (later)
+		return ipv4_recall_fragment(ctx, &key);
+	ret = ipv4_load_l4(ctx, off, key.proto);
+	if (!ret && config.track_fragments)
+		ipv4_remember_fragment(ctx, &key);
 	return ret;
 }
 
-/* ipv4_parse_embedded reads the packet that an ICMP error is about: its header and eight bytes.
- * It returns false when they say nothing about a connection. */
-static __always_inline bool ipv4_parse_embedded(struct __sk_buff *ctx, const struct flow *error, struct flow *inner)
+static __always_inline int ipv4_parse_l4(struct __sk_buff *ctx)
 {
-	__u32 off = error->l4_off + sizeof(struct icmp_header);
+	const struct iphdr *ip = packet_at(ctx, ETH_HLEN, sizeof(*ip));
+	__u32 off;
+
+	if (unlikely(!ip))
+		return -DROP_INVALID;
+	off = ETH_HLEN + ip->ihl * 4;
+	flow_set(ctx, proto, ip->protocol);
+	flow_set(ctx, tcp_flags, 0);
+	flow_set(ctx, traits, 0);
+	flow_set(ctx, l4_off, off);
+	if (unlikely(ip->frag_off & bpf_htons(IPV4_FRAGMENT_OFFSET | IPV4_MORE_FRAGMENTS)))
+		return ipv4_parse_fragment(ctx, ip, off, ip->frag_off & bpf_htons(IPV4_FRAGMENT_OFFSET));
+	return ipv4_load_l4(ctx, off, ip->protocol);
+}
+
+/* ipv4_embedded_key makes the tuple of the packet that an ICMP error is about, from its header and eight
+ * bytes; false when they say nothing about a connection. */
+static __always_inline bool ipv4_embedded_key(struct __sk_buff *ctx, const struct addresses *ends,
+					      struct ipv4_ct_tuple *key)
+{
+	__u32 off = flow_get(ctx, l4_off) + sizeof(struct icmp_header);
 	struct iphdr ip;
 	__be16 l4[4];
 
 	if (bpf_skb_load_bytes(ctx, off, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
 		return false;
-	if (ip.frag_off & bpf_htons(IPV4_FRAGMENT_OFFSET))
+	/* An error goes to whoever sent the packet that it is about. */
+	if (ip.frag_off & bpf_htons(IPV4_FRAGMENT_OFFSET) || ip.saddr != ends->destination.v4)
 		return false;
 	if (bpf_skb_load_bytes(ctx, off + ip.ihl * 4, l4, sizeof(l4)))
 		return false;
-	inner->saddr.v4 = ip.saddr;
-	inner->daddr.v4 = ip.daddr;
-	inner->proto = ip.protocol;
-	inner->sport = l4[0];
-	inner->dport = l4[1];
+	key->daddr = ip.saddr;
+	key->saddr = ip.daddr;
+	key->nexthdr = ip.protocol;
+	key->sport = l4[0];
+	key->dport = l4[1];
 	if (ip.protocol == IPPROTO_ICMP)
-		icmp_ports(inner, bpf_ntohs(l4[0]) >> 8, l4[2]);
-	/* An error goes to whoever sent the packet it is about, and never answers an error. */
-	return ip.saddr == error->daddr.v4 && !inner->icmp_error;
+		icmp_ports(bpf_ntohs(l4[0]) >> 8, l4[2], &key->sport, &key->dport);
+	return true;
 }
 
 /* ipv4_unroutable says that a destination must never reach the host's stack from an endpoint: its
