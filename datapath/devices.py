@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datapath.errors import DeviceError
@@ -24,7 +24,7 @@ from datapath.sysctl import Sysctls, endpoint_settings
 
 HOST_PREFIX = "lxc0"  # every name below starts so: ids are 16 bits in five hex digits
 DEVICE_PATTERN = f"{HOST_PREFIX}*"  # for nft; iptables says "lxc0+"
-_OURS = re.compile(r"(?:lxc|hf)0[0-9a-f]{4}")
+_OURS = re.compile(r"lxc0[0-9a-f]{4}")
 _ALIAS = "holdfast endpoint "
 _FLAG_UP = 1
 GATEWAY = "169.254.1.1"  # what every container's default route names; answered in BPF
@@ -46,6 +46,7 @@ class Device:
 
     @property
     def is_ours(self) -> bool:
+        """Whether this is the host side of an endpoint's pair; the other side goes with it."""
         return self.kind == "veth" and bool(_OURS.fullmatch(self.name)) and self.alias.startswith(_ALIAS)
 
     @property
@@ -93,36 +94,39 @@ class Devices:
         A pair left over under the same name is replaced.  Raises DeviceError; nothing stays behind then.
         """
         name, other = host_name(endpoint_id), temporary_name(endpoint_id)
-        await self._remove_leftover(name)
-        await self._link(
-            f"create veth pair {name}",
-            "add",
-            ifname=name,
-            kind="veth",
-            mtu=mtu,
-            address=host_mac or random_mac(),
-            peer={"ifname": other, "address": mac, "mtu": mtu},
-        )
+        request = {
+            "ifname": name,
+            "kind": "veth",
+            "mtu": mtu,
+            "address": host_mac or random_mac(),
+            "peer": {"ifname": other, "address": mac, "mtu": mtu},
+        }
         try:
-            return await self._prepare(endpoint_id, name, other)
+            await self._link(f"create veth pair {name}", "add", **request)
+        except DeviceError as error:
+            if errno_of(error) != errno.EEXIST:
+                raise
+            await self._remove_leftover(name)
+            await self._link(f"create veth pair {name}", "add", **request)
+        try:
+            return await self._prepare(endpoint_id, name, other, mac)
         except BaseException:
             await self.delete(name)
             raise
 
-    async def _prepare(self, endpoint_id: int, name: str, other: str) -> VethPair:
+    async def _prepare(self, endpoint_id: int, name: str, other: str, mac: str) -> VethPair:
         self._sysctls.write_all(endpoint_settings(name))
-        host, container = await self.get(name), await self.get(other)
+        host = await self.get(name)
         alias = f"{_ALIAS}{endpoint_id}"
-        await self._link(f"mark {other}", "set", index=container.index, ifalias=alias)
         await self._link(f"set {name} up", "set", index=host.index, state="up", ifalias=alias)
-        return VethPair(await self.get(name), container)
+        container = Device(host.peer, other, "veth", mac, host.mtu, up=False, peer=host.index, alias="")
+        return VethPair(replace(host, up=True, alias=alias), container)
 
     async def _remove_leftover(self, name: str) -> None:
+        """Delete the pair that holds our name.  Raises DeviceError when it is somebody else's."""
         old = await self.find(name)
-        if old is None:
-            return
-        if not old.is_ours:
-            raise DeviceError(f"device {name} exists and is not Holdfast's", hint=f"rename or remove {name}")
+        if old is None or not old.is_ours:
+            raise DeviceError(f"device {name} exists and is not Holdfast's", hint="rename or remove it")
         await self.delete(name)
 
     async def get(self, name: str) -> Device:

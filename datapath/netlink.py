@@ -41,7 +41,7 @@ class Netlink:
             await closing
 
     async def request(
-        self, what: str, error: type[DatapathError], kind: str, command: str, **arguments: Any
+        self, what: str, error: type[DatapathError], kind: str, command: str, /, **arguments: Any
     ) -> list[Message]:
         """Run one request (`kind` link, addr, route, neigh) and return the answer's messages.
 

@@ -17,7 +17,8 @@ from datapath.netlink import Message, Netlink, errno_of
 
 PROTOCOL = 0x48  # "H"; /etc/iproute2/rt_protos leaves it free
 _SCOPE_LINK = 253
-_ANY_TYPE = 0  # RTN_UNSPEC: a deletion then matches unicast and unreachable routes alike
+# What a deletion must say to match unicast and unreachable routes, of whatever scope.
+_ANY = {"type": 0, "scope": 255}  # RTN_UNSPEC, RT_SCOPE_NOWHERE
 _ABSENT = frozenset({errno.ESRCH, errno.ENOENT, errno.ENODEV})
 
 
@@ -68,7 +69,7 @@ class Routes:
         dst = prefix if "/" in prefix else _host_prefix(prefix)
         what = f"delete route to {dst}"
         try:
-            await self._request(what, "route", "del", dst=dst, proto=PROTOCOL, type=_ANY_TYPE)
+            await self._request(what, "route", "del", dst=dst, proto=PROTOCOL, **_ANY)
         except RouteError as error:
             if errno_of(error) in _ABSENT:
                 return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,16 @@ class Netns:
             stderr=subprocess.STDOUT,
             text=True,
         )
+
+    def socket(self, kind: socket.SocketKind) -> socket.socket:
+        """Return an IPv4 socket that belongs inside; it may be used from anywhere."""
+
+        def make() -> socket.socket:
+            _check(_libc.setns(self.fd, _CLONE_NEWNET), "enter network namespace")
+            return socket.socket(socket.AF_INET, kind)
+
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(make).result()
 
     def close(self) -> None:
         os.close(self.fd)
