@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The firewall's rules with real packets through veth pairs: no programs here, so nft and iptables decide."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+
+from datapath.errors import FirewallError
+from datapath.firewall import MARK_NO_MASQUERADE, Firewall, FirewallState, PublishedPort
+from datapath.forward import CHAIN, ForwardChain
+from datapath.rulewatch import RuleWatch
+from tests.support.hostnet import HOST_ON_WIRE, POOL, ROUTER, WORLD, HostNet, container_address, host_net
+from tests.support.netns import Netns
+from tests.support.require import require_root, require_tools
+from tests.support.traffic import REFUSED_AFTER_S, UDP, ask, connected, seen_by_server, serving
+
+FIVE, SIX = container_address(5), container_address(6)
+
+
+@pytest.fixture
+async def net() -> AsyncIterator[HostNet]:
+    require_root()
+    require_tools("ip", "nsenter", "nft", "iptables", "iptables-save", "iptables-restore")
+    async with host_net() as made:
+        yield made
+
+
+def published(host_port: int, *, address: str = "", protocol: int = 6, count: int = 1) -> PublishedPort:
+    """Port `host_port` (or `count` from there) of the host, as port 80 and following of container 5."""
+    return PublishedPort(protocol, address, host_port, host_port + count - 1, FIVE, 80, 80 + count - 1)
+
+
+def state(*ports: PublishedPort, direct: frozenset[str] = frozenset()) -> FirewallState:
+    return FirewallState(ROUTER, frozenset({POOL}), direct, frozenset(ports))
+
+
+def drop_forward(host: Netns) -> None:
+    host.run("iptables", "-P", "FORWARD", "DROP")
+
+
+# --- FORWARD DROP
+
+
+@pytest.mark.parametrize("before", [True, False])
+async def test_flows_pass_a_host_that_drops_what_it_forwards(net: HostNet, before: bool) -> None:
+    inside = await net.container(5)
+    await Firewall().apply(state(published(8080)))
+    chain = ForwardChain()
+    if before:
+        drop_forward(net.host)
+        with serving(net.world, 80):
+            assert seen_by_server(inside, WORLD, 80) is None
+    assert await chain.ensure()
+    if not before:
+        drop_forward(net.host)
+    with serving(net.world, 80), serving(inside, 80):
+        assert seen_by_server(inside, WORLD, 80) == HOST_ON_WIRE
+        assert seen_by_server(net.world, HOST_ON_WIRE, 8080) == WORLD
+    assert await chain.verify() == []
+
+
+async def test_forward_chain_goes_without_a_trace(net: HostNet) -> None:
+    net.host.run("iptables", "-A", "FORWARD", "-s", "192.0.2.1", "-j", "DROP")
+    before = net.host.run("iptables", "-S")
+    chain = ForwardChain()
+    assert await chain.ensure()
+    assert await chain.ensure() == []
+    assert await chain.remove()
+    assert not await chain.remove()
+    assert net.host.run("iptables", "-S") == before
+
+
+async def test_jump_comes_back_to_the_top(net: HostNet) -> None:
+    """What a restart of docker or ufw does: rules before ours, or everything flushed."""
+    chain = ForwardChain()
+    await chain.ensure()
+    net.host.run("iptables", "-N", "DOCKER-USER")
+    net.host.run("iptables", "-I", "FORWARD", "-j", "DOCKER-USER")
+    net.host.run("iptables", "-A", "FORWARD", "-j", CHAIN)
+    assert await chain.ensure() == [f"{CHAIN} is not the one first rule of FORWARD"]
+    assert net.host.run("iptables", "-S", "FORWARD").splitlines()[1:] == [
+        f"-A FORWARD -j {CHAIN}",
+        "-A FORWARD -j DOCKER-USER",
+    ]
+    net.host.run("iptables", "-F")
+    assert len(await chain.ensure()) == 3
+    assert await chain.verify() == []
+
+
+async def test_changes_by_others_are_noticed_once(net: HostNet) -> None:
+    async with RuleWatch() as watch:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(watch.changed(), 0.3)
+        for number in range(5):
+            net.host.run("iptables", "-A", "FORWARD", "-s", f"192.0.2.{number}", "-j", "DROP")
+        await asyncio.wait_for(watch.changed(), 5)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(watch.changed(), 0.3)
+
+
+# --- masquerading
+
+
+async def test_world_sees_the_host_and_direct_prefixes_see_the_container(net: HostNet) -> None:
+    inside = await net.container(5)
+    net.world.run("ip", "route", "add", POOL, "via", HOST_ON_WIRE)
+    firewall = Firewall()
+    with serving(net.world, 80), serving(net.world, 81, UDP):
+        await firewall.apply(state())
+        assert seen_by_server(inside, WORLD, 80) == HOST_ON_WIRE
+        assert seen_by_server(inside, WORLD, 81, UDP) == HOST_ON_WIRE
+        await firewall.apply(state(direct=frozenset({"198.51.100.0/24"})))
+        assert seen_by_server(inside, WORLD, 80) == FIVE
+
+
+async def test_marked_packets_are_not_masqueraded(net: HostNet) -> None:
+    inside = await net.container(5)
+    net.world.run("ip", "route", "add", POOL, "via", HOST_ON_WIRE)
+    await Firewall().apply(state())
+    net.host.run(
+        "iptables", "-t", "mangle", "-A", "FORWARD", "-j", "MARK", "--or-mark", str(MARK_NO_MASQUERADE)
+    )
+    with serving(net.world, 80):
+        assert seen_by_server(inside, WORLD, 80) == FIVE
+
+
+async def test_containers_are_not_masqueraded_to_each_other(net: HostNet) -> None:
+    inside, other = await net.container(5), await net.container(6)
+    await Firewall().apply(state())
+    with serving(inside, 80):
+        assert seen_by_server(other, FIVE, 80) == SIX
+
+
+# --- published ports
+
+
+async def test_published_port_from_everywhere(net: HostNet) -> None:
+    inside, other = await net.container(5), await net.container(6)
+    await Firewall().apply(state(published(8080)))
+    with serving(inside, 80):
+        assert seen_by_server(net.world, HOST_ON_WIRE, 8080) == WORLD
+        assert seen_by_server(net.host, "127.0.0.1", 8080) == ROUTER
+        assert seen_by_server(net.host, HOST_ON_WIRE, 8080) == HOST_ON_WIRE
+        assert seen_by_server(other, HOST_ON_WIRE, 8080) == SIX
+        assert seen_by_server(other, ROUTER, 8080) == SIX
+        assert seen_by_server(inside, HOST_ON_WIRE, 8080) == ROUTER  # hairpin to itself
+
+
+async def test_published_udp_port(net: HostNet) -> None:
+    inside = await net.container(5)
+    await Firewall().apply(state(published(8080, protocol=17)))
+    with serving(inside, 80, UDP):
+        assert seen_by_server(net.world, HOST_ON_WIRE, 8080, UDP) == WORLD
+        assert seen_by_server(net.host, "127.0.0.1", 8080, UDP) == ROUTER
+        assert seen_by_server(inside, HOST_ON_WIRE, 8080, UDP) == ROUTER
+
+
+async def test_published_range(net: HostNet) -> None:
+    inside = await net.container(5)
+    await Firewall().apply(state(published(9000, count=10)))
+    with serving(inside, 80), serving(inside, 89):
+        assert seen_by_server(net.world, HOST_ON_WIRE, 9000) == WORLD
+        assert seen_by_server(net.world, HOST_ON_WIRE, 9009) == WORLD
+        assert seen_by_server(net.world, HOST_ON_WIRE, 9010) is None
+
+
+async def test_port_bound_to_one_address(net: HostNet) -> None:
+    inside = await net.container(5)
+    await Firewall().apply(state(published(8081, address=HOST_ON_WIRE), published(8082, address="127.0.0.1")))
+    with serving(inside, 80):
+        assert seen_by_server(net.world, HOST_ON_WIRE, 8081) == WORLD
+        assert seen_by_server(net.host, "127.0.0.1", 8081) is None
+        assert seen_by_server(net.host, "127.0.0.1", 8082) == ROUTER
+        assert seen_by_server(net.world, HOST_ON_WIRE, 8082) is None
+
+
+def send_loopback_over(device: str, gateway: str, netns: Netns) -> None:
+    """Make `netns` send what it has for 127.0.0.1 over the wire, as an attacker would."""
+    netns.run("ip", "route", "del", "local", "127.0.0.1", "table", "local")
+    netns.run("ip", "route", "del", "local", "127.0.0.0/8", "table", "local")
+    netns.run("ip", "route", "add", "127.0.0.1", "via", gateway, "dev", device, "onlink")
+
+
+async def test_wire_does_not_reach_a_port_published_on_loopback(net: HostNet) -> None:
+    inside = await net.container(5)
+    send_loopback_over("eth0", HOST_ON_WIRE, net.world)
+    await Firewall().apply(state(published(8080, address="127.0.0.1"), published(8081)))
+    with serving(inside, 80):
+        assert seen_by_server(net.world, "127.0.0.1", 8080) is None
+        assert seen_by_server(net.world, "127.0.0.1", 8081) is None
+
+
+def reaches(sender: Netns, receiver: socket.socket) -> bool:
+    """Say whether a datagram for the receiver's address comes through; no answer is needed."""
+    receiver.settimeout(REFUSED_AFTER_S)
+    with sender.socket(UDP) as client:
+        client.sendto(b"x", receiver.getsockname())
+    try:
+        return receiver.recv(16) == b"x"
+    except TimeoutError:
+        return False
+
+
+async def test_containers_do_not_reach_the_hosts_loopback(net: HostNet) -> None:
+    inside = await net.container(5)
+    send_loopback_over("eth0", "169.254.1.1", inside)
+    with net.host.socket(UDP) as receiver:
+        receiver.bind(("127.0.0.1", 9000))
+        assert reaches(inside, receiver)  # route_localnet alone lets it in
+        await Firewall().apply(state(published(8080)))
+        assert not reaches(inside, receiver)
+        assert reaches(net.host, receiver)
+
+
+async def test_connections_outlive_a_rewrite(net: HostNet) -> None:
+    inside = await net.container(5)
+    firewall = Firewall()
+    await firewall.apply(state(published(8080)))
+    with serving(inside, 80), connected(net.world, HOST_ON_WIRE, 8080) as client:
+        assert ask(client, "one") == WORLD
+        await firewall.apply(state(published(8080), published(8081)))
+        assert ask(client, "two") == WORLD
+        await firewall.apply(state())
+        assert ask(client, "three") == WORLD
+        assert seen_by_server(net.world, HOST_ON_WIRE, 8080) is None
+
+
+# --- verify, ensure, remove
+
+
+async def test_everything_amiss_is_named_and_repaired(net: HostNet) -> None:
+    firewall, wanted = Firewall(), state(published(8080, count=3), published(53, protocol=17, address=ROUTER))
+    assert "chain guard" in await firewall.verify(wanted)
+    assert await firewall.ensure(wanted)
+    assert await firewall.ensure(wanted) == []
+    net.host.run("nft", "delete element ip holdfast published { tcp . 8081 }")
+    net.host.run("nft", "add element ip holdfast published { tcp . 22 : 10.50.0.9 . 22 }")
+    net.host.run("nft", "flush chain ip holdfast guard")
+    assert await firewall.verify(wanted) == [
+        "rule endpoints do not reach the host's loopback in guard",
+        "rule endpoints do not claim a loopback address in guard",
+        "tcp . 8081 in published",
+        "nothing for tcp . 22 in published",
+    ]
+    assert len(await firewall.ensure(wanted)) == 4
+    net.host.run("nft", "flush ruleset")
+    assert await firewall.ensure(wanted)
+    assert await firewall.verify(wanted) == []
+
+
+async def test_remove_leaves_nothing_and_foreign_tables_alone(net: HostNet) -> None:
+    net.host.run("nft", "add table ip other")
+    firewall = Firewall()
+    await firewall.apply(state(published(8080)))
+    await firewall.remove()
+    await firewall.remove()
+    assert net.host.run("nft", "list", "ruleset").split() == ["table", "ip", "other", "{", "}"]
+
+
+async def test_refused_script_leaves_the_old_table(net: HostNet) -> None:
+    firewall = Firewall()
+    await firewall.apply(state(published(8080)))
+    with pytest.raises(FirewallError, match="published twice"):
+        await firewall.apply(state(published(8080), PublishedPort(6, "", 8080, 8080, SIX, 80, 80)))
+    assert await firewall.verify(state(published(8080))) == []
+
+
+async def test_a_thousand_published_ports(net: HostNet) -> None:
+    inside = await net.container(5)
+    firewall, wanted = Firewall(), state(published(20000, count=1000))
+    await firewall.apply(wanted)
+    assert await firewall.verify(wanted) == []
+    with serving(inside, 1079):
+        assert seen_by_server(net.world, HOST_ON_WIRE, 20999) == WORLD
