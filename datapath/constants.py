@@ -44,6 +44,9 @@ CONFIG = Layout(
 )
 
 
+GATEWAY = IPv4Address("169.254.1.1")  # of every endpoint; exists only in the programs
+
+
 class Aggregation(enum.IntEnum):
     """How many packets of a connection are traced."""
 
@@ -76,7 +79,7 @@ class EndpointConstants:
     ifindex: int
     ipv4: IPv4Address
     host_mac: str
-    gateway: IPv4Address = IPv4Address("169.254.1.1")
+    gateway: IPv4Address = GATEWAY
     ipv6: IPv6Address | None = None
     options: DatapathOptions = field(default_factory=DatapathOptions)
 

@@ -91,7 +91,9 @@ class Template:
         try:
             template = cls(path.read_bytes(), path.stem)
         except OSError as error:
-            raise LoadError(f"BPF object {path}: {error.strerror}", hint="`make -C bpf` compiles it") from error
+            raise LoadError(
+                f"BPF object {path}: {error.strerror}", hint="`make -C bpf` compiles it"
+            ) from error
         template.check()
         return template
 

@@ -49,7 +49,7 @@ class Netlink:
         """
         try:
             answer = await getattr(self._socket, kind)(command, **arguments)
-            if command == "dump":
+            if command.startswith("dump"):
                 return [message async for message in answer]
             return list(answer or ())
         except NetlinkError as refused:

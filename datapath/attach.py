@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attaches programs: tc filters (clsact, cls_bpf, direct action) and ingress policies for tail calls.
+
+Responsible for: that a live endpoint always has a program.  A filter of ours has a fixed priority and
+handle of its own, so attaching again replaces it in one step of the kernel, packets meet the old program
+or the new one; an element of cilium_call_policy is swapped likewise.  Filters of others are never
+touched.  The kernel keeps what is attached: descriptors may be closed and the process may end.
+
+Called by: the agent.  `netlink` must have been opened in the device's namespace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import sys
+from dataclasses import dataclass
+
+from datapath import syscall
+from datapath.errors import AttachError, KeyAbsent
+from datapath.loader import Programs
+from datapath.netlink import Message, Netlink, errno_of
+
+PRIORITY = 1  # first: a filter before ours could pass packets by
+HANDLE = 0x486F  # ours alone: "Ho"; others number from 1
+NAME_PREFIX = "holdfast:"  # of filter names, for people and for `attached`
+_ALL_PROTOCOLS = 3  # ETH_P_ALL, in the byte order that pyroute2 wants
+_CALL_POLICY = "cilium_call_policy"
+
+
+class Hook(enum.Enum):
+    """The two hooks of clsact on a device, with the kernel's parent handles."""
+
+    INGRESS = 0xFFFFFFF2
+    EGRESS = 0xFFFFFFF3
+
+
+@dataclass(frozen=True)
+class Filter:
+    """One bpf filter on a device."""
+
+    ifindex: int
+    hook: Hook
+    priority: int
+    handle: int
+    name: str
+
+    @property
+    def ours(self) -> bool:
+        return (self.priority, self.handle) == (PRIORITY, HANDLE) and self.name.startswith(NAME_PREFIX)
+
+
+class Attacher:
+    """Filters on the devices of one network namespace."""
+
+    def __init__(self, netlink: Netlink) -> None:
+        self._netlink = netlink
+
+    async def attach(self, ifindex: int, hook: Hook, program: int, name: str) -> None:
+        """Attach `program` (a descriptor), replacing in one step what we had there.
+
+        Raises AttachError: no such device, or a filter of another kind holds our priority.
+        """
+        what = f"attach {name} to {hook.name.lower()} of device {ifindex}"
+        try:
+            await self._replace(what, ifindex, hook, program, name)
+        except AttachError as error:
+            if errno_of(error) not in (errno.EINVAL, errno.ENOENT):
+                raise
+            await self._add_clsact(ifindex)
+            await self._replace(what, ifindex, hook, program, name)
+
+    async def detach(self, ifindex: int, hook: Hook) -> bool:
+        """Remove our filter; return whether there was one."""
+        if not any(one.ours and one.hook is hook for one in await self.filters(ifindex)):
+            return False
+        what = f"detach from {hook.name.lower()} of device {ifindex}"
+        await self._netlink.request(
+            what,
+            AttachError,
+            "tc",
+            "del-filter",
+            kind="bpf",
+            index=ifindex,
+            parent=hook.value,
+            prio=PRIORITY,
+            handle=HANDLE,
+            protocol=_ALL_PROTOCOLS,
+        )
+        return True
+
+    async def release(self, ifindex: int) -> None:
+        """Remove our filters and, when nobody else has any, the hooks themselves."""
+        for hook in Hook:
+            await self.detach(ifindex, hook)
+        if not await self.filters(ifindex):
+            with contextlib.suppress(AttachError):  # there were no hooks
+                await self._netlink.request(
+                    f"remove clsact of device {ifindex}",
+                    AttachError,
+                    "tc",
+                    "del",
+                    kind="clsact",
+                    index=ifindex,
+                )
+
+    async def filters(self, ifindex: int) -> list[Filter]:
+        """Return every bpf filter on both hooks of a device, ours and others'."""
+        found: list[Filter] = []
+        for hook in Hook:
+            for message in await self._dump(ifindex, hook):
+                found.extend(_filter_of(message, ifindex, hook))
+        return found
+
+    async def _dump(self, ifindex: int, hook: Hook) -> list[Message]:
+        what = f"list {hook.name.lower()} filters of device {ifindex}"
+        try:
+            return await self._netlink.request(
+                what, AttachError, "tc", "dump-filter", index=ifindex, parent=hook.value
+            )
+        except AttachError as error:
+            if errno_of(error) in (errno.EINVAL, errno.ENOENT):  # no clsact: no filters
+                return []
+            raise
+
+    async def _replace(self, what: str, ifindex: int, hook: Hook, program: int, name: str) -> None:
+        await self._netlink.request(
+            what,
+            AttachError,
+            "tc",
+            "replace-filter",
+            kind="bpf",
+            index=ifindex,
+            parent=hook.value,
+            prio=PRIORITY,
+            handle=HANDLE,
+            protocol=_ALL_PROTOCOLS,
+            fd=program,
+            name=NAME_PREFIX + name,
+            direct_action=True,
+        )
+
+    async def _add_clsact(self, ifindex: int) -> None:
+        try:
+            await self._netlink.request(
+                f"add clsact to device {ifindex}", AttachError, "tc", "add", kind="clsact", index=ifindex
+            )
+        except AttachError as error:
+            if errno_of(error) != errno.EEXIST:
+                raise
+
+
+def _filter_of(message: Message, ifindex: int, hook: Hook) -> list[Filter]:
+    """Return the filter of one dumped message; none for a bare priority or another kind of filter."""
+    if message.get("TCA_KIND") != "bpf" or not message["handle"]:
+        return []
+    options = message.get("TCA_OPTIONS")
+    name = options.get("TCA_BPF_NAME") if options is not None else None
+    return [Filter(ifindex, hook, message["info"] >> 16, message["handle"], str(name or ""))]
+
+
+async def attach_endpoint(
+    attacher: Attacher, ifindex: int, endpoint_id: int, programs: Programs, call_policy: int
+) -> None:
+    """Put all programs of an endpoint in force: the receiving side first, so that nothing arrives unjudged.
+
+    `ifindex` is the host-side veth's, `call_policy` a descriptor of cilium_call_policy.  Raises
+    AttachError or MapError; what was in force before stays where a step did not come through.
+    """
+    install_policy(call_policy, endpoint_id, programs["policy_ingress"])
+    await attacher.attach(ifindex, Hook.EGRESS, programs["to_endpoint"], "to_endpoint")
+    await attacher.attach(ifindex, Hook.INGRESS, programs["from_endpoint"], "from_endpoint")
+
+
+def install_policy(call_policy: int, endpoint_id: int, program: int) -> None:
+    """Make `program` the ingress policy that local senders call; replaces in one step.  Raises MapError."""
+    syscall.map_update(call_policy, _u32(endpoint_id), _u32(program), _CALL_POLICY)
+
+
+def remove_policy(call_policy: int, endpoint_id: int) -> bool:
+    """Take an endpoint's ingress policy away: local packets to it are dropped.  Return whether it had one."""
+    try:
+        syscall.map_delete(call_policy, _u32(endpoint_id), _CALL_POLICY)
+    except KeyAbsent:
+        return False
+    return True
+
+
+def _u32(number: int) -> bytes:
+    return number.to_bytes(4, sys.byteorder)
