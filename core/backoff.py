@@ -12,6 +12,10 @@ import random
 from dataclasses import dataclass, field
 
 
+# One generator for all: a state of its own costs 2.5 KB and 15 µs, and some have a back-off per key.
+_RNG = random.Random()
+
+
 @dataclass
 class Backoff:
     """Exponential back-off with full jitter: the n-th delay is uniform in (0, min(cap, base·2ⁿ)].
@@ -23,7 +27,7 @@ class Backoff:
     base: float = 0.1
     cap: float = 60.0
     attempts: int = 0
-    rng: random.Random = field(default_factory=random.Random, repr=False)
+    rng: random.Random = field(default=_RNG, repr=False)
 
     def next(self) -> float:
         """Return the next delay and count the attempt."""
