@@ -86,6 +86,7 @@ class Allocator:
         self._on_renumbered = on_renumbered
         self._rng = rng or random.Random()
         self._uses: dict[Labels, _Use] = {}
+        self._by_number: dict[int, _Use] = {}
         self._unsettled: dict[_Use, None] = {}
         self._wake = asyncio.Event()
 
@@ -123,7 +124,7 @@ class Allocator:
         use = self._use(labels)
         if use.number not in (0, number):
             return False
-        use.number = number
+        self._renumber(use, number)
         use.count += 1
         self._settle_later(use)
         return True
@@ -197,9 +198,9 @@ class Allocator:
         try:
             while True:
                 await changes.wait()
-                changed = set(changes.take())
-                for use in self._uses.values():
-                    if use.number in changed and self._cache.get(use.number) != use.slot.labels:
+                for number in changes.take():
+                    use = self._by_number.get(number)
+                    if use is not None and self._cache.get(number) != use.slot.labels:
                         self._settle_later(use)
         finally:
             self._cache.table.unsubscribe(changes)
@@ -248,6 +249,7 @@ class Allocator:
             self._settle_later(use)
         elif self._uses.get(use.slot.labels) is use:
             del self._uses[use.slot.labels]
+            self._by_number.pop(use.number, None)
 
     # --- one identity
 
@@ -264,10 +266,17 @@ class Allocator:
         if use.count == 0:
             self._settle_later(use)
 
+    def _renumber(self, use: _Use, number: int) -> int:
+        """Give a use its number and return the one it had."""
+        old, use.number = use.number, number
+        self._by_number.pop(old, None)
+        self._by_number[number] = use
+        return old
+
     async def _number(self, use: _Use) -> None:
         known = self._cache.number_of(use.slot.labels, self.range)
         if known is not None:
-            use.number = known
+            self._renumber(use, known)
             metrics.IDENTITY_ALLOCATIONS.labels("cached").inc()
             self._settle_later(use)
             return
@@ -291,7 +300,7 @@ class Allocator:
             metrics.IDENTITY_ALLOCATIONS.labels("error").inc()
             raise
         metrics.IDENTITY_ALLOCATIONS.labels("stored").inc()
-        old, use.number = use.number, answer.number
+        old = self._renumber(use, answer.number)
         await self._adopt(use, answer.revision)
         if old and old != use.number:
             logger.warning("identity {} of {} is {} in etcd, which counts", old, use.slot.text, use.number)

@@ -17,6 +17,7 @@ Called by: identity.allocator, identity.locked, identity.gc, external_resources.
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -61,19 +62,19 @@ class Slot:
     labels: Labels
     owner: str
 
-    @property
+    @functools.cached_property
     def text(self) -> str:
         return self.labels.serialized
 
-    @property
+    @functools.cached_property
     def value_key(self) -> str:
         return schema.identity_value_key(self.text, self.owner)
 
-    @property
+    @functools.cached_property
     def value_prefix(self) -> str:
         return schema.identity_value_prefix(self.text)
 
-    @property
+    @functools.cached_property
     def lock_prefix(self) -> str:
         return schema.identity_lock_prefix(self.text)
 
