@@ -8,7 +8,7 @@ law through the two points that the largest known fleet settled on (1 000 nodes:
     window(n) = 20 min · ((n - 1) / 999) ^ e      e = ln 3 / ln (4999 / 999) = 0.682
 
 is continuous and monotone, is nothing for a host that is alone (n = 1), and seconds for a handful:
-11 s for 2, 28 s for 5, 48 s for 10, 4 min for 100, 97 min for 10 000.  Starts per second grow only as
+11 s for 2, 28 s for 5, 48 s for 10, 4 min for 100, 96 min for 10 000.  Starts per second grow only as
 n^0.32: 0.2 with 10 nodes, 0.8 with 1 000, 1.4 with 5 000, 1.7 with 10 000.
 
 **Moment.**  Windows are laid end to end on the wall clock, and a host owns one instant in each: its *slot*.
