@@ -11,7 +11,6 @@ import math
 import random
 from dataclasses import dataclass, field
 
-
 # One generator for all: a state of its own costs 2.5 KB and 15 µs, and some have a back-off per key.
 _RNG = random.Random()
 
