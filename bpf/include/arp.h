@@ -46,6 +46,7 @@ static __always_inline bool arp_asks_for_gateway(const struct arp_ipv4 *arp)
 static __always_inline int arp_answer(struct __sk_buff *ctx)
 {
 	struct arp_frame *frame = packet_at(ctx, 0, sizeof(*frame));
+	__be32 gateway = config.gateway.v4;
 	struct arp_ipv4 *arp;
 
 	if (!frame || !arp_asks_for_gateway(&frame->arp))
@@ -55,7 +56,7 @@ static __always_inline int arp_answer(struct __sk_buff *ctx)
 	copy_mac(arp->target_mac, arp->sender_mac);
 	memcpy(arp->target_ip, arp->sender_ip, 4);
 	copy_mac(arp->sender_mac, config.host_mac);
-	memcpy(arp->sender_ip, (const void *)&config.gateway, 4);
+	memcpy(arp->sender_ip, &gateway, sizeof(gateway));
 	copy_mac(frame->eth.h_dest, arp->target_mac);
 	copy_mac(frame->eth.h_source, config.host_mac);
 	return bpf_redirect(ctx->ifindex, 0);
