@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real etcd servers for tests: own data directory, free loopback ports, stopped by pid.
+
+server = EtcdServer(tmp_path).start()
+client = Client(server.config)
+server.pause(); server.resume(); server.restart(); server.kill(); server.wipe(); server.compact()
+cluster = EtcdCluster(tmp_path).start()          # three members
+server = EtcdServer(tmp_path, tls=True)          # client certificates required; server.config_for("agent")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from kvstore.config import EtcdConfig
+from tests.support.pki import TestPki
+from tests.support.require import require_tools
+
+START_DEADLINE_S = 30.0
+
+
+def free_ports(count: int) -> list[int]:
+    """Return loopback ports that nobody listens on; all are reserved until all are known."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+
+
+class EtcdServer:
+    """One member.  `directory` is where data, log and certificates go."""
+
+    def __init__(
+        self, directory: Path, *, name: str = "m0", tls: bool = False, cluster: dict[str, int] | None = None
+    ) -> None:
+        require_tools("etcd", "etcdctl")
+        self.name = name
+        self.directory = directory / name
+        self.directory.mkdir(parents=True)
+        self.client_port, peer_port = free_ports(2)
+        self._cluster = cluster or {name: peer_port}
+        self._process: subprocess.Popen[bytes] | None = None
+        self.pki = TestPki(self.directory) if tls else None
+        if self.pki is not None:
+            for user in ("server", "root", "agent"):
+                self.pki.issue(user)
+
+    # --- where it is
+
+    @property
+    def endpoint(self) -> str:
+        return f"{'https' if self.pki else 'http'}://127.0.0.1:{self.client_port}"
+
+    @property
+    def config(self) -> EtcdConfig:
+        return self.config_for("root")
+
+    def config_for(self, user: str) -> EtcdConfig:
+        """Return a client's configuration; with TLS, with the certificate of `user`."""
+        if self.pki is None:
+            return EtcdConfig((self.endpoint,))
+        certificate, key = self.directory / f"{user}.crt", self.directory / f"{user}.key"
+        return EtcdConfig((self.endpoint,), self.pki.ca, certificate, key)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "etcd is not running"
+        return self._process.pid
+
+    # --- its life
+
+    def start(self, *, wait: bool = True) -> EtcdServer:
+        log = open(self.directory / "etcd.log", "ab")  # noqa: SIM115 - handed to the process
+        with log:
+            self._process = subprocess.Popen(self._command(), stdout=log, stderr=log, start_new_session=True)
+        if wait:
+            self.wait_healthy()
+        return self
+
+    def wait_healthy(self) -> None:
+        """Wait until a linearizable read is answered."""
+        deadline = time.monotonic() + START_DEADLINE_S
+        while time.monotonic() < deadline:
+            if self._process is not None and self._process.poll() is not None:
+                raise AssertionError(f"etcd ended: {self.log_tail()}")
+            if self._ctl(["get", "health"], timeout=5).returncode == 0:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"etcd is not healthy after {START_DEADLINE_S} s: {self.log_tail()}")
+
+    def stop(self) -> None:
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._end(signal.SIGKILL)
+
+    def restart(self) -> None:
+        """Stop and start again on the same data and ports."""
+        self.stop()
+        self.start()
+
+    def wipe(self) -> None:
+        """Stop, lose all data, start empty."""
+        self.stop()
+        shutil.rmtree(self.directory / "data", ignore_errors=True)
+        self.start()
+
+    def pause(self) -> None:
+        """Hang: the process stops, its connections stay."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def _end(self, how: signal.Signals) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        for each in (signal.SIGCONT, how):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, each)
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(timeout=10)
+
+    # --- as its operator
+
+    def ctl(self, *arguments: str) -> str:
+        """Run etcdctl (as user root with TLS) and return what it printed."""
+        done = self._ctl(list(arguments), timeout=30)
+        assert done.returncode == 0, f"etcdctl {' '.join(arguments)}: {done.stderr}"
+        return done.stdout
+
+    def revision(self) -> int:
+        answer: list[dict[str, Any]] = json.loads(self.ctl("endpoint", "status", "-w", "json"))
+        return int(answer[0]["Status"]["header"]["revision"])
+
+    def compact(self) -> int:
+        """Compact everything up to now and return that revision."""
+        revision = self.revision()
+        self.ctl("compact", str(revision), "--physical")
+        return revision
+
+    def enable_auth(self, user: str, *prefixes: str) -> None:
+        """Turn on users by certificate: root, and `user` who may read and write `prefixes` only."""
+        self.ctl("user", "add", "root", "--no-password")
+        self.ctl("user", "grant-role", "root", "root")
+        self.ctl("role", "add", user)
+        for prefix in prefixes:
+            self.ctl("role", "grant-permission", user, "readwrite", prefix, "--prefix=true")
+        self.ctl("user", "add", user, "--no-password")
+        self.ctl("user", "grant-role", user, user)
+        self.ctl("auth", "enable")
+
+    def log_tail(self) -> str:
+        return (self.directory / "etcd.log").read_text(errors="replace")[-2000:]
+
+    def _ctl(self, arguments: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+        command = ["etcdctl", "--endpoints", self.endpoint, *self._ctl_tls(), *arguments]
+        environment = {**os.environ, "ETCDCTL_API": "3"}
+        try:
+            return subprocess.run(
+                command, capture_output=True, text=True, timeout=timeout, env=environment, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return subprocess.CompletedProcess(command, 124, "", "timed out")
+
+    def _ctl_tls(self) -> list[str]:
+        if self.pki is None:
+            return []
+        files = self.config
+        return ["--cacert", str(files.ca), "--cert", str(files.cert), "--key", str(files.key)]
+
+    def _command(self) -> list[str]:
+        peers = {name: f"http://127.0.0.1:{port}" for name, port in self._cluster.items()}
+        command = [
+            "etcd",
+            *("--name", self.name),
+            *("--data-dir", str(self.directory / "data")),
+            *("--listen-client-urls", self.endpoint),
+            *("--advertise-client-urls", self.endpoint),
+            *("--listen-peer-urls", peers[self.name]),
+            *("--initial-advertise-peer-urls", peers[self.name]),
+            *("--initial-cluster", ",".join(f"{name}={url}" for name, url in peers.items())),
+            *("--logger", "zap"),
+            "--unsafe-no-fsync" if _knows_no_fsync() else "--log-level=warn",
+        ]
+        if self.pki is None:
+            return command
+        certificate, key = self.directory / "server.crt", self.directory / "server.key"
+        return [
+            *command,
+            "--client-cert-auth",
+            f"--trusted-ca-file={self.pki.ca}",
+            f"--cert-file={certificate}",
+            f"--key-file={key}",
+        ]
+
+
+class EtcdCluster:
+    """Three members on loopback; `config` lists all of them."""
+
+    def __init__(self, directory: Path) -> None:
+        names = ("m0", "m1", "m2")
+        ports = dict(zip(names, free_ports(3), strict=True))
+        self.members = [EtcdServer(directory, name=name, cluster=ports) for name in names]
+
+    @property
+    def config(self) -> EtcdConfig:
+        return EtcdConfig(tuple(member.endpoint for member in self.members))
+
+    def start(self) -> EtcdCluster:
+        for member in self.members:
+            member.start(wait=False)
+        for member in self.members:
+            member.wait_healthy()
+        return self
+
+    def stop(self) -> None:
+        for member in self.members:
+            member.stop()
+
+    def member_at(self, target: str) -> EtcdServer:
+        """Return the member that listens on host:port."""
+        return next(member for member in self.members if member.endpoint.endswith(target))
+
+
+def _knows_no_fsync() -> bool:
+    """3.5 has the option; in 3.4 every write waits for the disk, which tests can live with."""
+    done = subprocess.run(["etcd", "--help"], capture_output=True, text=True, check=False)
+    return "--unsafe-no-fsync" in done.stdout + done.stderr
