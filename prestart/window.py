@@ -47,7 +47,7 @@ def slot_fraction(name: str, names: Sequence[str] = ()) -> float:
     """
     unique = set(names)
     if name in unique:
-        rank = sum(each < name for each in unique)
+        rank = sum(map(name.__gt__, unique))
         return (rank + 0.5) / len(unique)
     return _mixed(zlib.crc32(name.encode("utf-8", "surrogateescape"))) / 2**32
 
