@@ -14,14 +14,19 @@ from pathlib import Path
 from datapath.errors import DeviceError
 
 PROC_SYS = Path("/proc/sys")
+# Where compose binds the host's /proc/sys/net writable: an engine mounts nothing inside /proc itself.
+BOUND_PROC_SYS = Path("/host/proc/sys")
 _READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 class Sysctls:
-    """Settings below `root`; keys are paths ("net/ipv4/ip_forward"), so that device names may hold dots."""
+    """Settings below `root`; keys are paths ("net/ipv4/ip_forward"), so that device names may hold dots.
 
-    def __init__(self, root: Path = PROC_SYS) -> None:
-        self.root = root
+    `root` None: what is bound into the container, else /proc/sys.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or (BOUND_PROC_SYS if BOUND_PROC_SYS.is_dir() else PROC_SYS)
 
     def read(self, key: str) -> str:
         """Return a setting.  Raises DeviceError when there is none."""
@@ -49,7 +54,7 @@ class Sysctls:
     def _hint(self, error: OSError) -> str:
         if error.errno not in _READ_ONLY:
             return ""
-        return f"{self.root} is read-only here: bind /proc/sys/net writable, or set it on the host"
+        return f"{self.root} is read-only: bind /proc/sys/net to {BOUND_PROC_SYS}/net, or set it on the host"
 
 
 def host_settings() -> dict[str, str]:
