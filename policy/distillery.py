@@ -11,6 +11,7 @@ Owned by `policy.engine`; pure.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 from identity.labels import Labels
 from policy.model import (
@@ -69,7 +70,7 @@ class SharedPolicy:
         self._directions = [
             DirectionRules(
                 direction,
-                [clause for rule in rules for clause in rule.clauses if clause.direction is direction],
+                chain.from_iterable(rule.clauses[direction] for rule in rules),
                 open_by_default=not self.enforcement[direction],
             )
             for direction in Direction

@@ -46,10 +46,7 @@ class _Endpoint:
 
 
 class SelectorUse(NamedTuple):
-    """One line of `policy selectors`: how many clauses use it, which identities it selects.
-
-    The wildcard selects everything and lists nothing.
-    """
+    """One line of `policy selectors`: how many clauses use it, which identities it selects."""
 
     selector: Selector
     users: int
@@ -103,7 +100,7 @@ class PolicyEngine:
         return frozenset(self._repository.cidrs)
 
     def selectors(self) -> Iterator[SelectorUse]:
-        """Return every distinct peer selector of the installed rules."""
+        """Return every distinct peer selector of the installed rules, but for the wildcard."""
         for cached in self._cache:
             yield SelectorUse(cached.selector, cached.uses, frozenset(cached.identities))
 

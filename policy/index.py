@@ -68,24 +68,39 @@ class LabelIndex(Generic[K]):
 
     def find(self, selector: Selector) -> set[K]:
         """Return (in a new set) what `selector` selects."""
-        best: list[set[K]] | None = None
-        smallest = 0
+        positive = sorted(
+            ((each, self._buckets(each)) for each in selector.requirements if each.positive),
+            key=lambda pair: sum(map(len, pair[1])),
+        )
+        found: set[K] = set().union(*positive[0][1]) if positive else set(self._labels)
+        for at, (each, buckets) in enumerate(positive):
+            if at:
+                found = found & set().union(*buckets)
+            found = self._check_source(each, found)
         for each in selector.requirements:
-            if each.positive:
-                buckets = self._buckets(each)
-                size = sum(map(len, buckets))
-                if best is None or size < smallest:
-                    best, smallest = buckets, size
-        if best is not None and _exact(selector):
-            return set().union(*best)
-        candidates = self._labels if best is None else set().union(*best)
-        return {item for item in candidates if selector.selects(self._labels[item])}
+            if not each.positive:
+                found = self._without(each, found)
+        return found
+
+    def _without(self, requirement: Requirement, candidates: set[K]) -> set[K]:
+        """Return `candidates` without those for which NotIn or DoesNotExist does not hold."""
+        suspects = candidates & set().union(*self._buckets(requirement))
+        if not _any_source(requirement):
+            suspects -= self._check_source(requirement, suspects)
+        return candidates - suspects
+
+    def _check_source(self, requirement: Requirement, candidates: set[K]) -> set[K]:
+        """Return those of `candidates` for which the requirement holds: buckets do not know sources."""
+        if _any_source(requirement):
+            return candidates
+        return {item for item in candidates if requirement.holds(self._labels[item])}
 
     def _buckets(self, requirement: Requirement) -> list[set[K]]:
-        """Return sets that together hold everything for which `requirement` may hold."""
+        """Return the sets of everything that has the key of `requirement`, with one of its values if
+        it has any."""
         if requirement.source == CIDR:
             found = [self._key(_PREFIXES).get(requirement.key)]
-        elif requirement.operator is Operator.EXISTS:
+        elif not requirement.values:
             return list(self._key(requirement.key).values())
         else:
             found = [self._key(requirement.key).get(value) for value in requirement.values]
@@ -156,9 +171,9 @@ def _term(label: Label) -> tuple[str, str]:
     return (_PREFIXES, label.key) if label.source == CIDR else (label.key, label.value)
 
 
-def _exact(selector: Selector) -> bool:
-    """True if the buckets of its one requirement are the answer and need no test."""
-    return len(selector.requirements) == 1 and selector.requirements[0].source in (ANY, CIDR)
+def _any_source(requirement: Requirement) -> bool:
+    """True if the buckets of `requirement` hold exactly what it speaks of."""
+    return requirement.source in (ANY, CIDR)
 
 
 def _anchor(selector: Selector) -> Requirement | None:

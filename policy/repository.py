@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from identity.labels import RESERVED, Label, Labels
 from policy.index import SelectorIndex
-from policy.model import Direction, Enforcement, Policy, Rule, Transport
+from policy.model import Clause, Enforcement, Policy, Rule, Transport
 from policy.selector_cache import CachedSelector, SelectorCache
 from policy.selectors import Selector
 
@@ -22,36 +22,40 @@ INIT_LABELS = Labels([INIT_LABEL])
 
 
 class InstalledClause(NamedTuple):
-    """A clause with its selectors resolved.  `peers` None is everybody, `transports` None everything."""
+    """A clause with its selectors resolved.  `peers` None is everybody, `transports` None everything.
 
-    direction: Direction
+    A wildcard among the peers is everybody too and needs no selector: its entry is that of identity 0.
+    """
+
     deny: bool
     peers: tuple[CachedSelector, ...] | None
     transports: tuple[Transport, ...] | None
 
 
 class InstalledRule:
-    """A rule in the repository.  Compares by identity."""
+    """A rule in the repository, its clauses by direction.  Compares by identity."""
 
     __slots__ = ("clauses", "enforces", "subject")
 
     def __init__(self, rule: Rule, cache: SelectorCache) -> None:
         self.subject = rule.subject
         self.enforces: Enforcement = rule.enforces
-        self.clauses = tuple(
-            InstalledClause(
-                clause.direction,
-                clause.deny,
-                None if clause.peers is None else tuple(cache.acquire(each) for each in clause.peers),
-                clause.transports,
-            )
-            for clause in rule.clauses
-        )
+        self.clauses: tuple[list[InstalledClause], list[InstalledClause]] = ([], [])
+        for clause in rule.clauses:
+            self.clauses[clause.direction].append(_install(clause, cache))
 
     def release(self, cache: SelectorCache) -> None:
-        for clause in self.clauses:
-            for cached in clause.peers or ():
-                cache.release(cached)
+        for clauses in self.clauses:
+            for clause in clauses:
+                for cached in clause.peers or ():
+                    cache.release(cached)
+
+
+def _install(clause: Clause, cache: SelectorCache) -> InstalledClause:
+    peers = clause.peers
+    if peers is None or any(peer.wildcard for peer in peers):
+        return InstalledClause(clause.deny, None, clause.transports)
+    return InstalledClause(clause.deny, tuple(cache.acquire(peer) for peer in peers), clause.transports)
 
 
 class _Group:

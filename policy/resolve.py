@@ -66,7 +66,7 @@ class TransportRules:
         self.denies_everybody = False
 
     def add(self, deny: bool, peers: tuple[CachedSelector, ...] | None) -> None:
-        if peers is None or any(peer.wildcard for peer in peers):
+        if peers is None:
             if deny:
                 self.denies_everybody = True
             else:
@@ -85,7 +85,7 @@ class DirectionRules:
         self.transports: dict[Transport, TransportRules] = {}
         everywhere = self.transports[ANY_TRANSPORT] = TransportRules()
         everywhere.allows_everybody = open_by_default
-        for _, deny, peers, transports in clauses:
+        for deny, peers, transports in clauses:
             for transport in _EVERYWHERE if transports is None else transports:
                 rules = self.transports.get(transport)
                 if rules is None:

@@ -30,11 +30,10 @@ class CachedSelector:
     clauses of installed rules.
     """
 
-    __slots__ = ("identities", "selector", "users", "uses", "wildcard")
+    __slots__ = ("identities", "selector", "users", "uses")
 
     def __init__(self, selector: Selector, identities: set[int]) -> None:
         self.selector = selector
-        self.wildcard = selector.wildcard
         self.identities = identities
         self.users: set[SelectorUser] = set()
         self.uses = 0
@@ -75,11 +74,8 @@ class SelectorCache:
         """Return the cached selector and count one use of it."""
         cached = self._cached.get(selector)
         if cached is None:
-            # The wildcard is never spelt out: its entry is the one for identity 0.
-            identities = set() if selector.wildcard else self._identities.find(selector)
-            cached = self._cached[selector] = CachedSelector(selector, identities)
-            if not cached.wildcard:
-                self._index.add(selector, cached)
+            cached = self._cached[selector] = CachedSelector(selector, self._identities.find(selector))
+            self._index.add(selector, cached)
         cached.uses += 1
         return cached
 
@@ -88,8 +84,7 @@ class SelectorCache:
         cached.uses -= 1
         if not cached.uses:
             del self._cached[cached.selector]
-            if not cached.wildcard:
-                self._index.remove(cached.selector)
+            self._index.remove(cached.selector)
 
     def upsert_identity(self, number: int, labels: Labels) -> Moved | None:
         """Add or relabel an identity; None if nothing is different.  An empty set removes it."""

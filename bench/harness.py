@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every benchmark needs: print a figure, and the machine's load beside it.
+
+Called by the modules of this package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+
+def emit(name: str, value: float, unit: str, n: int) -> None:
+    """Print one figure as a JSON line; `n` is how many samples its median was taken of."""
+    print(json.dumps({"name": name, "value": round(value, 4), "unit": unit, "n": n}), flush=True)
+
+
+def note(text: str) -> None:
+    """Print a comment line."""
+    print(f"# {text}", flush=True)
+
+
+def load() -> None:
+    """Print the machine's load as a comment line."""
+    averages = " ".join(f"{each:.2f}" for each in os.getloadavg())
+    note(f"load {averages}, {os.cpu_count()} CPUs, Python {sys.version.split()[0]}")

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine under change: what it publishes adds up to what a fresh engine would resolve."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from identity.labels import Labels
+from policy.engine import PolicyEngine
+from policy.errors import PolicyMapOverflow
+from policy.language import parse_policies
+from policy.model import ALLOW, Direction, MapChange, Policy, PolicyEntry, PolicyKey, Transport
+from tests.support import policy_strategies as some
+from tests.support.policy_reference import lookup, verdict
+
+Maps = dict[int, dict[PolicyKey, PolicyEntry]]
+numbers = st.integers(256, 261)
+endpoint_ids = st.integers(1, 4)
+
+
+def apply(maps: Maps, changes: dict[int, MapChange]) -> None:
+    for endpoint_id, change in changes.items():
+        held = maps[endpoint_id]
+        assert not change.deletes & change.upserts.keys()
+        for key in change.deletes:
+            del held[key]  # what was never there must not be deleted
+        for key, entry in change.upserts.items():
+            assert held.get(key) != entry, "an upsert that changes nothing"
+            held[key] = entry
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Random policies, identities and endpoints come, change and go; changes are taken now and then."""
+
+    @initialize()
+    def start(self) -> None:
+        self.engine = PolicyEngine()
+        self.policies: dict[str, Policy] = {}
+        self.identities: dict[int, Labels] = {}
+        self.endpoints: dict[int, Labels] = {}
+        self.maps: Maps = {}
+
+    @rule(policy=some.policies)
+    def upsert_policy(self, policy: Policy) -> None:
+        self.engine.upsert_policy(policy)
+        self.policies[policy.name] = policy
+
+    @rule(name=st.sampled_from(["p1", "p2", "p3", "p4"]))
+    def delete_policy(self, name: str) -> None:
+        assert self.engine.delete_policy(name) == (self.policies.pop(name, None) is not None)
+
+    @rule(number=numbers, labels=some.peer_labels)
+    def upsert_identity(self, number: int, labels: Labels) -> None:
+        self.engine.upsert_identity(number, labels)
+        self.identities[number] = labels
+
+    @rule(number=numbers)
+    def delete_identity(self, number: int) -> None:
+        self.engine.delete_identity(number)
+        self.identities.pop(number, None)
+
+    @rule(endpoint_id=endpoint_ids, labels=some.endpoint_labels)
+    def upsert_endpoint(self, endpoint_id: int, labels: Labels) -> None:
+        self.engine.upsert_endpoint(endpoint_id, labels)
+        self.endpoints[endpoint_id] = labels
+        self.maps.setdefault(endpoint_id, {})
+
+    @rule(endpoint_id=endpoint_ids)
+    def delete_endpoint(self, endpoint_id: int) -> None:
+        self.engine.delete_endpoint(endpoint_id)
+        self.endpoints.pop(endpoint_id, None)
+        self.maps.pop(endpoint_id, None)
+
+    @rule()
+    def take_changes(self) -> None:
+        apply(self.maps, self.engine.take_changes())
+        assert self.engine.take_changes() == {}
+        fresh = PolicyEngine()
+        for endpoint_id, labels in self.endpoints.items():
+            fresh.upsert_endpoint(endpoint_id, labels)
+        for number, labels in self.identities.items():
+            fresh.upsert_identity(number, labels)
+        for policy in self.policies.values():
+            fresh.upsert_policy(policy)
+        for endpoint_id in self.endpoints:
+            assert self.maps[endpoint_id] == dict(fresh.map_state(endpoint_id))
+            assert self.maps[endpoint_id] == dict(self.engine.map_state(endpoint_id))
+
+    @rule(transport=st.sampled_from(some.TRANSPORTS), direction=st.sampled_from(list(Direction)))
+    def send(self, transport: Transport, direction: Direction) -> None:
+        rules = [each for policy in self.policies.values() for each in policy.rules]
+        for endpoint_id, subject in self.endpoints.items():
+            state = self.engine.map_state(endpoint_id)
+            for number, labels in self.identities.items():
+                meant = verdict(rules, subject, direction, labels, transport)
+                assert lookup(state, number, transport, direction) is meant
+
+    @invariant()
+    def keeps_no_selector_without_a_rule(self) -> None:
+        if not self.policies:
+            assert list(self.engine.selectors()) == []
+
+
+EngineMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestChangesAddUp = pytest.mark.timeout(300)(EngineMachine.TestCase)
+
+
+def rules_allowing(*apps: str, subject: str = "web") -> Policy:
+    peers = ", ".join(f"{{matchLabels: {{app: {app}}}}}" for app in apps)
+    section = (
+        f"endpointSelector: {{matchLabels: {{app: {subject}}}}}, ingress: [{{fromEndpoints: [{peers}]}}]"
+    )
+    return parse_policies(f"[{{{section}}}]", "test", name=f"allow-{subject}")[0]
+
+
+def app(name: str) -> Labels:
+    return Labels.of({"app": name})
+
+
+def entry(identity: int) -> PolicyKey:
+    return PolicyKey(identity, 0, 0, Direction.INGRESS)
+
+
+def test_new_identity_changes_only_its_entry() -> None:
+    engine = PolicyEngine()
+    engine.upsert_policy(rules_allowing("api"))
+    engine.upsert_endpoint(1, app("web"))
+    engine.upsert_endpoint(2, app("db"))
+    engine.take_changes()
+    engine.upsert_identity(300, app("api"))
+    engine.upsert_identity(301, app("other"))
+    assert engine.take_changes() == {1: MapChange({entry(300): ALLOW}, set())}
+    engine.delete_identity(300)
+    assert engine.take_changes() == {1: MapChange({}, {entry(300)})}
+
+
+def test_rule_touches_only_the_endpoints_it_selects() -> None:
+    engine = PolicyEngine()
+    engine.upsert_identity(300, app("api"))
+    engine.upsert_endpoint(1, app("web"))
+    engine.upsert_endpoint(2, app("db"))
+    engine.take_changes()
+    engine.upsert_policy(rules_allowing("api"))
+    assert engine.take_changes() == {1: MapChange({entry(300): ALLOW}, {entry(0)})}
+
+
+def test_change_that_is_taken_back_is_no_change() -> None:
+    engine = PolicyEngine()
+    engine.upsert_policy(rules_allowing("api"))
+    engine.upsert_endpoint(1, app("web"))
+    engine.take_changes()
+    engine.upsert_identity(300, app("api"))
+    engine.delete_identity(300)
+    engine.upsert_policy(rules_allowing("api", "db"))
+    engine.upsert_policy(rules_allowing("api"))
+    assert engine.take_changes() == {}
+
+
+def test_equal_rules_are_no_new_revision() -> None:
+    engine = PolicyEngine()
+    engine.upsert_policy(rules_allowing("api"))
+    revision = engine.revision
+    engine.upsert_policy(replace(rules_allowing("api"), origin="elsewhere"))
+    assert engine.revision == revision
+    assert engine.policies["allow-web"].origin == "elsewhere"
+    assert not engine.delete_policy("nobody")
+    assert engine.delete_policy("allow-web")
+    assert engine.revision == revision + 1
+
+
+def test_relabelled_endpoint_gets_the_difference() -> None:
+    engine = PolicyEngine()
+    engine.upsert_identity(300, app("api"))
+    engine.upsert_policy(rules_allowing("api"))
+    engine.upsert_policy(rules_allowing("api", subject="shop"))
+    engine.upsert_endpoint(1, app("web"))
+    engine.take_changes()
+    engine.upsert_endpoint(1, app("shop"))
+    assert engine.take_changes() == {}
+    engine.upsert_endpoint(1, app("free"))
+    assert engine.take_changes() == {1: MapChange({entry(0): ALLOW}, {entry(300)})}
+
+
+def test_endpoints_with_equal_labels_share_one_policy() -> None:
+    engine = PolicyEngine()
+    engine.upsert_identity(300, app("api"))
+    engine.upsert_policy(rules_allowing("api"))
+    for endpoint_id in (1, 2):
+        engine.upsert_endpoint(endpoint_id, app("web"))
+    changes = engine.take_changes()
+    assert changes[1] == changes[2]
+    engine.upsert_identity(301, app("api"))
+    changes = engine.take_changes()
+    assert changes[1] is changes[2]
+
+
+def test_overflow_keeps_the_last_state_that_fitted() -> None:
+    engine = PolicyEngine(limit=3)
+    engine.upsert_policy(rules_allowing("api"))
+    engine.upsert_endpoint(1, app("web"))
+    engine.upsert_identity(300, app("api"))
+    engine.upsert_identity(301, app("api"))
+    maps: Maps = {1: {}}
+    apply(maps, engine.take_changes())
+    last = dict(maps[1])
+    assert len(last) == 3
+    engine.delete_identity(300)
+    for number in (302, 303, 304):
+        engine.upsert_identity(number, app("api"))
+    assert engine.take_changes() == {}
+    assert dict(engine.map_state(1)) == last
+    error = engine.errors()[1]
+    assert isinstance(error, PolicyMapOverflow)
+    assert (error.endpoint_id, error.entries, error.limit) == (1, 5, 3)
+    for number in (303, 304):
+        engine.delete_identity(number)
+    apply(maps, engine.take_changes())
+    assert engine.errors() == {}
+    assert maps[1].keys() == {entry(301), entry(302), PolicyKey(0, 0, 0, Direction.EGRESS)}
+
+
+def test_overflow_of_a_new_endpoint_is_not_an_empty_map() -> None:
+    engine = PolicyEngine(limit=1)
+    engine.upsert_policy(rules_allowing("api"))
+    engine.upsert_identity(300, app("api"))
+    engine.upsert_endpoint(1, app("web"))
+    assert engine.take_changes() == {}
+    with pytest.raises(PolicyMapOverflow, match="endpoint 1 needs 2 map entries, its map holds 1"):
+        engine.map_state(1)
+    engine.delete_endpoint(1)
+    assert engine.errors() == {}
+
+
+def test_overflow_of_one_endpoint_leaves_the_others_alone() -> None:
+    engine = PolicyEngine(limit=2)
+    engine.upsert_policy(rules_allowing("api"))
+    engine.upsert_endpoint(1, app("web"))
+    engine.upsert_endpoint(2, app("free"))
+    for number in range(300, 310):
+        engine.upsert_identity(number, app("api"))
+    assert engine.take_changes().keys() == {2}
+    assert engine.errors().keys() == {1}
+
+
+def test_prefixes_are_known_while_a_rule_names_them() -> None:
+    text = "[{endpointSelector: {}, egress: [{toCIDR: [10.1.2.3/8, 0.0.0.0/0, 'fd00::1']}]}]"
+    engine = PolicyEngine()
+    engine.upsert_policy(parse_policies(text, "test", name="one")[0])
+    engine.upsert_policy(parse_policies(text, "test", name="two")[0])
+    assert engine.cidrs() == {"10.0.0.0/8", "fd00::1/128"}
+    engine.delete_policy("one")
+    assert engine.cidrs() == {"10.0.0.0/8", "fd00::1/128"}
+    engine.delete_policy("two")
+    assert engine.cidrs() == frozenset()
+
+
+def test_selectors_say_what_they_select() -> None:
+    engine = PolicyEngine()
+    engine.upsert_identity(300, app("api"))
+    engine.upsert_policy(rules_allowing("api", "db"))
+    uses = {str(each.selector): (each.users, set(each.identities)) for each in engine.selectors()}
+    assert uses == {"any:app=api": (1, {300}), "any:app=db": (1, set())}
+
+
+def test_unknown_endpoint_is_a_key_error() -> None:
+    with pytest.raises(KeyError):
+        PolicyEngine().map_state(1)
