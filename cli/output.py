@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and JSON on stdout.
 
-Tables have no borders and fixed headers.  On a terminal they fit its width; anywhere else every line is
-complete, so that `grep` and `awk` see what is there.
+Tables have no borders and fixed headers, and look the same on a terminal, in a pipe and in a file: every
+line is complete, so that `grep` and `awk` see what is there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-# Wide enough for any line when nobody looks at it on a terminal.
+# Lines are never cut: wider than any of them.
 UNLIMITED_WIDTH = 100_000
 
 
@@ -24,21 +24,26 @@ def print_json(value: Any) -> None:
 
 
 def print_table(
-    headers: Sequence[str], rows: Iterable[Sequence[object]], *, no_headers: bool = False, second: str = ""
+    headers: Sequence[str], rows: Iterable[Sequence[object]], *, no_headers: bool = False
 ) -> None:
-    """Print rows under headers.  A header may have two lines; cells may have several."""
+    """Print rows under headers.  Both headers and cells may have several lines; none is cut or folded."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    terminal = sys.stdout.isatty()
-    console = Console(file=sys.stdout, highlight=False, width=None if terminal else UNLIMITED_WIDTH)
-    table = Table(box=None, show_header=not no_headers, padding=(0, 3, 0, 0), pad_edge=False)
-    for header in headers:
-        table.add_column(Text(header), overflow="fold", no_wrap=not terminal)
+    console = Console(file=sys.stdout, highlight=False, width=UNLIMITED_WIDTH)
+    table = Table(box=None, show_header=False, padding=(0, 3, 0, 0), pad_edge=False)
+    for _ in headers:
+        table.add_column(no_wrap=True)
+    if not no_headers:
+        # As a row of its own: rich would move the names down to the second line of a header that has two.
+        table.add_row(*headers, style="bold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    console.print(table, soft_wrap=not terminal)
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip())
 
 
 def printable(value: object) -> str:

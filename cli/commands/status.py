@@ -129,7 +129,7 @@ def policy(found: Json) -> str:
 def staleness(seconds: float) -> str:
     if seconds < 0:
         return "the kvstore has not been heard since the start"
-    return f"current {duration(seconds)} ago"
+    return f"the kvstore confirmed this view {duration(seconds)} ago"
 
 
 def maps(all_: list[Json]) -> str:
