@@ -12,6 +12,6 @@ if [ -S "$ENGINE_DIR/docker.sock" ] && [ -z "${DOCKER_HOST:-}" ]; then
     export DOCKER_HOST=unix://$ENGINE_DIR/docker.sock
 fi
 docker version >/dev/null 2>&1 || die "no docker engine answers: nothing to stop"
-compose --project-name holdfast --file "$REPO/compose/all-in-one/docker-compose.yml" stop --timeout 20
+compose --project-name holdfast --file "$REPO/compose/all-in-one/docker-compose.yml" down --timeout 20
 say "stopped etcd and the agent; containers, policy and connections stay as they are"
 say "make up starts them again; holdfast cleanup --all removes everything from this host"

@@ -38,7 +38,7 @@ install_command() {
     local engine=""
     [ "${DOCKER_HOST:-unix:///var/run/docker.sock}" = unix:///var/run/docker.sock ] || engine=$DOCKER_HOST
     mkdir -p "$BIN_DIR"
-    sed -e "s|@ENGINE@|$engine|" "$REPO/compose/holdfast" >"$BIN_DIR/.holdfast.new"
+    sed -e "s|@ENGINE@|$engine|" -e "s|@IMAGE@|$AGENT_IMAGE|" "$REPO/compose/holdfast" >"$BIN_DIR/.holdfast.new"
     chmod 755 "$BIN_DIR/.holdfast.new"
     mv "$BIN_DIR/.holdfast.new" "$BIN_DIR/holdfast"
 }

@@ -97,14 +97,16 @@ compose() {
 
 have_compose() { docker compose version >/dev/null 2>&1 || docker-compose version >/dev/null 2>&1; }
 
-# wait_until SECONDS WHAT COMMAND...: bounded, with a line of life.
+# wait_until SECONDS WHAT COMMAND...: bounded, with a line of life every ten seconds.
 wait_until() {
-    local limit=$1 what=$2 tried=0
+    local limit=$1 what=$2 begun=$SECONDS told=$SECONDS
     shift 2
     until "$@" >/dev/null 2>&1; do
-        tried=$((tried + 1))
-        [ $tried -lt $((limit * 5)) ] || return 1
-        [ $((tried % 50)) = 0 ] && say "  waiting for $what ($((tried / 5)) of $limit s)"
+        [ $((SECONDS - begun)) -lt "$limit" ] || return 1
+        if [ $((SECONDS - told)) -ge 10 ]; then
+            told=$SECONDS
+            say "  waiting for $what ($((SECONDS - begun)) of at most $limit s)"
+        fi
         sleep 0.2
     done
 }
