@@ -34,11 +34,11 @@ from kvstore.etcd_pb2 import (
 )
 from kvstore.ops import (
     Compare,
-    Delete,
     KeyValue,
     Op,
     Put,
     TxnResult,
+    Write,
     compare_to_wire,
     decode_key,
     encode_key,
@@ -229,7 +229,7 @@ class Client:
         key = touched([*success, *failure], compares)
         return txn_from_wire(await self.transport.call(rpc.TXN, request, key, lease=lease))
 
-    async def write_many(self, ops: Iterable[Put | Delete]) -> int:
+    async def write_many(self, ops: Iterable[Write]) -> int:
         """Write any number of keys in transactions of up to 128; returns the last revision (0: nothing).
 
         Not atomic as a whole.  Of several writes to one key the last counts.  The first error is raised

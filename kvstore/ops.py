@@ -34,27 +34,31 @@ class KeyValue(msgspec.Struct, frozen=True, gc=False):
     version: int
 
 
-class Put(msgspec.Struct, frozen=True, gc=False):
+class Op(msgspec.Struct, frozen=True, gc=False):
+    """One operation of a transaction; the kinds are Put, Delete and Get."""
+
     key: str
+
+
+class Write(Op, frozen=True, gc=False):
+    """An operation that changes something: Put or Delete."""
+
+
+class Put(Write, frozen=True, gc=False):
     value: bytes
     lease: int = 0
 
 
-class Delete(msgspec.Struct, frozen=True, gc=False):
-    key: str
+class Delete(Write, frozen=True, gc=False):
     prefix: bool = False
 
 
-class Get(msgspec.Struct, frozen=True, gc=False):
+class Get(Op, frozen=True, gc=False):
     """Read one key, or with `prefix` up to `limit` (0: all) keys that start with it."""
 
-    key: str
     prefix: bool = False
     limit: int = 0
     keys_only: bool = False
-
-
-Op = Put | Delete | Get
 
 
 class Compare(msgspec.Struct, frozen=True, gc=False):
@@ -144,13 +148,13 @@ def list_op(prefix: str, *, limit: int = 0, keys_only: bool = False) -> Get:
 
 
 def write_batches(
-    ops: Iterable[Put | Delete], *, max_ops: int = MAX_TXN_OPS, max_bytes: int = MAX_TXN_BYTES
-) -> Iterator[list[Put | Delete]]:
+    ops: Iterable[Write], *, max_ops: int = MAX_TXN_OPS, max_bytes: int = MAX_TXN_BYTES
+) -> Iterator[list[Write]]:
     """Cut writes into transactions.  Of several writes to one key only the last is kept.
 
     The batches touch different keys, so they may run in any order or at once.
     """
-    batch: list[Put | Delete] = []
+    batch: list[Write] = []
     size = 0
     for op in {op.key: op for op in ops}.values():
         weight = len(op.key) + (len(op.value) if isinstance(op, Put) else 0)
@@ -200,7 +204,7 @@ _OPERAND = {
 
 
 def compare_to_wire(compare: Compare) -> PbCompare:
-    key, end = span(compare.key) if compare.prefix else (encode_key(compare.key), b"")
+    key, end = _span_of(compare.key, compare.prefix)
     wire = PbCompare(key=key, range_end=end)
     wire.result = compare.result  # type: ignore[assignment]
     wire.target = compare.target  # type: ignore[assignment]
@@ -211,12 +215,19 @@ def compare_to_wire(compare: Compare) -> PbCompare:
 def op_to_wire(op: Op) -> RequestOp:
     if isinstance(op, Put):
         return RequestOp(request_put=PutRequest(key=encode_key(op.key), value=op.value, lease=op.lease))
-    key, end = span(op.key) if op.prefix else (encode_key(op.key), b"")
     if isinstance(op, Delete):
+        key, end = _span_of(op.key, op.prefix)
         return RequestOp(request_delete_range=DeleteRangeRequest(key=key, range_end=end))
-    return RequestOp(
-        request_range=RangeRequest(key=key, range_end=end, limit=op.limit, keys_only=op.keys_only)
-    )
+    if isinstance(op, Get):
+        key, end = _span_of(op.key, op.prefix)
+        return RequestOp(
+            request_range=RangeRequest(key=key, range_end=end, limit=op.limit, keys_only=op.keys_only)
+        )
+    raise TypeError(f"{op!r} is none of Put, Delete, Get")
+
+
+def _span_of(key: str, prefix: bool) -> tuple[bytes, bytes]:
+    return span(key) if prefix else (encode_key(key), b"")
 
 
 def txn_from_wire(wire: TxnResponse) -> TxnResult:
@@ -235,7 +246,7 @@ def _result(wire: ResponseOp) -> OpResult:
 def touched(ops: Sequence[Op], compares: Sequence[Compare] = ()) -> str:
     """Return one key that stands for a transaction in messages: the first written, else compared or read."""
     for op in ops:
-        if not isinstance(op, Get):
+        if isinstance(op, Write):
             return op.key
     if compares:
         return compares[0].key
