@@ -41,6 +41,7 @@ class Node(msgspec.Struct, frozen=True, omit_defaults=True):
     version: int = VERSION
     last_endpoint_id: int = 0
     local_identities: dict[str, int] = {}
+    lease: int = 0
 
 
 class Checkpoint:

@@ -21,7 +21,7 @@ import json
 import os
 import time
 from collections.abc import Awaitable, Callable
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network, ip_network
+from ipaddress import IPv4Interface, IPv4Network, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ from agent.errors import AgentError, DriverError, EngineError, UnknownNetwork
 from agent.ports import parse_portmap, taken_ports
 from core import metrics
 from core.errors import HoldfastError, shorten
+from datapath.devices import GATEWAY
 
-GATEWAY = "169.254.1.1"  # answered by the program on the host side of every veth
 CONTAINER_PREFIX = "eth"
 BODY_LIMIT = 4 << 20
 # The whole of a driver call; the engine itself gives up after 30 s or more and shows less of a reason.
@@ -280,11 +280,6 @@ class Driver:
                 hint="stop the container and start it again",
             )
         return endpoint
-
-
-def address_of(text: str) -> IPv4Address:
-    """Return the address of ``10.1.2.3/16`` or ``10.1.2.3``."""
-    return IPv4Interface(text).ip
 
 
 def _text(call: dict[str, Any], key: str) -> str:

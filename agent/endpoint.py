@@ -54,22 +54,13 @@ class Endpoint(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     all_labels: str = ""  # including those that do not count for the identity
     identity: int = 0  # 0 until allocated: enforced as reserved:init
     connected: bool = False  # an interface is wanted
+    handed_over: bool = False  # the other side of the interface is in the workload's namespace
     ports: tuple[Port, ...] = ()
 
     @property
     def enforced_identity(self) -> int:
         """Return the identity that the kernel uses: reserved:init (5) as long as there is none."""
         return self.identity or 5
-
-
-def interface_name(endpoint_id: int) -> str:
-    """Return the host-side interface name of an endpoint; rules match the prefix `lxc`."""
-    return f"lxc{endpoint_id:05d}"
-
-
-def peer_name(endpoint_id: int) -> str:
-    """Return the name of the container side until the engine moves and renames it."""
-    return f"tmp{endpoint_id:05d}"
 
 
 def macs_of(address: IPv4Address) -> tuple[str, str]:

@@ -27,7 +27,7 @@ import msgspec
 from loguru import logger
 
 from agent.checkpoint import Checkpoint
-from agent.endpoint import ENDPOINT_ID_MAX, Endpoint, Port, State, interface_name, macs_of, peer_name
+from agent.endpoint import ENDPOINT_ID_MAX, Endpoint, Port, State, macs_of
 from agent.errors import AddressTaken, AgentError, EndpointNotFound, EndpointRefused, PoolExhausted
 from agent.pool import Pool
 from core import metrics
@@ -35,6 +35,7 @@ from core.backoff import Backoff
 from core.errors import HoldfastError, shorten
 from core.reconciler import Kind, Status
 from core.table import Table
+from datapath.devices import host_name, temporary_name
 from identity.errors import LabelError
 from identity.filter import LabelFilter
 from identity.labels import CONTAINER, Labels
@@ -49,6 +50,8 @@ class Allocator(Protocol):
     """Gives numbers to label sets (identity.allocator)."""
 
     async def allocate(self, labels: Labels) -> int: ...
+
+    def restore(self, labels: Labels, number: int) -> bool: ...
 
     async def release(self, labels: Labels) -> None: ...
 
@@ -144,18 +147,21 @@ class EndpointManager:
             self._restoring.add(endpoint.id)
             self._index(endpoint)
             self._source.upsert(endpoint.id, endpoint)
-            if endpoint.identity:
-                self._kernel.endpoint_identified(endpoint, Labels.parse(endpoint.labels))
             self._note(endpoint.id, State.RESTORING, "restored from the checkpoint")
+            if endpoint.identity:
+                self._restore_identity(endpoint, Labels.parse(endpoint.labels))
         return len(endpoints)
 
-    async def reclaim(self) -> None:
-        """Ask again for the identities of restored endpoints: etcd's number wins if it differs."""
-        for endpoint_id in list(self._restoring):
-            endpoint = self.table.get(endpoint_id)
-            self._restoring.discard(endpoint_id)
-            if endpoint is not None and endpoint.labels:
-                self._start_allocation(endpoint_id, Labels.parse(endpoint.labels))
+    def _restore_identity(self, endpoint: Endpoint, labels: Labels) -> None:
+        """Go on with the identity of the checkpoint; etcd's number wins later if it differs."""
+        self._kernel.endpoint_identified(endpoint, labels)
+        if not self._allocator.restore(labels, endpoint.identity):
+            self._start_allocation(endpoint.id, labels)
+
+    def restored(self) -> None:
+        """Everything restored has been compared with the kernel and the engine."""
+        self._restoring.clear()
+        self._source.mark_in_sync()
 
     async def create(
         self,
@@ -183,8 +189,8 @@ class EndpointManager:
             ipv4=str(address),
             mac=mac or own_mac,
             node_mac=node_mac,
-            interface=interface_name(number),
-            peer=peer_name(number),
+            interface=host_name(number),
+            peer=temporary_name(number),
             network_id=network_id,
             engine_endpoint_id=engine_id,
             netns=netns,
@@ -219,9 +225,19 @@ class EndpointManager:
             await self._expect_kernel(endpoint_id, "policy")
             return endpoint
         await self._change(
-            endpoint_id, container_id=container_id, container_name=name, all_labels=everything.serialized
+            endpoint_id,
+            container_id=container_id,
+            container_name=name,
+            all_labels=everything.serialized,
+            handed_over=True,
         )
         return await self.set_labels(endpoint_id, relevant)
+
+    async def handed_over(self, endpoint_id: int, name: str, labels: Labels) -> Endpoint:
+        """Note that an endpoint of the API has its interface inside its namespace."""
+        return await self._change(
+            endpoint_id, handed_over=True, container_name=name, all_labels=labels.serialized
+        )
 
     async def set_labels(self, endpoint_id: int, relevant: Labels) -> Endpoint:
         """Give an endpoint the identity of these labels; waits for etcd a few seconds, then goes on alone."""
@@ -262,7 +278,14 @@ class EndpointManager:
             await self._allocator.release(Labels.parse(endpoint.labels))
         self._kernel.endpoint_removed(endpoint)
         await self._change(
-            endpoint_id, connected=False, identity=0, labels="", all_labels="", ports=(), container_id=""
+            endpoint_id,
+            connected=False,
+            handed_over=False,
+            identity=0,
+            labels="",
+            all_labels="",
+            ports=(),
+            container_id="",
         )
         await self._kernel.settled(endpoint_id)
 

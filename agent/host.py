@@ -14,9 +14,13 @@ from ipaddress import IPv4Address, IPv4Network
 from pyroute2 import IPRoute
 
 from agent.errors import AgentError
+from datapath.routes import PROTOCOL
 
 # Interfaces that never face another machine; `veth` may be a container's, so a route decides.
-OWN_PREFIXES = ("lo", "lxc", "tmp", "cilium_", "docker", "br-", "ifb")
+DEFAULT_MTU = 1500
+MAIN_TABLE = 254
+UNICAST = 1  # RTN_UNICAST
+OWN_PREFIXES = ("lo", "lxc0", "hf0", "cilium_", "docker", "br-", "ifb")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class HostView:
     node_ip: IPv4Address
     addresses: frozenset[IPv4Address]
     devices: dict[str, int]
+    mtu: int
     networks: tuple[IPv4Network, ...]
 
 
@@ -40,15 +45,17 @@ def look(node_ip: IPv4Address | None = None, devices: tuple[str, ...] = ()) -> H
     Raises AgentError when the host has no address to be known by, or lacks a named device.
     """
     with IPRoute() as ipr:
-        links = {link["index"]: link.get_attr("IFLA_IFNAME") for link in ipr.get_links()}
+        dump = list(ipr.get_links())
+        links = {link["index"]: str(link.get_attr("IFLA_IFNAME")) for link in dump}
+        mtus = {link["index"]: int(link.get_attr("IFLA_MTU") or 0) for link in dump}
         addressed = [
             (address["index"], IPv4Address(address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS")))
             for address in ipr.get_addr(family=socket.AF_INET)
         ]
         routes = [
             (route["dst_len"], route.get_attr("RTA_DST"), route.get_attr("RTA_OIF"))
-            for route in ipr.get_routes(family=socket.AF_INET, table=254)
-            if route["type"] == 1 and route["proto"] != OWN_PROTOCOL
+            for route in ipr.get_routes(family=socket.AF_INET, table=MAIN_TABLE)
+            if route["type"] == UNICAST and route["proto"] != PROTOCOL
         ]
     facing = _facing(links, routes, devices)
     outward = [each for index, each in addressed if index in facing.values() and not each.is_loopback]
@@ -56,11 +63,9 @@ def look(node_ip: IPv4Address | None = None, devices: tuple[str, ...] = ()) -> H
         node_ip=node_ip or _node_ip(outward),
         addresses=frozenset(each for _, each in addressed),
         devices=facing,
+        mtu=min((mtus[index] for index in facing.values() if mtus[index]), default=DEFAULT_MTU),
         networks=tuple(IPv4Network((dst or "0.0.0.0", length)) for length, dst, _ in routes),
     )
-
-
-OWN_PROTOCOL = 0x48  # datapath.routes marks its routes with it
 
 
 def _facing(

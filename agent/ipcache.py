@@ -37,6 +37,7 @@ class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     host_ip: str = ""
     key: int = 0
     metadata: str = ""
+    space: str = ""  # the address space of the key that it was read from
 
 
 IpTable = Table[str, Record]

@@ -25,7 +25,8 @@ from core.files import write_atomic
 from core.table import Source, Table
 from kvstore import schema
 from policy.errors import PolicyError
-from policy.language import Policy, parse_policies
+from policy.language import parse_policies
+from policy.model import Policy
 
 DIRECTORY = "directory"
 KVSTORE = "kvstore"
@@ -109,7 +110,8 @@ class _Documents:
             for other in self._others:
                 if policy.name in other.entries():
                     raise PolicyError(
-                        f"policy {shorten(policy.name)} exists already, from {other.entries()[policy.name].origin}",
+                        f"policy {shorten(policy.name)} exists already, "
+                        f"from {other.entries()[policy.name].origin}",
                         hint="delete one of the two or rename it",
                     )
             for known, names in self._names.items():
@@ -207,11 +209,11 @@ class PolicyKeys:
     def put(self, key: str, value: bytes) -> None:
         self._missing.pop(key, None)
         try:
-            text = schema.parse_policy(key, value)
+            name, text = schema.parse_policy(key, value)
         except HoldfastError as error:
             self._documents.refusals.add(key, key, error)
             return
-        self._documents.put(key, text, key)
+        self._documents.put(key, text, name)
 
     def deleted(self, key: str) -> None:
         self._missing.pop(key, None)

@@ -22,8 +22,8 @@ from core.errors import HoldfastError
 from core.reconciler import Reconciler
 from core.table import Table
 from identity.labels import Labels
-from policy.engine import MapChange, PolicyEngine
-from policy.mapstate import PolicyEntry, PolicyKey
+from policy.engine import PolicyEngine
+from policy.model import MapChange, PolicyEntry, PolicyKey
 
 Upserts = Mapping[PolicyKey, PolicyEntry]
 
@@ -52,18 +52,18 @@ class PolicyMaps:
         # Endpoint → what changed since the map was last written; None: compare the whole map.
         self._changes: dict[int, MapChange | None] = {}
         self._revision = 0
-        self._open = False
+        self.opened = asyncio.Event()
         self.reconciler: Reconciler[int, int] = Reconciler("policy-maps", self.table, self)
 
     @property
     def is_open(self) -> bool:
-        return self._open
+        return self.opened.is_set()
 
     def open_gate(self) -> None:
         """Policies and identities are complete: from now on maps follow the engine."""
-        if self._open:
+        if self.is_open:
             return
-        self._open = True
+        self.opened.set()
         self.engine.take_changes()
         for endpoint_id in self._wanted:
             self._want(endpoint_id, None)
@@ -73,7 +73,7 @@ class PolicyMaps:
         """Have the map of an endpoint follow the policy for `labels`."""
         self._wanted.add(endpoint_id)
         self.engine.upsert_endpoint(endpoint_id, labels)
-        if self._open:
+        if self.is_open:
             self.flush()
             self._want(endpoint_id, None)
 
@@ -86,7 +86,7 @@ class PolicyMaps:
 
     def flush(self) -> None:
         """Hand what changed in the engine to the reconciler."""
-        if not self._open:
+        if not self.is_open:
             return
         for endpoint_id, change in self.engine.take_changes().items():
             self._want(endpoint_id, change)

@@ -70,7 +70,7 @@ def _choose(protocol: int, host_ip: str, low: int, high: int, used: set[tuple[in
     name = PROTOCOLS[protocol]
     wanted = f"{low}" if low == high else f"{low}-{high}"
     raise DriverError(
-        f"host port {wanted if low else 'any'}/{name} is in use by another container or a service of the host",
+        f"host port {wanted if low else 'any'}/{name} is in use by a container or a service of the host",
         hint="stop what uses it or choose another host port",
     )
 

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What follows from what: identities and policies into the engine, prefixes into identities.
+
+The order of writes is the point of this module.  An address must never be given an identity that the
+policy maps do not know yet, and an identity must not be forgotten while an address still has it; so new
+things go engine → policy maps → ip→identity table, and old things the other way round.
+"""
+
+from __future__ import annotations
+
+from loguru import logger
+
+from agent.endpoint import Endpoint
+from agent.ipcache import CIDR_SOURCE, LOCAL_SOURCE, IpTable, Record
+from agent.policies import PolicyTable
+from agent.policy_maps import PolicyMaps
+from core import metrics
+from core.reconciler import Kind, Reconciler, Status
+from core.table import Table
+from identity.labels import Labels
+from identity.local import LocalIdentities, prefix_labels
+
+
+class Derivations:
+    """Follows identities and policies; implements `agent.endpoints.Kernel`."""
+
+    def __init__(
+        self,
+        identities: Table[int, Labels],
+        policies: PolicyTable,
+        local: LocalIdentities,
+        addresses: IpTable,
+        policy_maps: PolicyMaps,
+    ) -> None:
+        self.identities = identities
+        self.policies = policies
+        self.local = local
+        self.policy_maps = policy_maps
+        self._addresses = addresses
+        self._own = addresses.source(LOCAL_SOURCE)
+        self._prefixes = addresses.source(CIDR_SOURCE)
+        self._reconcilers: list[Reconciler[int, Endpoint]] = []
+        self._ipcache: Reconciler[str, Record] | None = None
+        self._followed: set[str] = set()
+
+    def attach(self, endpoints: Reconciler[int, Endpoint], ipcache: Reconciler[str, Record]) -> None:
+        """Name the reconcilers that `settled` waits for."""
+        self._reconcilers.append(endpoints)
+        self._ipcache = ipcache
+
+    # --- tasks
+
+    async def follow_identities(self) -> None:
+        """Keep the engine's identities equal to the table."""
+        changes = self.identities.subscribe()
+        engine = self.policy_maps.engine
+        while True:
+            await changes.wait()
+            for number in changes.take():
+                labels = self.identities.get(number)
+                if labels is None:
+                    engine.delete_identity(number)
+                else:
+                    engine.upsert_identity(number, labels)
+            self.policy_maps.flush()
+            if self.identities.in_sync:
+                self._caught_up("identities")
+
+    async def follow_policies(self) -> None:
+        """Keep the engine's policies, and the identities of the prefixes they name, equal to the table."""
+        changes = self.policies.subscribe()
+        engine = self.policy_maps.engine
+        while True:
+            await changes.wait()
+            for name in changes.take():
+                policy = self.policies.get(name)
+                if policy is None:
+                    engine.delete_policy(name)
+                    logger.info("policy {} is no longer in force", name)
+                else:
+                    engine.upsert_policy(policy)
+                    logger.info("policy {} from {} is in force", name, policy.origin)
+            metrics.POLICY_COUNT.set(len(self.policies))
+            stale = self._name_prefixes()
+            self.policy_maps.flush()
+            if self.policies.in_sync:
+                self._caught_up("policies")
+                self._prefixes.mark_in_sync()
+                await self._forget_prefixes(stale)
+
+    def _caught_up(self, follower: str) -> None:
+        """A follower has handed on everything of a table that is in sync; with both, the maps may follow."""
+        self._followed.add(follower)
+        if self._followed == {"identities", "policies"}:
+            self.policy_maps.open_gate()
+
+    def _name_prefixes(self) -> set[str]:
+        """Give new prefixes an identity; return those that no rule names any more."""
+        wanted = self.policy_maps.engine.cidrs()
+        known = set(self._prefixes.entries())
+        for prefix in wanted - known:
+            number = self.local.acquire(prefix)
+            self.policy_maps.engine.upsert_identity(number, prefix_labels(prefix))
+            self._prefixes.upsert(prefix, Record(number))
+        return known - wanted
+
+    async def _forget_prefixes(self, stale: set[str]) -> None:
+        for prefix in stale:
+            self._prefixes.delete(prefix)
+        if stale and self._ipcache is not None:
+            await self._ipcache.wait_idle()
+        for prefix in stale:
+            if prefix not in self._prefixes.entries():
+                self.local.release(prefix)
+
+    # --- agent.endpoints.Kernel
+
+    def endpoint_identified(self, endpoint: Endpoint, labels: Labels) -> None:
+        """Enforce an endpoint's identity and policy, and tell this host's other endpoints who it is."""
+        self.policy_maps.engine.upsert_identity(endpoint.identity, labels)
+        self.policy_maps.add_endpoint(endpoint.id, labels)
+        self.policy_maps.flush()
+        self._own.upsert(f"{endpoint.ipv4}/32", Record(endpoint.identity))
+
+    def endpoint_removed(self, endpoint: Endpoint) -> None:
+        self._own.delete(f"{endpoint.ipv4}/32")
+        self.policy_maps.remove_endpoint(endpoint.id)
+
+    async def settled(self, endpoint_id: int) -> Status:
+        """Wait for the interface, the policy map and the address of an endpoint; the first error wins."""
+        worst = Status(Kind.DONE)
+        for reconciler in self._reconcilers:
+            status = await reconciler.settled(endpoint_id)
+            worst = status if worst.kind is not Kind.ERROR else worst
+        if self.policy_maps.is_open:
+            status = await self.policy_maps.reconciler.settled(endpoint_id)
+            worst = status if worst.kind is not Kind.ERROR else worst
+        if self._ipcache is not None:
+            await self._ipcache.wait_idle()
+        return worst
+
+    def status(self, endpoint_id: int) -> Status:
+        """Return what `settled` would, without waiting."""
+        statuses = [reconciler.status(endpoint_id) for reconciler in self._reconcilers]
+        statuses.append(self.policy_maps.reconciler.status(endpoint_id))
+        return next((each for each in statuses if each.kind is not Kind.DONE), Status(Kind.DONE))

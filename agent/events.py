@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the kernel's ring of events to everybody who watches (`holdfast monitor`).
+
+Programs emit events only while somebody listens: the first listener switches them on, the last one off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from loguru import logger
+
+from agent.api.models import MonitorEvent
+from agent.api.monitor import MonitorHub
+from core import metrics
+from core.errors import HoldfastError
+from datapath.events import decode_many
+from datapath.format import Described, describe
+from datapath.maps import MonitorFlag
+from datapath.ring import EventRing
+
+
+class EventPump:
+    """Owner of the hub; `attach` gives it the ring once the maps are open."""
+
+    def __init__(self, queue_size: int) -> None:
+        self.hub = MonitorHub(queue_size, self._listeners_changed)
+        self._ring: EventRing | None = None
+        self._flag: MonitorFlag | None = None
+        self._lost = 0
+
+    def attach(self, ring: EventRing, flag: MonitorFlag) -> None:
+        """Read this ring from now on; call it in the loop."""
+        self._ring, self._flag = ring, flag
+        asyncio.get_running_loop().add_reader(ring.fd, self._readable)
+        self._listeners_changed(self.hub.listeners)
+
+    def detach(self) -> None:
+        if self._ring is not None:
+            asyncio.get_running_loop().remove_reader(self._ring.fd)
+
+    def _listeners_changed(self, listeners: int) -> None:
+        if self._flag is None:
+            return
+        try:
+            self._flag.set(1 if listeners else 0)
+        except HoldfastError as error:
+            logger.error("events of the data path can not be switched: {}", error)
+
+    def _readable(self) -> None:
+        if self._ring is None:
+            return
+        _publish(self._ring.read(), self.hub.publish)
+        lost = self._ring.lost()
+        if lost > self._lost:
+            metrics.EVENTS_LOST.inc(lost - self._lost)
+            self.hub.publish(_lost_event(lost - self._lost))
+            self._lost = lost
+
+
+def _publish(records: list[bytes], publish: Callable[[MonitorEvent], None]) -> None:
+    decoded, unreadable = decode_many(records)
+    if unreadable:
+        logger.warning("{} events of the data path could not be read", unreadable)
+    now = time.time()
+    for event in decoded:
+        publish(_shown(describe(event), now))
+
+
+def _shown(event: Described, now: float) -> MonitorEvent:
+    return MonitorEvent(
+        time=now,
+        type=event.kind,
+        summary=event.line,
+        source=event.source_endpoint,
+        destination=event.destination_endpoint,
+        source_identity=event.source_identity,
+        destination_identity=event.destination_identity,
+        reason=event.reason,
+        details=event.details,
+    )
+
+
+def _lost_event(number: int) -> MonitorEvent:
+    summary = f"CPU 00: Lost {number} events: the ring was full"
+    return MonitorEvent(time=time.time(), type="lost", summary=summary, details={"lost": number})

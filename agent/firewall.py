@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target of the host's firewall rules: masquerading, published ports, the accept chain in FORWARD.
+
+One object (`RULES`) in one table, derived from the endpoints' ports.  docker, ufw and firewalld rewrite
+the host's rules whenever they restart, so the reconciler looks every few seconds and repairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from loguru import logger
+
+from agent.endpoint import Endpoint, Port
+from core.errors import HoldfastError
+from core.reconciler import Reconciler
+from core.table import Table
+from datapath.firewall import Firewall, FirewallState, PublishedPort
+from datapath.forward import ForwardChain
+
+RULES = "rules"
+# One look costs two processes, 10 ms; docker needs a second to start after it has cut our rules off.
+LOOK_S = 10.0
+
+FirewallTable = Table[str, FirewallState]
+
+
+class FirewallTarget:
+    """Operations over the one firewall state; `forward` is None where the operator keeps FORWARD himself."""
+
+    def __init__(self, firewall: Firewall, forward: ForwardChain | None) -> None:
+        self._firewall = firewall
+        self._forward = forward
+
+    async def update(self, items: Sequence[tuple[str, FirewallState]]) -> Mapping[str, Exception]:
+        try:
+            for _, state in items:
+                amiss = await self._firewall.ensure(state)
+                if self._forward is not None:
+                    amiss += await self._forward.ensure()
+                if amiss:
+                    logger.info("firewall rules written: {}", ", ".join(amiss[:5]))
+        except HoldfastError as error:
+            return {key: error for key, _ in items}
+        return {}
+
+    async def delete(self, keys: Sequence[str]) -> Mapping[str, Exception]:
+        return {}
+
+    async def prune(self, table: FirewallTable) -> int:
+        return 0
+
+
+class FirewallRules:
+    """Derives the rules from the endpoints; owner of the table and its reconciler."""
+
+    def __init__(self, base: FirewallState, target: FirewallTarget) -> None:
+        self.table: FirewallTable = Table("firewall", ("endpoints",))
+        self.reconciler: Reconciler[str, FirewallState] = Reconciler(
+            "firewall", self.table, target, refresh_s=LOOK_S
+        )
+        self._base = base
+        self._source = self.table.source("endpoints")
+
+    def derive(self, endpoints: Iterable[Endpoint]) -> None:
+        """Want the rules for these endpoints."""
+        ports = frozenset(
+            _published(port, endpoint.ipv4) for endpoint in endpoints for port in endpoint.ports
+        )
+        self._source.upsert(RULES, replace(self._base, ports=ports))
+        self._source.mark_in_sync()
+
+    async def follow(self, endpoints: Table[int, Endpoint]) -> None:
+        """Keep the rules equal to the endpoints until cancelled."""
+        changes = endpoints.subscribe()
+        while True:
+            self.derive(endpoint for _, endpoint in endpoints.items())
+            await changes.wait()
+            changes.take()
+
+
+def _published(port: Port, address: str) -> PublishedPort:
+    spread = port.host_port_end - port.host_port
+    return PublishedPort(
+        port.protocol,
+        port.host_ip,
+        port.host_port,
+        port.host_port_end,
+        address,
+        port.container_port,
+        port.container_port + spread,
+    )

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target of the endpoints' reconciler: interface, programs, endpoint map, route.
+
+An endpoint that is connected has, in this order: a policy map (empty at first: everything is denied), a
+veth pair, its programs on the host side, its place in the endpoint map and a host route.  A new identity
+is a reload of the programs, which replaces them without a gap.  Everything is idempotent: a restarted
+agent runs through the same code and finds most of it in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from loguru import logger
+
+from agent.endpoint import Endpoint
+from core import metrics
+from core.errors import HoldfastError
+from core.table import Table
+from datapath.devices import Device, Devices, host_name
+from datapath.errors import DatapathError, DeviceError
+from datapath.maps import LxcMap, PolicyMap
+from datapath.mapspec import MapCatalogue
+from datapath.records import ENDPOINT_IS_HOST, LxcEntry
+from datapath.routes import EndpointRoute, Routes
+from policy.model import PolicyEntry, PolicyKey
+
+
+class Programs(Protocol):
+    """Loads and attaches an endpoint's programs (agent.programs)."""
+
+    async def load(self, endpoint: Endpoint, ifindex: int, policy_map: PolicyMap) -> None: ...
+
+    async def attached(self, ifindex: int) -> bool: ...
+
+    def unload(self, endpoint_id: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this host keeps things: `root` holds the pinned maps."""
+
+    root: Path
+    mtu: int
+    node_ip: str
+    pool: str
+
+
+class PolicyMapStore:
+    """The open policy maps of this host's endpoints, by endpoint id (PolicyTarget of agent.policy_maps)."""
+
+    def __init__(self, catalogue: MapCatalogue, root: Path) -> None:
+        self._catalogue = catalogue
+        self._root = root
+        self._open: dict[int, PolicyMap] = {}
+
+    def get(self, endpoint_id: int) -> PolicyMap:
+        """Return the endpoint's map, opened or created and pinned.  Raises DatapathError."""
+        found = self._open.get(endpoint_id)
+        if found is None:
+            found = self._open[endpoint_id] = PolicyMap.of(endpoint_id, self._catalogue, self._root)
+        return found
+
+    def apply(
+        self, endpoint_id: int, upserts: Mapping[PolicyKey, PolicyEntry], deletes: set[PolicyKey]
+    ) -> None:
+        """Write upserts first, then deletes; raises DatapathError."""
+        _raise_first(self.get(endpoint_id).apply(upserts.items(), deletes).failed)
+
+    def replace(self, endpoint_id: int, wanted: Mapping[PolicyKey, PolicyEntry]) -> int:
+        """Make the map hold exactly `wanted`; return how many entries differed."""
+        change = self.get(endpoint_id).sync(wanted.items())
+        _raise_first(change.failed)
+        return change.written + change.deleted
+
+    def remove(self, endpoint_id: int) -> None:
+        """Close and unpin a map; its programs must be gone."""
+        found = self._open.pop(endpoint_id, None)
+        if found is not None:
+            found.close()
+        PolicyMap.remove(endpoint_id, self._root)
+
+    def pinned(self) -> set[int]:
+        """Return the endpoint ids of every policy map under the root."""
+        names = (path.name.rpartition("_")[2] for path in self._root.glob("cilium_policy_*"))
+        return {int(name) for name in names if name.isdigit()}
+
+
+class EndpointTarget:
+    """Operations over the endpoints; only the reconciler's task calls it."""
+
+    def __init__(
+        self,
+        place: Place,
+        devices: Devices,
+        routes: Routes,
+        lxc: LxcMap,
+        policy_maps: PolicyMapStore,
+        programs: Programs,
+    ) -> None:
+        self._place = place
+        self._devices = devices
+        self._routes = routes
+        self._lxc = lxc
+        self._policy_maps = policy_maps
+        self._programs = programs
+        # endpoint id → (address, what its programs were loaded with)
+        self._loaded: dict[int, tuple[str, tuple[int, int]]] = {}
+
+    async def update(self, items: Sequence[tuple[int, Endpoint]]) -> Mapping[int, Exception]:
+        failed: dict[int, Exception] = {}
+        for endpoint_id, endpoint in items:
+            try:
+                if endpoint.connected:
+                    await self._connect(endpoint)
+                else:
+                    await self._disconnect(endpoint_id, endpoint.ipv4, endpoint.interface)
+            except (HoldfastError, OSError) as error:
+                failed[endpoint_id] = error
+        return failed
+
+    async def delete(self, keys: Sequence[int]) -> Mapping[int, Exception]:
+        failed: dict[int, Exception] = {}
+        for endpoint_id in keys:
+            address, _ = self._loaded.get(endpoint_id, ("", (0, 0)))
+            try:
+                await self._disconnect(endpoint_id, address, "")
+            except (HoldfastError, OSError) as error:
+                failed[endpoint_id] = error
+        return failed
+
+    async def prune(self, table: Table[int, Endpoint]) -> int:
+        """Remove interfaces, routes, map entries and maps of endpoints that nobody has."""
+        endpoints = [endpoint for _, endpoint in table.items() if endpoint.connected]
+        ids = {endpoint.id for endpoint in endpoints}
+        addresses = {endpoint.ipv4 for endpoint in endpoints}
+        removed = len(await self._devices.collect_leaks(ids))
+        keep = {f"{address}/32" for address in addresses} | {self._place.pool}
+        removed += len(await self._routes.prune(keep))
+        stale = [
+            address
+            for address, entry in self._lxc.items()
+            if address not in addresses and not entry.flags & ENDPOINT_IS_HOST
+        ]
+        removed += self._lxc.delete(stale) if stale else 0
+        for endpoint_id in self._policy_maps.pinned() - ids:
+            self._programs.unload(endpoint_id)
+            self._policy_maps.remove(endpoint_id)
+            removed += 1
+        return removed
+
+    async def _connect(self, endpoint: Endpoint) -> None:
+        policy_map = self._policy_maps.get(endpoint.id)
+        device = await self._device(endpoint)
+        await self._load(endpoint, device, policy_map)
+        entry = LxcEntry(device.index, endpoint.id, 0, endpoint.mac, endpoint.node_mac)
+        _raise_first(self._lxc.upsert([(endpoint.ipv4, entry)]))
+        await self._routes.upsert(
+            EndpointRoute(endpoint.ipv4, device.index, endpoint.mac, self._place.node_ip)
+        )
+
+    async def _device(self, endpoint: Endpoint) -> Device:
+        """Return the host side of the pair; a lost pair can only be made again before it was handed over."""
+        device = await self._devices.find(endpoint.interface)
+        if device is not None and (endpoint.handed_over or endpoint.id in self._loaded):
+            return device
+        if endpoint.handed_over:
+            raise DeviceError(
+                f"interface {endpoint.interface} of endpoint {endpoint.id} is gone",
+                hint=f"restart {endpoint.container_name or 'the workload'}",
+            )
+        pair = await self._devices.create_veth(
+            endpoint.id, mtu=self._place.mtu, mac=endpoint.mac, host_mac=endpoint.node_mac
+        )
+        return pair.host
+
+    async def _load(self, endpoint: Endpoint, device: Device, policy_map: PolicyMap) -> None:
+        wanted = (endpoint.enforced_identity, device.index)
+        _, loaded = self._loaded.get(endpoint.id, ("", (0, 0)))
+        if loaded == wanted and await self._programs.attached(device.index):
+            return
+        try:
+            with metrics.ENDPOINT_REGENERATION_SECONDS.labels("bpfLoadProg", "success").time():
+                await self._programs.load(endpoint, device.index, policy_map)
+        except DatapathError:
+            metrics.ENDPOINT_REGENERATIONS.labels("fail").inc()
+            raise
+        metrics.ENDPOINT_REGENERATIONS.labels("success").inc()
+        self._loaded[endpoint.id] = (endpoint.ipv4, wanted)
+
+    async def _disconnect(self, endpoint_id: int, address: str, interface: str) -> None:
+        """Take everything away; what is not there is fine."""
+        if address:
+            self._lxc.delete([address])
+            await self._routes.delete(address)
+        self._programs.unload(endpoint_id)
+        if not await self._devices.delete(interface or host_name(endpoint_id)):
+            logger.debug("endpoint {}: no interface to delete", endpoint_id)
+        self._policy_maps.remove(endpoint_id)
+        self._loaded.pop(endpoint_id, None)
+
+
+def _raise_first(failed: Mapping[Any, DatapathError]) -> None:
+    for error in failed.values():
+        raise error

@@ -1,0 +1,449 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the API shows of the agent's state: pure views of the parts, built when somebody asks."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from agent.api import models
+from agent.endpoint import Endpoint, State
+from agent.endpoints import Event
+from agent.parts import Parts
+from core import metrics, waiting
+from core.errors import HoldfastError
+from core.reconciler import Kind, Reconciler
+from core.table import Table
+from identity.labels import Labels
+from identity.numbers import WORLD
+from kvstore.watcher import staleness
+
+if TYPE_CHECKING:
+    from agent.process import AgentProcess
+
+OK, WARNING, FAILURE, DISABLED = "Ok", "Warning", "Failure", "Disabled"
+
+
+def status(process: AgentProcess) -> models.Status:
+    """Return the whole of `holdfast status`."""
+    parts = process.parts
+    if parts is None:
+        return _status_without_parts(process)
+    engine = parts.policy_maps.engine
+    states = Counter(_state(parts, endpoint).value for _, endpoint in parts.endpoints.table.items())
+    numbers = parts.allocator.range
+    return models.Status(
+        holdfast=_overall(parts),
+        kvstore=_kvstore(parts),
+        container_runtime=_runtime(parts),
+        network_driver=_driver(parts),
+        masquerading=_masquerading(parts),
+        ipam=models.Ipam(
+            pool=str(parts.pool.network),
+            used=parts.pool.used,
+            available=parts.pool.capacity - parts.pool.used,
+        ),
+        node_monitor=_monitor(process),
+        node=own_node(parts),
+        version=version("holdfast"),
+        uptime=time.time() - process.started,
+        staleness=staleness(),
+        policy_revision=engine.revision,
+        policies=len(parts.policies),
+        policy_errors=_policy_errors(parts),
+        endpoints=dict(states),
+        identities=len(parts.identities.table),
+        identity_range=f"min {numbers.start}, max {numbers.stop - 1}",
+        controllers=_controllers(process, parts),
+        tables=[_table(table) for table in _tables(parts)],
+        waits=_waits(),
+        unmanaged=_unmanaged(parts),
+    )
+
+
+def _status_without_parts(process: AgentProcess) -> models.Status:
+    unknown = models.Component(state=DISABLED, msg="not started")
+    return models.Status(
+        holdfast=models.Component(state=FAILURE, msg=process.trouble),
+        kvstore=unknown,
+        container_runtime=unknown,
+        network_driver=unknown,
+        masquerading=unknown,
+        ipam=models.Ipam(pool="", used=0, available=0),
+        node_monitor=_monitor(process),
+        node=models.Node(name="", local=True),
+        version=version("holdfast"),
+        uptime=time.time() - process.started,
+        staleness=-1,
+        policy_revision=0,
+        policies=0,
+        waits=_waits(),
+    )
+
+
+def _overall(parts: Parts) -> models.Component:
+    failing = [each.name for each in _reconcilers(parts) if each.errors]
+    if failing:
+        return models.Component(state=WARNING, msg=f"could not write everything of {', '.join(failing)}")
+    if parts.keeper.error:
+        return models.Component(state=WARNING, msg=parts.keeper.error)
+    if not parts.policy_maps.is_open:
+        return models.Component(
+            state=WARNING,
+            msg="policies and identities are not complete yet; the last known state is enforced",
+        )
+    sentence = parts.reconcilers["endpoints"].sentence
+    return models.Component(state=OK, msg=f"{len(parts.endpoints.table)} endpoints; last: {sentence}")
+
+
+def _kvstore(parts: Parts) -> models.Component:
+    followers = parts.followers
+    behind = [each for each in followers if each.error]
+    lease = f"lease-ID={parts.session.lease_id:x}"
+    endpoints = ", ".join(parts.client.config.endpoints)
+    if behind:
+        return models.Component(state=FAILURE, msg=f"etcd: {behind[0].error}; {lease}: {endpoints}")
+    if parts.session.error or not parts.session.alive:
+        return models.Component(
+            state=WARNING, msg=f"etcd: {parts.session.error or 'no lease yet'}: {endpoints}"
+        )
+    return models.Component(
+        state=OK,
+        msg=f"etcd: {len(parts.client.config.endpoints)} configured, {lease}, has-quorum=true: {endpoints}",
+    )
+
+
+def _runtime(parts: Parts) -> models.Component:
+    if parts.engine_watch is None:
+        return models.Component(state=DISABLED, msg="docker-endpoint is empty")
+    view = parts.engine_watch.view
+    if view.error:
+        return models.Component(state=FAILURE, msg=view.error)
+    return models.Component(state=OK, msg=f"docker {view.version}, {view.containers} containers running")
+
+
+def _driver(parts: Parts) -> models.Component:
+    if parts.driver is None:
+        return models.Component(state=DISABLED, msg="no engine")
+    return models.Component(
+        state=OK, msg=f"{len(parts.driver.networks)} networks on {parts.driver.socket_path}"
+    )
+
+
+def _masquerading(parts: Parts) -> models.Component:
+    errors = parts.firewall.reconciler.errors
+    if errors:
+        return models.Component(state=FAILURE, msg=next(iter(errors.values())))
+    if not parts.config["enable-ipv4-masquerade"]:
+        return models.Component(state=DISABLED, msg="enable-ipv4-masquerade is false")
+    return models.Component(state=OK, msg=f"nft, {parts.pool.network} [IPv4: Enabled]")
+
+
+def _monitor(process: AgentProcess) -> models.MonitorInfo:
+    hub = process.monitor
+    return models.MonitorInfo(listeners=hub.listeners, seen=hub.seen, lost=hub.lost)
+
+
+def _policy_errors(parts: Parts) -> list[models.PolicyError]:
+    refused = [
+        models.PolicyError(name=each.name, origin=each.origin, error=each.error, since=_when(each.since))
+        for each in parts.refusals.all()
+    ]
+    overflow = parts.policy_maps.engine.errors()
+    return refused + [
+        models.PolicyError(name=f"endpoint {number}", origin="policy map", error=str(error))
+        for number, error in overflow.items()
+    ]
+
+
+def _controllers(process: AgentProcess, parts: Parts) -> list[models.Controller]:
+    children = [
+        models.Controller(
+            name=child.name,
+            state=child.state,
+            error=child.error,
+            restarts=child.restarts,
+            since=_when(child.since),
+        )
+        for child in process.supervisor.children.values()
+    ]
+    writers = [
+        models.Controller(
+            name=f"{each.name} ({len(each.table)})",
+            state="failing" if each.errors else "ok",
+            error=next((f"{key}: {error}" for key, error in each.errors.items()), ""),
+        )
+        for each in _reconcilers(parts)
+    ]
+    return writers + children
+
+
+def _reconcilers(parts: Parts) -> list[Reconciler[Any, Any]]:
+    return [
+        *parts.reconcilers.values(),
+        parts.policy_maps.reconciler,
+        parts.ipcache,
+        parts.firewall.reconciler,
+    ]
+
+
+def _tables(parts: Parts) -> list[Table[Any, Any]]:
+    return [parts.endpoints.table, parts.identities.table, parts.policies, parts.addresses, parts.nodes]
+
+
+def _table(table: Table[Any, Any]) -> models.TableInfo:
+    return models.TableInfo(
+        name=table.name,
+        entries=len(table),
+        in_sync=table.in_sync,
+        waiting_for=[source.name for source in table.sources if not source.in_sync],
+        missing=sum(len(source.missing) for source in table.sources),
+    )
+
+
+def _waits() -> list[models.WaitInfo]:
+    return [
+        models.WaitInfo(
+            subject=each.subject, purpose=each.purpose, seconds=round(each.seconds, 1), note=each.note
+        )
+        for each in waiting.current()
+    ]
+
+
+def _unmanaged(parts: Parts) -> list[models.Unmanaged]:
+    if parts.engine_watch is None:
+        return []
+    return [
+        models.Unmanaged(name=name, reason=reason)
+        for name, reason in sorted(parts.engine_watch.view.unmanaged.items())
+    ]
+
+
+# --- endpoints
+
+
+def endpoint(parts: Parts, each: Endpoint) -> models.Endpoint:
+    """Return one endpoint as the API shows it."""
+    number = each.enforced_identity
+    labels = Labels.parse(each.labels) if each.labels else parts.identities.get(number) or Labels()
+    network = parts.driver.networks.get(each.network_id) if parts.driver is not None else None
+    state = _state(parts, each)
+    return models.Endpoint(
+        id=each.id,
+        status=models.EndpointStatus(
+            state=state.value,
+            identity=models.Identity(id=number, labels=labels.texts()),
+            labels=models.EndpointLabels(
+                security_relevant=labels.texts(),
+                derived=[
+                    label for label in Labels.parse(each.all_labels).texts() if label not in labels.texts()
+                ],
+            ),
+            networking=models.EndpointNetworking(
+                addressing=[models.EndpointAddress(ipv4=each.ipv4)],
+                interface_name=each.interface,
+                mac=each.mac,
+                host_mac=each.node_mac,
+            ),
+            policy=_policy(parts, each),
+            external_identifiers=models.ExternalIdentifiers(
+                container_id=each.container_id,
+                container_name=each.container_name,
+                docker_endpoint_id=each.engine_endpoint_id,
+                docker_network_id=each.network_id,
+                docker_network_name=network.name if network else "",
+                netns=each.netns,
+            ),
+            health=_health(state),
+            log=[_log(event) for event in parts.endpoints.history(each.id)],
+        ),
+    )
+
+
+def _state(parts: Parts, each: Endpoint) -> State:
+    return parts.endpoints.state(each, parts.derivations.status(each.id))
+
+
+def _policy(parts: Parts, each: Endpoint) -> models.EndpointPolicy:
+    engine = parts.policy_maps.engine
+    try:
+        enforced = engine.enforcement(each.id)
+        entries = len(engine.map_state(each.id))
+    except KeyError:
+        return models.EndpointPolicy(policy_enabled="both", policy_revision=engine.revision)
+    except HoldfastError as error:
+        return models.EndpointPolicy(policy_enabled="both", policy_revision=engine.revision, error=str(error))
+    failed = parts.policy_maps.reconciler.status(each.id)
+    overflow = engine.errors().get(each.id)
+    return models.EndpointPolicy(
+        policy_enabled=_enabled(enforced.ingress, enforced.egress),
+        policy_revision=engine.revision,
+        map_entries=entries,
+        error=str(overflow) if overflow else failed.error if failed.kind is Kind.ERROR else "",
+    )
+
+
+def _enabled(ingress: bool, egress: bool) -> str:
+    if ingress and egress:
+        return "both"
+    return "ingress" if ingress else "egress" if egress else "none"
+
+
+def _health(state: State) -> models.EndpointHealth:
+    fine = "OK" if state in (State.READY, State.RESTORING) else "Bootstrap"
+    word = "Failure" if state is State.NOT_READY else fine
+    return models.EndpointHealth(
+        bpf=word, policy=word, connected=state is not State.CREATING, overall_health=word
+    )
+
+
+def _log(event: Event) -> models.LogEntry:
+    return models.LogEntry(
+        timestamp=_when(event.time),
+        code="OK" if event.ok else "Failure",
+        state=event.state,
+        message=event.message,
+    )
+
+
+def reference_counts(parts: Parts) -> Mapping[int, int]:
+    """Return identity → endpoints of this host that have it."""
+    return Counter(endpoint.identity for _, endpoint in parts.endpoints.table.items() if endpoint.identity)
+
+
+# --- addresses, nodes, policies, networks
+
+
+def addresses(parts: Parts) -> Sequence[models.Address]:
+    """Return the ip→identity table, sorted as text."""
+    table = parts.addresses
+    return [
+        models.Address(
+            cidr=prefix,
+            identity=record.identity,
+            source="" if record.identity == WORLD else table.owner(prefix) or "",
+            host_ip=record.host_ip,
+            metadata=record.metadata,
+            encrypt_key=record.key,
+        )
+        for prefix, record in sorted(table.items())
+    ]
+
+
+def own_node(parts: Parts) -> models.Node:
+    return models.Node(
+        name=parts.node.name,
+        cluster=parts.config["cluster-name"],
+        ipv4_address=str(parts.host.node_ip),
+        ipv4_endpoint_cidr=str(parts.pool.network),
+        source="local",
+        local=True,
+    )
+
+
+def nodes(parts: Parts) -> Sequence[models.Node]:
+    """Return this node and the others that etcd knows."""
+    own = own_node(parts)
+    others = [
+        models.Node(
+            name=record.name,
+            cluster=record.cluster,
+            ipv4_address=record.address(),
+            ipv4_endpoint_cidr=record.ipv4_alloc_cidr.prefix if record.ipv4_alloc_cidr else "",
+            source="kvstore",
+        )
+        for _, record in sorted(parts.nodes.items())
+        if (record.cluster, record.name) != (own.cluster, own.name)
+    ]
+    return [own, *others]
+
+
+def policies(parts: Parts) -> models.PolicyRepository:
+    return models.PolicyRepository(
+        revision=parts.policy_maps.engine.revision,
+        policies=[
+            models.PolicyInfo(
+                name=name,
+                source="local" if parts.policies.owner(name) == "directory" else "etcd",
+                origin=policy.origin,
+                rules=len(policy.rules),
+                document=policy.document,
+            )
+            for name, policy in sorted(parts.policies.items())
+        ],
+        errors=_policy_errors(parts),
+    )
+
+
+def networks(parts: Parts) -> Sequence[models.NetworkInfo]:
+    if parts.driver is None:
+        return []
+    members = Counter(endpoint.network_id for _, endpoint in parts.endpoints.table.items())
+    return [
+        models.NetworkInfo(
+            id=network.id,
+            name=network.name,
+            endpoints=members[network.id],
+            pool=network.subnet or str(parts.pool.network),
+        )
+        for network in parts.driver.networks.values()
+    ]
+
+
+# --- cleanup, metrics, diagnostics
+
+
+def cleanup_items(parts: Parts) -> Sequence[models.CleanupItem]:
+    """Return what `holdfast cleanup --all` would remove."""
+    pins = [models.CleanupItem(kind="pin", name=path.name) for path in parts.programs.root.iterdir()]
+    devices = [
+        models.CleanupItem(kind="device", name=each.interface) for _, each in parts.endpoints.table.items()
+    ]
+    programs = [
+        models.CleanupItem(kind="program", name=f"from_netdev on {name}") for name in parts.keeper.devices
+    ]
+    rest = [
+        models.CleanupItem(kind="route", name=str(parts.pool.network)),
+        models.CleanupItem(kind="firewall", name="nft table holdfast, iptables chain HOLDFAST-FORWARD"),
+        models.CleanupItem(kind="state", name=str(parts.checkpoint.directory)),
+    ]
+    return [*programs, *devices, *pins, *rest]
+
+
+def set_gauges(process: AgentProcess) -> None:
+    """Bring the gauges up to date that are read rather than counted."""
+    waits = waiting.current()
+    metrics.WAITING_SECONDS.set(waits[0].seconds if waits else 0)
+    if process.parts is None:
+        return
+    states = Counter(
+        _state(process.parts, endpoint).value for _, endpoint in process.parts.endpoints.table.items()
+    )
+    for state in State:
+        metrics.ENDPOINT_STATE.labels(state.value).set(states.get(state.value, 0))
+
+
+def subsystems(parts: Parts) -> dict[str, Any]:
+    """Return what `bugtool` adds beyond status."""
+    return {
+        "own-keys": {key: value.decode(errors="replace") for key, value in parts.session.own_keys.items()},
+        "own-key-errors": dict(parts.session.errors),
+        "followers": {
+            each.prefix: {"state": each.state.value, "revision": each.revision, "error": each.error}
+            for each in parts.followers
+        },
+        "ignored-records": {
+            **parts.identities.ignored,
+            **parts.ip_sink.ignored,
+            **parts.node_sink.ignored,
+        },
+        "leader": parts.election.is_leader,
+    }
+
+
+def _when(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
