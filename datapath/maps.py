@@ -329,3 +329,23 @@ class MonitorFlag(TypedMap[int, int]):
 
     def _unpack_value(self, data: bytes) -> int:
         return self._unpack_key(data)
+
+
+class EventsLost(TypedMap[int, int]):
+    """holdfast_events_lost: events that found the ring full, over all CPUs."""
+
+    def total(self) -> int:
+        """Return how many were lost since the map was made.  Raises MapError."""
+        return self.get(0) or 0
+
+    def _pack_key(self, key: int) -> bytes:
+        return key.to_bytes(4, sys.byteorder)
+
+    def _unpack_key(self, data: bytes) -> int:
+        return int.from_bytes(data, sys.byteorder)
+
+    def _pack_value(self, value: int) -> bytes:
+        return value.to_bytes(8, sys.byteorder).ljust(self.handle.value_size, b"\0")
+
+    def _unpack_value(self, data: bytes) -> int:
+        return sum(int.from_bytes(data[at : at + 8], sys.byteorder) for at in range(0, len(data), 8))

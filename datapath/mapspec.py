@@ -33,6 +33,7 @@ from datapath.layouts import (
     POLICY_KEY,
     REMOTE_ENDPOINT_INFO,
     U32,
+    U64,
 )
 from datapath.uapi import NAME_LENGTH, NO_PREALLOC, MapType
 
@@ -125,6 +126,11 @@ class MapCatalogue:
         """Not Cilium's: one word that says whether programs emit events at all."""
         return MapSpec("holdfast_monitor", MapType.ARRAY, U32, U32, 1)
 
+    @property
+    def events_lost(self) -> MapSpec:
+        """Not Cilium's: how many events found the ring full, per CPU."""
+        return MapSpec("holdfast_events_lost", MapType.PERCPU_ARRAY, U32, U64, 1)
+
     def policy(self, endpoint_id: int) -> MapSpec:
         return MapSpec(
             policy_map_name(endpoint_id),
@@ -154,6 +160,7 @@ class MapCatalogue:
             self.tunnel,
             self.fragments4,
             self.monitor,
+            self.events_lost,
         )
 
 

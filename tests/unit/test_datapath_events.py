@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Events from bytes to Cilium's monitor lines, and whatever bytes a container may send."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from datapath.errors import EventError
+from datapath.events import DropEvent, TraceEvent, VerdictEvent, decode, decode_many
+from datapath.format import describe
+from datapath.packets import dissect
+from datapath.reasons import direction_name, reason_name
+
+ETHERNET = bytes.fromhex("0a580a3200010a580a320005")
+
+
+def frame(protocol: int, rest: bytes, *, fragment: int = 0) -> bytes:
+    """Return an Ethernet frame from 10.50.0.5 to 10.50.0.6."""
+    addresses = bytes([10, 50, 0, 5, 10, 50, 0, 6])
+    header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(rest), 1, fragment, 64, protocol, 0)
+    return ETHERNET + b"\x08\x00" + header + addresses + rest
+
+
+SYN = frame(6, struct.pack("!HHIIBBHHH", 40020, 80, 1, 0, 0x50, 0x02, 64240, 0, 0))
+PING = frame(1, bytes([8, 0, 0, 0, 0, 1, 0, 1]))
+
+
+def record(
+    kind: int, subtype: int, body: bytes, packet: bytes, *, room: int = 128, version: int = 1
+) -> bytes:
+    """Return an event as the programs write it: a fixed room for the packet, of which a part is used."""
+    head = struct.pack("=BBHIIHH", kind, subtype, 373, 0xD6F0F3A9, len(packet), len(packet), version)
+    return head + body + packet.ljust(room, b"\xee")
+
+
+DROP = record(1, 133, struct.pack("=IIII", 13465, 6114, 52, 0), SYN)
+TRACE_TO = record(4, 0, struct.pack("=IIHBBI16s", 13465, 6114, 52, 2, 0, 11, bytes(16)), SYN)
+TRACE_FROM = record(4, 5, struct.pack("=IIHBBI16s", 13465, 0, 0, 0, 0, 0, bytes(16)), PING)
+TRACE_STACK = record(4, 3, struct.pack("=IIHBBI16s", 13465, 2, 0, 1, 0, 0, bytes(16)), SYN)
+DENIED = record(5, 0, struct.pack("=IiHBBI", 6114, -181, 80, 6, 1 | 2 << 3, 0), SYN)
+ALLOWED = record(5, 0, struct.pack("=IiHBBI", 6114, 0, 80, 6, 2 | 4 << 3, 0), SYN)
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        (
+            DROP,
+            "xx drop (Policy denied) flow 0xd6f0f3a9 to endpoint 52, identity 13465->6114: "
+            "10.50.0.5:40020 -> 10.50.0.6:80 tcp SYN",
+        ),
+        (
+            TRACE_TO,
+            "-> endpoint 52 flow 0xd6f0f3a9 identity 13465->6114 state reply ifindex lxc00034 "
+            "orig-ip 0.0.0.0: 10.50.0.5:40020 -> 10.50.0.6:80 tcp SYN",
+        ),
+        (
+            TRACE_FROM,
+            "<- endpoint 373 flow 0xd6f0f3a9 identity 13465->0 state new ifindex 0 orig-ip 0.0.0.0: "
+            "10.50.0.5 -> 10.50.0.6 icmp EchoRequest",
+        ),
+        (
+            TRACE_STACK,
+            "-> stack flow 0xd6f0f3a9 identity 13465->2 state established ifindex 0 orig-ip 0.0.0.0: "
+            "10.50.0.5:40020 -> 10.50.0.6:80 tcp SYN",
+        ),
+        (
+            DENIED,
+            "Policy verdict log: flow 0xd6f0f3a9 local EP ID 373, remote ID 6114, dst port 80, proto 6, "
+            "ingress true, action deny, match L3-L4, 10.50.0.5:40020 -> 10.50.0.6:80 tcp SYN",
+        ),
+        (
+            ALLOWED,
+            "Policy verdict log: flow 0xd6f0f3a9 local EP ID 373, remote ID 6114, dst port 80, proto 6, "
+            "ingress false, action allow, match all, 10.50.0.5:40020 -> 10.50.0.6:80 tcp SYN",
+        ),
+    ],
+)
+def test_monitor_lines(data: bytes, line: str) -> None:
+    assert describe(decode(data), lambda index: {11: "lxc00034"}[index]).line == line
+
+
+def test_sides_of_each_kind() -> None:
+    drop, denied, allowed = (describe(decode(data)) for data in (DROP, DENIED, ALLOWED))
+    assert (drop.kind, drop.reason, drop.source_endpoint, drop.destination_endpoint) == (
+        "drop",
+        "Policy denied",
+        373,
+        52,
+    )
+    assert (denied.kind, denied.destination_endpoint, denied.source_identity) == ("policy-verdict", 373, 6114)
+    assert (allowed.reason, allowed.source_endpoint, allowed.destination_identity) == ("allow", 373, 6114)
+    assert drop.details["packet"]["destination_port"] == 80
+    assert allowed.details["protocol"] == "TCP"
+
+
+def test_decoded_kinds() -> None:
+    events, refused = decode_many([DROP, TRACE_TO, DENIED, b"", b"\x63" * 40, DROP[:20]])
+    assert [type(event) for event in events] == [DropEvent, TraceEvent, VerdictEvent]
+    assert refused == 3
+    assert events[0].packet == SYN
+
+
+def test_foreign_version_is_named() -> None:
+    with pytest.raises(EventError, match="version 2, expected 1"):
+        decode(record(1, 133, bytes(16), SYN, version=2))
+
+
+@pytest.mark.parametrize(
+    ("packet", "summary"),
+    [
+        (frame(17, struct.pack("!HHHH", 53, 4000, 8, 0)), "10.50.0.5:53 -> 10.50.0.6:4000 udp"),
+        (frame(17, b"payload", fragment=185), "10.50.0.5 -> 10.50.0.6 udp fragment"),
+        (frame(47, b""), "10.50.0.5 -> 10.50.0.6 protocol 47"),
+        (frame(6, b""), "10.50.0.5 -> 10.50.0.6 tcp"),
+        (
+            ETHERNET
+            + b"\x08\x06"
+            + bytes.fromhex("0001080006040001")
+            + ETHERNET[6:]
+            + bytes([10, 50, 0, 5])
+            + bytes(6)
+            + bytes([169, 254, 1, 1]),
+            "0a:58:0a:32:00:05 -> 0a:58:0a:32:00:01 ARP who has 169.254.1.1 from 10.50.0.5",
+        ),
+        (
+            ETHERNET
+            + b"\x86\xdd"
+            + struct.pack("!IHBB", 6 << 28, 20, 6, 64)
+            + bytes(15)
+            + b"\1"
+            + bytes(15)
+            + b"\2"
+            + struct.pack("!HHIIBB", 4000, 80, 0, 0, 0x50, 0x12),
+            "[::1]:4000 -> [::2]:80 tcp SYN, ACK",
+        ),
+        (ETHERNET + b"\x88\xcc", "0a:58:0a:32:00:05 -> 0a:58:0a:32:00:01 ethertype 0x88cc"),
+    ],
+)
+def test_packet_summaries(packet: bytes, summary: str) -> None:
+    assert dissect(packet).summary == summary
+
+
+@given(st.binary(max_size=200))
+def test_any_packet_has_a_summary(data: bytes) -> None:
+    assert isinstance(dissect(data).summary, str)
+
+
+@given(st.sampled_from([0x0800, 0x0806, 0x86DD]), st.binary(max_size=100))
+def test_any_broken_header_has_a_summary(ethertype: int, data: bytes) -> None:
+    assert isinstance(dissect(ETHERNET + ethertype.to_bytes(2) + data).summary, str)
+
+
+@given(st.binary(max_size=250))
+def test_any_record_is_an_event_or_refused(data: bytes) -> None:
+    events, refused = decode_many([data])
+    assert len(events) + refused == 1
+    for event in events:
+        assert describe(event).line
+
+
+@given(st.sampled_from([1, 4, 5]), st.integers(0, 255), st.binary(min_size=16, max_size=200))
+def test_any_body_can_be_described(kind: int, subtype: int, body: bytes) -> None:
+    for event in decode_many([record(kind, subtype, body, SYN, room=0)])[0]:
+        assert describe(event).line
+
+
+def test_names_of_unknown_numbers() -> None:
+    assert reason_name(181) == "Policy denied by denylist"
+    assert reason_name(0) == "Success"
+    assert reason_name(254) == "Unknown reason 254"
+    assert (direction_name(1), direction_name(9)) == ("INGRESS", "9")
