@@ -11,7 +11,8 @@
  *              │                          bpf_redirect_peer ──────────────────▶ eth0
  *              └─ anything else ──────▶ the host's stack (routes, netfilter)
  *                                         └─ for an endpoint: R's to_endpoint (tc egress of its veth)
- *                                            conntrack IN + from_stack, R's ingress policy ─▶ eth0
+ *                                            tail call: R's policy_ingress, as above
+ *                                            but + from_stack, and on its way ─▶ eth0
  *
  * A reply to a connection that came through the stack goes back there (from_stack): a published port is
  * translated there, so its answers must be too.
@@ -37,7 +38,7 @@ static __always_inline int to_stack(struct __sk_buff *ctx, enum trace_point poin
 	if (flow_get(ctx, state) >= CT_REPLY)
 		ctx->mark |= HOLDFAST_MARK_NO_MASQ;
 	count(REASON_FORWARDED, EGRESS, ctx->len);
-	notify_trace(ctx, point, who, 0);
+	notify_trace(ctx, point, who);
 	return TC_ACT_OK;
 }
 
@@ -73,21 +74,8 @@ static __always_inline int egress(struct __sk_buff *ctx, enum family family, str
 		return ret;
 	flow_set(ctx, now, clock_seconds());
 	who->destination = identity_of(&ends.destination, family);
-	ret = judge(ctx, &ends, EGRESS, who->destination, false);
+	ret = judge(ctx, &ends, EGRESS, who->destination);
 	return ret < 0 ? ret : forward(ctx, &ends, family, who);
-}
-
-/* ingress judges a packet for this endpoint. */
-static __always_inline int ingress(struct __sk_buff *ctx, const struct addresses *ends, const struct parties *who,
-				   bool via_stack)
-{
-	int ret = judge(ctx, ends, INGRESS, who->source, via_stack);
-
-	if (ret < 0)
-		return ret;
-	count(REASON_FORWARDED, INGRESS, ctx->len);
-	notify_trace(ctx, TRACE_TO_ENDPOINT, who, config.ifindex);
-	return 0;
 }
 
 SEC("tc")
@@ -96,7 +84,8 @@ int from_endpoint(struct __sk_buff *ctx)
 	struct parties who = {.source = config.identity};
 	int ret = -DROP_UNSUPPORTED_L3;
 
-	notify_arrival(ctx, TRACE_FROM_ENDPOINT, &who, 0);
+	packet_gather(ctx);
+	notify_arrival(ctx, TRACE_FROM_ENDPOINT, &who);
 	if (ctx->protocol == bpf_htons(ETH_P_IP))
 		ret = egress(ctx, FAMILY_IPV4, &who);
 	else if (ctx->protocol == bpf_htons(ETH_P_ARP))
@@ -104,12 +93,19 @@ int from_endpoint(struct __sk_buff *ctx)
 	return ret < 0 ? drop(ctx, ret, EGRESS, &who) : ret;
 }
 
-static __always_inline int ingress_handed_over(struct __sk_buff *ctx, const struct parties *who)
+static __always_inline int ingress(struct __sk_buff *ctx, const struct parties *who)
 {
 	struct addresses ends = {};
 	int ret = ipv4_addresses(ctx, &ends);
 
-	return ret < 0 ? ret : ingress(ctx, &ends, who, false);
+	if (ret < 0)
+		return ret;
+	ret = judge(ctx, &ends, INGRESS, who->source);
+	if (ret < 0)
+		return ret;
+	count(REASON_FORWARDED, INGRESS, ctx->len);
+	notify_trace(ctx, TRACE_TO_ENDPOINT, who);
+	return 0;
 }
 
 SEC("tc")
@@ -118,11 +114,14 @@ int policy_ingress(struct __sk_buff *ctx)
 	struct parties who;
 	int ret = -DROP_UNSUPPORTED_L3;
 
-	flow_set(ctx, traits, flow_get(ctx, traits) & (FLOW_PORTLESS | FLOW_ICMP_ERROR)); /* the rest was said of the sender's half */
+	/* The rest was said of the sender's half. */
+	flow_set(ctx, traits, flow_get(ctx, traits) & (FLOW_PORTLESS | FLOW_ICMP_ERROR | FLOW_VIA_STACK));
 	parties_ingress(&who, flow_get(ctx, sender));
 	if (ctx->protocol == bpf_htons(ETH_P_IP))
-		ret = ingress_handed_over(ctx, &who);
-	return ret < 0 ? drop(ctx, ret, INGRESS, &who) : bpf_redirect_peer(config.ifindex, 0);
+		ret = ingress(ctx, &who);
+	if (ret < 0)
+		return drop(ctx, ret, INGRESS, &who);
+	return flow_get(ctx, traits) & FLOW_VIA_STACK ? TC_ACT_OK : bpf_redirect_peer(config.ifindex, 0);
 }
 
 static __always_inline int ingress_from_stack(struct __sk_buff *ctx, enum family family, struct parties *who)
@@ -136,8 +135,9 @@ static __always_inline int ingress_from_stack(struct __sk_buff *ctx, enum family
 	if (ret < 0)
 		return ret;
 	flow_set(ctx, now, clock_seconds());
+	flow_mark(ctx, FLOW_VIA_STACK);
 	who->source = identity_of(&ends.source, family);
-	return ingress(ctx, &ends, who, true);
+	return judge_ingress(ctx, config.endpoint_id, who->source);
 }
 
 SEC("tc")
@@ -148,8 +148,9 @@ int to_endpoint(struct __sk_buff *ctx)
 
 	if (ctx->protocol == bpf_htons(ETH_P_ARP))
 		return TC_ACT_OK;
+	packet_gather(ctx);
 	parties_ingress(&who, 0);
 	if (ctx->protocol == bpf_htons(ETH_P_IP))
 		ret = ingress_from_stack(ctx, FAMILY_IPV4, &who);
-	return ret < 0 ? drop(ctx, ret, INGRESS, &who) : TC_ACT_OK;
+	return drop(ctx, ret, INGRESS, &who);
 }

@@ -31,6 +31,7 @@ static __always_inline int enter(struct __sk_buff *ctx, enum family family, stru
 	const struct endpoint_info *to;
 	int ret;
 
+	packet_gather(ctx);
 	if (ipv4_parse(ctx, &ends) < 0)
 		return TC_ACT_OK;
 	to = endpoint_of(&ends.destination, family);
@@ -40,7 +41,7 @@ static __always_inline int enter(struct __sk_buff *ctx, enum family family, stru
 	who->receiver = to->lxc_id;
 	if (is_workload(endpoint_of(&ends.source, family)))
 		return -DROP_INVALID_SOURCE;
-	notify_arrival(ctx, TRACE_FROM_NETWORK, who, ctx->ifindex);
+	notify_arrival(ctx, TRACE_FROM_NETWORK, who);
 	ret = ipv4_parse_l4(ctx);
 	if (ret < 0)
 		return ret;

@@ -87,16 +87,29 @@ union address {
 		pointer;                                                                             \
 	})
 
-/* packet_at returns `len` readable bytes at `off`, pulled out of the page fragments when they lie there;
- * NULL when the packet is shorter.  Pointers from earlier calls are dead afterwards. */
+/* Ethernet, the longest IPv4 header, and what is read of the longest L4 header. */
+#define HEADERS (ETH_HLEN + 60 + 20)
+
+/* packet_gather brings the headers into reach when they lie in page fragments; once, before the first
+ * packet_at, because it moves the packet. */
+static __always_inline void packet_gather(struct __sk_buff *ctx)
+{
+	__u64 length = ctx->len;
+
+	if (length > HEADERS)
+		length = HEADERS;
+	if (unlikely(CTX_POINTER(ctx, data) + length > CTX_POINTER(ctx, data_end)))
+		bpf_skb_pull_data(ctx, length);
+}
+
+/* packet_at returns `len` bytes at `off` within the headers; NULL when the packet is shorter. */
 static __always_inline void *packet_at(struct __sk_buff *ctx, __u32 off, __u32 len)
 {
 	void *found = CTX_POINTER(ctx, data) + off;
 
-	if (likely(found + len <= CTX_POINTER(ctx, data_end)))
-		return found;
-	if (ctx->len < off + len || bpf_skb_pull_data(ctx, off + len))
-		return NULL;
-	found = CTX_POINTER(ctx, data) + off;
-	return found + len <= CTX_POINTER(ctx, data_end) ? found : NULL;
+	return likely(found + len <= CTX_POINTER(ctx, data_end)) ? found : NULL;
 }
+
+/* A function that the verifier looks at once, and at its callers as if nothing were behind the call; only
+ * global ones are treated so.  Arguments are the context and numbers. */
+#define SEPARATE __attribute__((noinline))

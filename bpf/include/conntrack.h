@@ -68,17 +68,17 @@ static __always_inline bool is_tcp(struct __sk_buff *ctx)
 }
 
 /* ct_related says whether an ICMP error is about a packet of a connection: one that went the other way. */
-static __always_inline bool ct_related(struct __sk_buff *ctx, const struct addresses *ends, enum direction dir)
+SEPARATE int ct_related(struct __sk_buff *ctx, __u32 direction)
 {
 	struct ipv4_ct_tuple key __attribute__((aligned(8)));
 
-	if (!ipv4_embedded_key(ctx, ends, &key))
+	if (!ipv4_embedded_key(ctx, &key))
 		return false;
-	key.flags = !dir;
+	key.flags = direction == EGRESS ? INGRESS : EGRESS;
 	if (ct_find(ctx, &key, key.nexthdr == IPPROTO_TCP))
 		return true;
 	ct_reverse(&key);
-	return ct_find(ctx, &key, key.nexthdr == IPPROTO_TCP);
+	return ct_find(ctx, &key, key.nexthdr == IPPROTO_TCP) != NULL;
 }
 
 /* ct_find_opening returns the entry that a bare SYN repeats, not one that is closing: it opens anew. */
@@ -115,7 +115,7 @@ static __always_inline struct ct_entry *ct_lookup(struct __sk_buff *ctx, const s
 
 	flow_set(ctx, state, CT_NEW);
 	if (unlikely(flow_get(ctx, traits) & FLOW_ICMP_ERROR)) {
-		if (ct_related(ctx, ends, dir))
+		if (ct_related(ctx, dir))
 			flow_set(ctx, state, CT_RELATED);
 		return NULL;
 	}
@@ -131,13 +131,14 @@ static __always_inline struct ct_entry *ct_lookup(struct __sk_buff *ctx, const s
 }
 
 /* ct_is_reply says whether a packet that was found in its own direction is a reply as well. */
-static __always_inline bool ct_is_reply(struct __sk_buff *ctx, const struct addresses *ends, enum direction dir)
+static __always_inline bool ct_is_reply(struct __sk_buff *ctx, enum direction dir)
 {
 	struct ipv4_ct_tuple key __attribute__((aligned(8)));
+	struct addresses ends;
 
-	if (flow_opens_tcp(ctx))
+	if (flow_opens_tcp(ctx) || ipv4_addresses(ctx, &ends) < 0)
 		return false;
-	ct_key(ctx, ends, dir, &key);
+	ct_key(ctx, &ends, dir, &key);
 	ct_reverse(&key);
 	return ct_find(ctx, &key, is_tcp(ctx));
 }
@@ -205,30 +206,46 @@ static __always_inline void ct_update(struct __sk_buff *ctx, struct ct_entry *en
 	ct_report(ctx, entry, dir);
 }
 
-/* ct_create makes the entry of a new connection.  `source`: identity of who opened it. */
-static __always_inline int ct_create(struct __sk_buff *ctx, const struct addresses *ends, enum direction dir,
-				     __u32 source, bool from_stack)
+static __always_inline __u32 ct_first_timeout(struct __sk_buff *ctx)
+{
+	if (!is_tcp(ctx))
+		return config.timeout_any;
+	return flow_get(ctx, tcp_flags) & TCP_SYN ? config.timeout_tcp_syn : config.timeout_tcp;
+}
+
+static __always_inline void ct_first_packet(struct __sk_buff *ctx, struct ct_entry *entry, __u32 direction)
+{
+	__u8 flags = flow_get(ctx, tcp_flags) & REPORT_FLAGS;
+
+	if (direction == INGRESS) {
+		entry->rx_packets = 1;
+		entry->rx_bytes = ctx->len;
+		entry->rx_flags_seen = flags;
+		entry->last_rx_report = flow_get(ctx, now);
+	} else {
+		entry->tx_packets = 1;
+		entry->tx_bytes = ctx->len;
+		entry->tx_flags_seen = flags;
+		entry->last_tx_report = flow_get(ctx, now);
+	}
+}
+
+/* ct_create makes the entry of a new connection.  `opener`: identity of who opened it. */
+SEPARATE int ct_create(struct __sk_buff *ctx, __u32 direction, __u32 opener)
 {
 	struct ipv4_ct_tuple key __attribute__((aligned(8)));
-	struct ct_entry entry = {.src_sec_id = source, .from_stack = from_stack};
-	bool tcp = is_tcp(ctx);
+	struct ct_entry entry = {.src_sec_id = opener};
+	struct addresses ends;
 	long failed;
 
-	ct_key(ctx, ends, dir, &key);
+	if (ipv4_addresses(ctx, &ends) < 0)
+		return -DROP_INVALID;
+	ct_key(ctx, &ends, direction, &key);
+	ct_first_packet(ctx, &entry, direction);
 	entry.seen_non_syn = !(flow_get(ctx, tcp_flags) & TCP_SYN);
-	entry.lifetime = flow_get(ctx, now) + (!tcp ? config.timeout_any : entry.seen_non_syn ? config.timeout_tcp : config.timeout_tcp_syn);
-	if (dir == INGRESS) {
-		entry.rx_packets = 1;
-		entry.rx_bytes = ctx->len;
-		entry.rx_flags_seen = flow_get(ctx, tcp_flags) & REPORT_FLAGS;
-		entry.last_rx_report = flow_get(ctx, now);
-	} else {
-		entry.tx_packets = 1;
-		entry.tx_bytes = ctx->len;
-		entry.tx_flags_seen = flow_get(ctx, tcp_flags) & REPORT_FLAGS;
-		entry.last_tx_report = flow_get(ctx, now);
-	}
-	if (tcp)
+	entry.from_stack = !!(flow_get(ctx, traits) & FLOW_VIA_STACK);
+	entry.lifetime = flow_get(ctx, now) + ct_first_timeout(ctx);
+	if (is_tcp(ctx))
 		failed = bpf_map_update_elem(&cilium_ct4_global, &key, &entry, BPF_ANY);
 	else
 		failed = bpf_map_update_elem(&cilium_ct_any4_global, &key, &entry, BPF_ANY);

@@ -14,18 +14,23 @@ static __always_inline int drop(struct __sk_buff *ctx, int error, enum direction
 	return TC_ACT_SHOT;
 }
 
-/* deliver_local hands a packet to the ingress policy of an endpoint of this host, and what is known of it
- * in skb->cb; it returns only when that endpoint has no program. */
+/* judge_ingress hands a packet, and what is known of it in skb->cb, to the ingress policy of an endpoint;
+ * it returns only when that endpoint has no program. */
+static __always_inline int judge_ingress(struct __sk_buff *ctx, __u32 endpoint_id, __u32 sender)
+{
+	flow_set(ctx, sender, sender);
+	bpf_tail_call(ctx, &cilium_call_policy, endpoint_id);
+	return -DROP_MISSED_TAIL_CALL;
+}
+
+/* deliver_local sends a packet to an endpoint of this host. */
 static __always_inline int deliver_local(struct __sk_buff *ctx, const struct endpoint_info *to, __u32 sender)
 {
-	__u32 id = to->lxc_id;
 	struct ethhdr *eth = packet_at(ctx, 0, sizeof(*eth));
 
 	if (!eth)
 		return -DROP_INVALID;
 	memcpy(eth->h_dest, &to->mac, ETH_ALEN);
 	memcpy(eth->h_source, &to->node_mac, ETH_ALEN);
-	flow_set(ctx, sender, sender);
-	bpf_tail_call(ctx, &cilium_call_policy, id);
-	return -DROP_MISSED_TAIL_CALL;
+	return judge_ingress(ctx, to->lxc_id, sender);
 }

@@ -134,54 +134,84 @@ static __always_inline void event_head(struct __sk_buff *ctx, struct event_heade
 	header->version = EVENT_VERSION;
 }
 
-static __always_inline void notify_drop(struct __sk_buff *ctx, __u8 reason, const struct parties *who)
+SEPARATE int emit_drop(struct __sk_buff *ctx, __u32 reason, __u32 source, __u32 destination, __u32 receiver)
 {
-	struct drop_event *event;
+	struct drop_event *event = event_reserve(sizeof(*event));
 
-	if (!events_wanted())
-		return;
-	event = event_reserve(sizeof(*event));
 	if (!event)
-		return;
+		return 0;
 	event_head(ctx, &event->header, EVENT_DROP, reason, event->payload);
-	event->src_label = who->source;
-	event->dst_label = who->destination;
-	event->dst_id = who->receiver;
+	event->src_label = source;
+	event->dst_label = destination;
+	event->dst_id = receiver;
 	event->unused = 0;
 	bpf_ringbuf_submit(event, 0);
+	return 0;
 }
 
-/* notify_trace reports a packet at `point`. */
-static __always_inline void notify_trace(struct __sk_buff *ctx, enum trace_point point, const struct parties *who,
-					 __u32 ifindex)
+SEPARATE int emit_trace(struct __sk_buff *ctx, __u32 point, __u32 source, __u32 destination, __u32 receiver)
 {
-	struct trace_event *event;
+	struct trace_event *event = event_reserve(sizeof(*event));
 
-	if (config.aggregation != AGGREGATE_NONE && !(flow_get(ctx, traits) & FLOW_REPORT))
-		return;
-	if (!events_wanted())
-		return;
-	event = event_reserve(sizeof(*event));
 	if (!event)
-		return;
+		return 0;
 	event_head(ctx, &event->header, EVENT_TRACE, point, event->payload);
-	event->src_label = who->source;
-	event->dst_label = who->destination;
-	event->dst_id = who->receiver;
+	event->src_label = source;
+	event->dst_label = destination;
+	event->dst_id = receiver;
 	event->reason = flow_get(ctx, state);
 	event->ipv6 = 0;
 	event->pad = 0;
-	event->ifindex = ifindex;
+	event->ifindex = point == TRACE_TO_ENDPOINT ? config.ifindex : ctx->ifindex;
 	event->orig_ip = (union address){};
 	bpf_ringbuf_submit(event, 0);
+	return 0;
+}
+
+SEPARATE int emit_verdict(struct __sk_buff *ctx, __u32 remote, __u32 direction, int verdict, __u32 match)
+{
+	struct verdict_event *event = event_reserve(sizeof(*event));
+
+	if (!event)
+		return 0;
+	event_head(ctx, &event->header, EVENT_POLICY_VERDICT, 0, event->payload);
+	event->remote_label = remote;
+	event->verdict = verdict;
+	event->dst_port = bpf_ntohs(flow_get(ctx, dport));
+	event->proto = flow_get(ctx, proto);
+	event->flags = direction | match << 3;
+	event->pad = 0;
+	bpf_ringbuf_submit(event, 0);
+	return 0;
+}
+
+static __always_inline void notify_drop(struct __sk_buff *ctx, __u8 reason, const struct parties *who)
+{
+	if (events_wanted())
+		emit_drop(ctx, reason, who->source, who->destination, who->receiver);
+}
+
+/* notify_trace reports a packet at `point`, if conntrack found it worth that. */
+static __always_inline void notify_trace(struct __sk_buff *ctx, enum trace_point point, const struct parties *who)
+{
+	if (config.aggregation != AGGREGATE_NONE && !(flow_get(ctx, traits) & FLOW_REPORT))
+		return;
+	if (events_wanted())
+		emit_trace(ctx, point, who->source, who->destination, who->receiver);
 }
 
 /* notify_arrival reports a packet before anything is known of it, when every packet is wanted. */
-static __always_inline void notify_arrival(struct __sk_buff *ctx, enum trace_point point, const struct parties *who,
-					   __u32 ifindex)
+static __always_inline void notify_arrival(struct __sk_buff *ctx, enum trace_point point, const struct parties *who)
 {
 	if (config.aggregation != AGGREGATE_NONE)
 		return;
 	flow_set(ctx, state, CT_NEW);
-	notify_trace(ctx, point, who, ifindex);
+	notify_trace(ctx, point, who);
+}
+
+static __always_inline void notify_verdict(struct __sk_buff *ctx, __u32 remote, enum direction dir, int verdict,
+					   enum policy_match match)
+{
+	if (events_wanted())
+		emit_verdict(ctx, remote, METRIC_DIRECTION(dir), verdict, match);
 }

@@ -21,6 +21,7 @@
 #define FLOW_ICMP_ERROR 0x02 /* carries the head of the packet it is about */
 #define FLOW_REPORT 0x04     /* conntrack: worth a trace event */
 #define FLOW_FROM_STACK 0x08 /* conntrack: the connection came through the host's stack */
+#define FLOW_VIA_STACK 0x10  /* the packet itself did: it goes on where it is */
 
 struct addresses {
 	union address source;

@@ -190,17 +190,19 @@ static __always_inline int ipv4_parse_l4(struct __sk_buff *ctx)
 
 /* ipv4_embedded_key makes the tuple of the packet that an ICMP error is about, from its header and eight
  * bytes; false when they say nothing about a connection. */
-static __always_inline bool ipv4_embedded_key(struct __sk_buff *ctx, const struct addresses *ends,
-					      struct ipv4_ct_tuple *key)
+static __always_inline bool ipv4_embedded_key(struct __sk_buff *ctx, struct ipv4_ct_tuple *key)
 {
+	struct addresses ends;
 	__u32 off = flow_get(ctx, l4_off) + sizeof(struct icmp_header);
 	struct iphdr ip;
 	__be16 l4[4];
 
-	if (bpf_skb_load_bytes(ctx, off, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
+	if (ipv4_addresses(ctx, &ends) < 0 || bpf_skb_load_bytes(ctx, off, &ip, sizeof(ip)))
+		return false;
+	if (ip.version != 4 || ip.ihl < 5)
 		return false;
 	/* An error goes to whoever sent the packet that it is about. */
-	if (ip.frag_off & bpf_htons(IPV4_FRAGMENT_OFFSET) || ip.saddr != ends->destination.v4)
+	if (ip.frag_off & bpf_htons(IPV4_FRAGMENT_OFFSET) || ip.saddr != ends.destination.v4)
 		return false;
 	if (bpf_skb_load_bytes(ctx, off + ip.ihl * 4, l4, sizeof(l4)))
 		return false;

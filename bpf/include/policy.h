@@ -63,53 +63,31 @@ static __always_inline int policy_decide(struct __sk_buff *ctx, __u32 remote, en
 	return unlikely(entry->deny) ? -DROP_POLICY_DENY : 0;
 }
 
-static __always_inline void notify_verdict(struct __sk_buff *ctx, __u32 remote, enum direction dir, int verdict,
-					   enum policy_match match)
-{
-	struct verdict_event *event;
-
-	if (!events_wanted())
-		return;
-	event = event_reserve(sizeof(*event));
-	if (!event)
-		return;
-	event_head(ctx, &event->header, EVENT_POLICY_VERDICT, 0, event->payload);
-	event->remote_label = remote;
-	event->verdict = verdict;
-	event->dst_port = bpf_ntohs(flow_get(ctx, dport));
-	event->proto = flow_get(ctx, proto);
-	event->flags = METRIC_DIRECTION(dir) | match << 3;
-	event->pad = 0;
-	bpf_ringbuf_submit(event, 0);
-}
-
 /* judge_by_policy decides about a packet that is no reply by right; it may turn out to be one after all
  * when an entry was found for its own direction first. */
-static __always_inline int judge_by_policy(struct __sk_buff *ctx, const struct addresses *ends, enum direction dir,
-					   __u32 remote)
+SEPARATE int judge_by_policy(struct __sk_buff *ctx, __u32 direction, __u32 remote)
 {
 	enum policy_match match;
-	int ret = policy_decide(ctx, remote, dir, &match);
+	int ret = policy_decide(ctx, remote, direction, &match);
 
-	if (unlikely(ret < 0) && flow_get(ctx, state) == CT_ESTABLISHED && ct_is_reply(ctx, ends, dir)) {
+	if (unlikely(ret < 0) && flow_get(ctx, state) == CT_ESTABLISHED && ct_is_reply(ctx, direction)) {
 		flow_set(ctx, state, CT_REPLY);
 		return 0;
 	}
 	if (unlikely(ret < 0 || flow_get(ctx, state) == CT_NEW))
-		notify_verdict(ctx, remote, dir, ret, match);
+		notify_verdict(ctx, remote, direction, ret, match);
 	return ret;
 }
 
 /* judge says whether a packet may pass in `dir`, and keeps conntrack.  `remote` is the other side's
- * identity, `via_stack` that the host's stack delivered the packet. */
-static __always_inline int judge(struct __sk_buff *ctx, const struct addresses *ends, enum direction dir, __u32 remote,
-				 bool via_stack)
+ * identity. */
+static __always_inline int judge(struct __sk_buff *ctx, const struct addresses *ends, enum direction dir, __u32 remote)
 {
 	struct ct_entry *entry = ct_lookup(ctx, ends, dir);
 	int ret;
 
 	if (flow_get(ctx, state) <= CT_ESTABLISHED) {
-		ret = judge_by_policy(ctx, ends, dir, remote);
+		ret = judge_by_policy(ctx, dir, remote);
 		if (ret < 0)
 			return ret;
 	}
@@ -117,12 +95,12 @@ static __always_inline int judge(struct __sk_buff *ctx, const struct addresses *
 		flow_mark(ctx, FLOW_REPORT);
 		if (flow_get(ctx, traits) & FLOW_ICMP_ERROR) /* begins nothing */
 			return 0;
-		return ct_create(ctx, ends, dir, dir == EGRESS ? config.identity : remote, via_stack);
+		return ct_create(ctx, dir, dir == EGRESS ? config.identity : remote);
 	}
-	if (via_stack && unlikely(!entry->from_stack))
-		entry->from_stack = 1;
 	if (dir == EGRESS && entry->from_stack)
 		flow_mark(ctx, FLOW_FROM_STACK);
+	if (dir == INGRESS && flow_get(ctx, traits) & FLOW_VIA_STACK && !entry->from_stack)
+		entry->from_stack = 1;
 	ct_update(ctx, entry, dir);
 	return 0;
 }
