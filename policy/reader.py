@@ -57,8 +57,7 @@ class Place(NamedTuple):
         return given
 
     def _unknown(self, name: str, place: Place, known: Iterable[str]) -> UnknownField:
-        close = difflib.get_close_matches(name[:64], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
+        hint = _near(name, known) or f"known here: {', '.join(sorted(known))}"
         return UnknownField(self.origin, place.node.line, place.path, "no such field", hint=hint)
 
     def members(self) -> dict[str, Place]:
@@ -108,12 +107,18 @@ class Place(NamedTuple):
         given = self.text()
         if given in known:
             return given
-        close = difflib.get_close_matches(given[:64], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+        hint = _near(given, known) or f"known: {', '.join(known)}"
         raise self.error(f"{shorten(given)} is no {what}", hint=hint)
 
     def _wrong_type(self, wanted: str, *, hint: str = "") -> FieldError:
         return self.error(f"{_describe(self.node.value)} where {wanted} is expected", hint=hint)
+
+
+def _near(given: str, known: Iterable[str]) -> str:
+    """Return the question for the known name that `given` may be meant to be, empty if there is none."""
+    folded = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(given[:64].lower(), folded, n=1)
+    return f"did you mean {folded[close[0]]}?" if close else ""
 
 
 def _describe(value: Scalar | list[Node] | dict[str, Node]) -> str:

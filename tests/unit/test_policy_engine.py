@@ -19,8 +19,8 @@ from tests.support import policy_strategies as some
 from tests.support.policy_reference import lookup, verdict
 
 Maps = dict[int, dict[PolicyKey, PolicyEntry]]
-numbers = st.integers(256, 261)
-endpoint_ids = st.integers(1, 4)
+numbers = st.integers(256, 260)
+endpoint_ids = st.integers(1, 3)
 
 
 def apply(maps: Maps, changes: dict[int, MapChange]) -> None:
@@ -37,13 +37,26 @@ def apply(maps: Maps, changes: dict[int, MapChange]) -> None:
 class EngineMachine(RuleBasedStateMachine):
     """Random policies, identities and endpoints come, change and go; changes are taken now and then."""
 
-    @initialize()
-    def start(self) -> None:
+    @initialize(
+        policies=st.lists(some.policies, min_size=1, max_size=3),
+        identities=st.dictionaries(numbers, some.peer_labels, min_size=3),
+        endpoints=st.dictionaries(endpoint_ids, some.endpoint_labels, min_size=1),
+    )
+    def start(
+        self, policies: list[Policy], identities: dict[int, Labels], endpoints: dict[int, Labels]
+    ) -> None:
         self.engine = PolicyEngine()
         self.policies: dict[str, Policy] = {}
         self.identities: dict[int, Labels] = {}
         self.endpoints: dict[int, Labels] = {}
         self.maps: Maps = {}
+        for endpoint_id, labels in endpoints.items():
+            self.upsert_endpoint(endpoint_id, labels)
+        for number, labels in identities.items():
+            self.upsert_identity(number, labels)
+        for policy in policies:
+            self.upsert_policy(policy)
+        self.take_changes()
 
     @rule(policy=some.policies)
     def upsert_policy(self, policy: Policy) -> None:
@@ -106,7 +119,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert list(self.engine.selectors()) == []
 
 
-EngineMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+EngineMachine.TestCase.settings = settings(max_examples=250, stateful_step_count=25, deadline=None)
 TestChangesAddUp = pytest.mark.timeout(300)(EngineMachine.TestCase)
 
 

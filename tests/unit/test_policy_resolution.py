@@ -64,16 +64,19 @@ def from_api(engine: PolicyEngine, transport: Transport = HTTP, number: int = AP
     st.lists(some.policies, max_size=4, unique_by=lambda policy: policy.name),
     st.dictionaries(st.integers(256, 262), some.peer_labels, max_size=7),
     some.endpoint_labels,
+    st.booleans(),
 )
 def test_map_says_what_the_rules_say(
-    policies: list[Policy], identities: dict[int, Labels], subject: Labels
+    policies: list[Policy], identities: dict[int, Labels], subject: Labels, rules_first: bool
 ) -> None:
     engine = PolicyEngine()
-    for policy in policies:
+    for policy in policies if rules_first else ():
         engine.upsert_policy(policy)
     for number, labels in identities.items():
         engine.upsert_identity(number, labels)
     engine.upsert_endpoint(1, subject)
+    for policy in policies:
+        engine.upsert_policy(policy)
     rules = [rule for policy in policies for rule in policy.rules]
     peers: dict[int, Labels | None] = {**identities, UNKNOWN_NUMBER: None}
     state = engine.map_state(1)
