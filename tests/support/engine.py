@@ -32,6 +32,7 @@ IMAGE_SOURCES = (
 AGENT_IMAGE = "holdfast/agent:latest"
 ETCD_IMAGE = "holdfast/etcd:latest"
 FETCH_COMPOSE2 = REPO / "tests" / "support" / "fetch_compose2.sh"
+COMPOSE_VERSIONS = (1, 2)
 START_SECONDS = 60.0
 BUILD_SECONDS = 600.0
 

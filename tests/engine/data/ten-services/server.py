@@ -5,6 +5,7 @@
 
 GET /          this service's name
 GET /deps      {"name": "ok" | what went wrong} for each service it depends on, asked over the network
+GET /ask/X:N   the same for one service X, whether it depends on it or not
 A service that depends on others asks them through docker's DNS by their names.
 """
 
@@ -16,7 +17,7 @@ import sys
 TIMEOUT_S = 2.0
 
 
-def ask(target):
+def ask(target: str) -> str:
     """Return "ok" if the service of that name answers with its own name, else what went wrong."""
     name, _, port = target.partition(":")
     connection = http.client.HTTPConnection(name, int(port), timeout=TIMEOUT_S)
@@ -34,9 +35,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Answers with the name, or with what became of the dependencies."""
 
     name = ""
-    dependencies = ()
+    dependencies: tuple[str, ...] = ()
 
-    def do_GET(self):
+    def do_GET(self) -> None:
         body = self.name
         if self.path == "/deps":
             body = json.dumps({target.partition(":")[0]: ask(target) for target in self.dependencies})
@@ -47,11 +48,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body.encode())
 
-    def log_message(self, *_):
+    def log_message(self, *_: object) -> None:
         """Say nothing."""
 
 
-def main():
+def main() -> None:
     Handler.name, port, Handler.dependencies = sys.argv[1], int(sys.argv[2]), tuple(sys.argv[3:])
     http.server.ThreadingHTTPServer(("", port), Handler).serve_forever()
 

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make up` on a bare host, in a host of its own: images, certificates, etcd, agent, command, `make down`.
+
+One host for the whole module, because each step stands on the one before; the engine's containers, mounts
+and files are that host's own (compose/setup runs inside it, as a person would run it there).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.engine import COMPOSE_VERSIONS, DockerHost, compose_command, project_images
+from tests.support.host import REPO, Hub, run
+
+SETUP = REPO / "compose" / "setup"
+UP_SECONDS = 300
+
+
+@pytest.fixture(scope="module")
+def bare(hub: Hub) -> Iterator[DockerHost]:
+    """A host on which `make up` has run, with images that were built before."""
+    archive = project_images()
+    with DockerHost("up") as host:
+        hub.join(host)
+        host.engine.load(archive)
+        up(host)
+        yield host
+
+
+def environment(host: DockerHost) -> dict[str, str]:
+    return {
+        **host.engine.environment,
+        "HOLDFAST_STATE_DIR": f"{host.directory}/state",
+        "HOLDFAST_BIN_DIR": f"{host.directory}/bin",
+        "HOLDFAST_NO_PULL": "1",
+    }
+
+
+def up(host: DockerHost) -> subprocess.CompletedProcess[str]:
+    return host.exec(str(SETUP / "up.sh"), timeout=UP_SECONDS, environment=environment(host))
+
+
+def holdfast(host: DockerHost, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = f"{host.directory}/bin/holdfast"
+    return host.exec(command, *arguments, check=check, environment=environment(host))
+
+
+def test_status_is_healthy(bare: DockerHost) -> None:
+    assert holdfast(bare, "status").returncode == 0
+
+
+def test_network_is_there_for_workloads(bare: DockerHost) -> None:
+    found = json.loads(bare.engine.docker("network", "inspect", "holdfast").stdout)[0]
+    assert found["Driver"] == "holdfast"
+    assert found["IPAM"]["Driver"] == "null"
+
+
+def test_healthchecks_pass(bare: DockerHost) -> None:
+    for container in bare.engine.containers("com.docker.compose.project=holdfast"):
+        run(["docker", "inspect", container], environment=bare.engine.environment)
+        state = bare.engine.inspect(container)["State"]
+        assert isinstance(state, dict)
+        assert state["Health"]["Status"] in ("healthy", "starting")
+
+
+def test_etcd_wants_a_certificate(bare: DockerHost) -> None:
+    answer = bare.exec("curl", "-sk", "-m", "5", "https://127.0.0.1:2379/version", check=False)
+    assert answer.returncode != 0
+
+
+def test_operator_writes_and_the_agent_holds_no_operators_key(bare: DockerHost) -> None:
+    assert "revision" in holdfast(bare, "kvstore", "set", "test/key", "value").stdout
+    assert "value" in holdfast(bare, "kvstore", "get", "test/key").stdout
+    holdfast(bare, "kvstore", "delete", "test/key")
+    (agent,) = bare.engine.containers("holdfast.role=agent")
+    seen = bare.engine.docker("exec", agent, "ls", "/etc/holdfast").stdout.split()
+    assert "operator" not in seen
+
+
+def test_policy_file_of_the_host_is_handed_in_with_its_name(bare: DockerHost) -> None:
+    policy = bare.directory / "broken.yaml"
+    policy.write_text("apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: x}\nspec: 7\n")
+    refused = holdfast(bare, "policy", "validate", "-f", str(policy), check=False)
+    assert refused.returncode == 1
+    assert "broken.yaml" in refused.stderr
+
+
+def test_keys_are_readable_by_root_only(bare: DockerHost) -> None:
+    keys = [*bare.directory.glob("state/certs/*/*.key"), *bare.private("/etc/holdfast").glob("*/*.key")]
+    assert len(keys) == 6
+    for key in keys:
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600, key
+
+
+def test_again_changes_nothing(bare: DockerHost) -> None:
+    before = bare.engine.containers()
+    certificate = (bare.directory / "state/certs/agent/agent.crt").read_bytes()
+    up(bare)
+    assert sorted(bare.engine.containers()) == sorted(before)
+    assert (bare.directory / "state/certs/agent/agent.crt").read_bytes() == certificate
+
+
+@pytest.mark.parametrize("version", COMPOSE_VERSIONS)
+@pytest.mark.parametrize("role", ["all-in-one", "host", "demo"])
+def test_files_are_valid_for_both_composes(version: int, role: str) -> None:
+    path = REPO / "compose" / role / "docker-compose.yml"
+    run([*compose_command(version), "--file", str(path), "config", "--quiet"], environment=dict(os.environ))
+
+
+def test_down_leaves_what_is_pinned_and_up_comes_back(bare: DockerHost) -> None:
+    pins = bare.exec("find", "/sys/fs/bpf", "-type", "f").stdout.split()
+    assert pins
+    bare.exec(str(SETUP / "down.sh"), environment=environment(bare))
+    assert bare.engine.containers("com.docker.compose.project=holdfast") == []
+    assert set(pins) <= set(bare.exec("find", "/sys/fs/bpf", "-type", "f").stdout.split())
+    gone = holdfast(bare, "status", check=False)
+    assert gone.returncode == 3
+    assert "make up" in gone.stderr
+    up(bare)
+    assert holdfast(bare, "status").returncode == 0

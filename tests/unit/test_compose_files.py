@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the compose files and the image promise, read from the files themselves: rights, keys, duplicates."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.host import REPO
+
+COMPOSE = REPO / "compose"
+FILES = sorted([*COMPOSE.glob("*/docker-compose.yml"), *REPO.glob("tests/engine/data/*/docker-compose.yml")])
+ROLES = [COMPOSE / role / "docker-compose.yml" for role in ("all-in-one", "host")]
+# Not in 1.29, or not in the 2.x that distributions ship.
+TOO_NEW = {"name", "configs", "include", "version"}
+
+
+def load(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(path.read_text())
+    return content
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
+def test_only_keys_that_both_composes_know(path: Path) -> None:
+    content = load(path)
+    assert not TOO_NEW & content.keys()
+    for service in content["services"].values():
+        assert not {"post_start", "cgroup", "develop"} & service.keys()
+
+
+@pytest.mark.parametrize("path", ROLES, ids=lambda path: path.parent.name)
+def test_agent_has_three_capabilities_and_no_privileged(path: Path) -> None:
+    agent = load(path)["services"]["agent"]
+    assert agent["cap_drop"] == ["ALL"]
+    assert agent["cap_add"] == ["NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE"]
+    assert "privileged" not in agent
+
+
+@pytest.mark.parametrize("path", ROLES, ids=lambda path: path.parent.name)
+def test_agent_can_not_see_the_operators_key_nor_the_authoritys(path: Path) -> None:
+    for volume in load(path)["services"]["agent"]["volumes"]:
+        source = volume["source"] if isinstance(volume, dict) else volume.split(":")[0]
+        assert source not in ("/etc/holdfast", "/etc", "/")
+        assert "operator" not in source
+        assert "state" not in source
+
+
+def test_agent_is_the_same_service_in_both_roles() -> None:
+    first, second = (load(path)["services"]["agent"] for path in ROLES)
+    assert first.pop("environment").keys() == second.pop("environment").keys()
+    assert first == second
+
+
+@pytest.mark.parametrize("path", ROLES, ids=lambda path: path.parent.name)
+def test_every_service_restarts_and_bounds_its_log(path: Path) -> None:
+    for service in load(path)["services"].values():
+        assert service["restart"] == "always"
+        assert service["logging"]["options"].keys() == {"max-size", "max-file"}
+        assert "healthcheck" in service
+
+
+def test_dockerfile_suits_the_classic_builder() -> None:
+    text = (COMPOSE / "Dockerfile").read_text()
+    assert "# syntax" not in text
+    assert not re.search(r"RUN\s+--mount|<<EOF|COPY\s+--(link|chmod)", text)
+
+
+def test_every_package_of_the_project_goes_into_the_image() -> None:
+    allowed = {line[1:] for line in (REPO / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    packages = {path.parent.name for path in REPO.glob("*/__init__.py")} - {"bench", "tests"}
+    assert packages <= allowed
+
+
+@pytest.mark.parametrize("path", sorted(COMPOSE.glob("setup/*.sh")), ids=lambda path: path.name)
+def test_setup_names_no_host(path: Path) -> None:
+    """Mirrors and indexes are the machine's own configuration."""
+    assert not re.search(r"https?://(?!127\.0\.0\.1)", path.read_text())
