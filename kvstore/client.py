@@ -18,12 +18,11 @@ import msgspec
 
 from kvstore import rpc
 from kvstore.config import EtcdConfig
-from kvstore.errors import Compacted, KvstoreError, LeaseNotFound, RequestRefused, Unavailable
+from kvstore.errors import Compacted, KvstoreError, LeaseNotFound, RequestRefused
 from kvstore.etcd_pb2 import (
     DeleteRangeRequest,
     LeaseGrantRequest,
     LeaseKeepAliveRequest,
-    LeaseKeepAliveResponse,
     LeaseRevokeRequest,
     PutRequest,
     RangeRequest,
@@ -315,19 +314,7 @@ class Client:
 
     async def lease_keepalive(self, lease: int) -> int:
         """Renew a lease once and return its TTL in seconds; raises LeaseNotFound when it is gone."""
-        peer, call = self.transport.open_stream(rpc.KEEP_ALIVE, timeout=self.transport.timeout)
-        try:
-            await call.write(LeaseKeepAliveRequest(ID=lease))
-            answer = await call.read()
-        except grpc.aio.AioRpcError as error:
-            typed = translate(error, "keepalive", "", peer.target, lease=lease)
-            if isinstance(typed, Unavailable):
-                self.transport.failed(peer, typed)
-            raise typed from error
-        finally:
-            call.cancel()
-        if not isinstance(answer, LeaseKeepAliveResponse):
-            raise Unavailable("keepalive", peer.target, "the server ended the stream")
+        answer = await self.transport.ask(rpc.KEEP_ALIVE, LeaseKeepAliveRequest(ID=lease), lease=lease)
         if answer.TTL <= 0:
             raise LeaseNotFound(lease, "keepalive")
         return answer.TTL

@@ -7,7 +7,8 @@
     ├── PermissionDenied     this user may not read or write `key` (or has no user at all)
     ├── Compacted            the history from `wanted` on is gone: list again
     ├── LeaseNotFound        the lease expired or was revoked: grant a new one, write own keys again
-    ├── RequestRefused       etcd will never take this request (too large, no space, malformed)
+    ├── RequestRefused       etcd will never take this request (too large, malformed)
+    │   └── NoSpace          etcd takes no write at all before a person made room
     ├── InvalidKeyPart       a name that can not become part of a key
     └── RecordError          a record in etcd that is not used: `key` and `reason`
 
@@ -81,6 +82,10 @@ class RequestRefused(KvstoreError):
         super().__init__(f"{what} {shorten(key)!r}: etcd at {peer} refuses: {shorten(reason, 300)}")
         self.key = key
         self.reason = reason
+
+
+class NoSpace(RequestRefused):
+    """Raised when etcd's database is full: compact, defragment, disarm the alarm."""
 
 
 class InvalidKeyPart(KvstoreError):

@@ -33,6 +33,7 @@ from kvstore.client import Client
 from kvstore.errors import (
     KvstoreError,
     LeaseNotFound,
+    NoSpace,
     PermissionDenied,
     RequestRefused,
 )
@@ -222,13 +223,13 @@ class Session:
         self._keys.wrote(values, answer.revision)
 
     async def _refused(self, values: Mapping[str, bytes], error: KvstoreError) -> None:
-        if len(values) > 1:
+        if len(values) > 1 and not isinstance(error, NoSpace):
             for key, value in values.items():
                 await self._write_batch({key: value})
             return
         for key in values:
             self._keys.failed(key, str(error))
-            logger.error("own key is not written: {}", error)
+        logger.error("{} own keys are not written: {}", len(values), error)
 
     async def _delete_leaving(self) -> None:
         """Delete what was disowned, on the condition that it is still ours: our lease, or our value."""

@@ -25,6 +25,7 @@ from kvstore.errors import (
     Compacted,
     KvstoreError,
     LeaseNotFound,
+    NoSpace,
     PermissionDenied,
     RequestRefused,
     Unavailable,
@@ -209,6 +210,28 @@ class Transport:
         )
         return peer, stub(None, timeout=timeout, metadata=_REQUIRE_LEADER)
 
+    async def ask(self, method: Method[Request, Response], request: Request, *, lease: int) -> Response:
+        """Send one request on a stream of its own and return the first answer."""
+        peer, call = self.open_stream(method, timeout=self.timeout)
+        try:
+            await call.write(request)
+            answer = await call.read()
+        except grpc.aio.AioRpcError as error:
+            raise self.noted(peer, translate(error, method.action, "", peer.target, lease=lease)) from error
+        except asyncio.InvalidStateError as error:
+            raise self.noted(peer, Unavailable(method.action, peer.target, "the stream has ended")) from error
+        finally:
+            call.cancel()
+        if not isinstance(answer, method.response):
+            raise self.noted(peer, Unavailable(method.action, peer.target, "the server ended the stream"))
+        return answer
+
+    def noted(self, peer: Peer, error: KvstoreError) -> KvstoreError:
+        """Return the error of a stream to `peer`; leave the peer if it is the trouble."""
+        if isinstance(error, Unavailable):
+            self.failed(peer, error)
+        return error
+
     def failed(self, peer: Peer, error: Unavailable) -> None:
         """Go on to the next peer, unless somebody who failed on the same one already did."""
         for text in _QUORUM_TEXTS:
@@ -234,7 +257,8 @@ def translate(
         return Unavailable(f"{what} {key}".strip(), peer, text or code.name)
     if code in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED) or _is_denial(text):
         return PermissionDenied(what, key, peer, text)
-    return RequestRefused(what, key, peer, text or code.name)
+    refusal = NoSpace if "space exceeded" in text else RequestRefused
+    return refusal(what, key, peer, text or code.name)
 
 
 def _is_denial(text: str) -> bool:

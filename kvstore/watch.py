@@ -19,7 +19,7 @@ import grpc.aio
 import msgspec
 
 from core.backoff import jittered
-from kvstore.errors import Compacted, PermissionDenied, Unavailable
+from kvstore.errors import Compacted, KvstoreError, PermissionDenied, Unavailable
 from kvstore.etcd_pb2 import (
     Event as PbEvent,
 )
@@ -127,9 +127,7 @@ class WatchStream:
             response = reading.result()
         except grpc.aio.AioRpcError as error:
             typed = translate(error, "watch", self.subject, self._peer.target)
-            if isinstance(typed, Unavailable):
-                self._transport.failed(self._peer, typed)
-            raise typed from error
+            raise self._transport.noted(self._peer, typed) from error
         except asyncio.CancelledError as error:
             raise self._lost("the stream was closed") from error
         if not isinstance(response, WatchResponse):
@@ -144,10 +142,9 @@ class WatchStream:
         except asyncio.InvalidStateError as error:
             raise self._lost("the stream has ended") from error
 
-    def _lost(self, reason: str) -> Unavailable:
+    def _lost(self, reason: str) -> KvstoreError:
         error = Unavailable(f"watch {self.subject}", self._peer.target, reason)
-        self._transport.failed(self._peer, error)
-        return error
+        return self._transport.noted(self._peer, error)
 
     def check(self, response: WatchResponse, key: str, start_revision: int) -> None:
         """Raise what a canceled watch means: Compacted, PermissionDenied, else Unavailable."""

@@ -166,7 +166,7 @@ async def test_requests_in_flight_are_limited(etcd: EtcdServer) -> None:
         finally:
             active -= 1
 
-    client.transport.call_peer = counted  # type: ignore[method-assign]
+    client.transport.call_peer = counted  # type: ignore[method-assign, assignment]
     await asyncio.gather(*(client.put(f"k{index}", "x") for index in range(30)))
     await client.close()
     assert peak == 3

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Following a prefix on a real etcd: what reaches the sink through restarts, compaction, wipes and hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from core.table import Table
+from core.waiting import current
+from kvstore import schema
+from kvstore.client import Client
+from kvstore.ops import put_op
+from kvstore.sink import TableSink
+from kvstore.watcher import Follower, State, staleness
+from tests.support.etcd import EtcdCluster, EtcdServer
+from tests.support.eventually import eventually
+
+
+class Recorder:
+    """A sink that holds the view and counts full lists; a list replaces nothing, as a table would."""
+
+    def __init__(self) -> None:
+        self.view: dict[str, bytes] = {}
+        self.lists: list[dict[str, bytes]] = []
+        self.deletions: list[str] = []
+        self.synced = 0
+
+    def listed(self, items: dict[str, bytes], revision: int) -> None:
+        assert revision > 0
+        self.lists.append(items)
+        self.view.update(items)
+
+    def put(self, key: str, value: bytes) -> None:
+        self.view[key] = value
+
+    def deleted(self, key: str) -> None:
+        self.deletions.append(key)
+        self.view.pop(key, None)
+
+    def in_sync(self) -> None:
+        self.synced += 1
+
+
+@pytest.fixture
+async def client(etcd: EtcdServer) -> AsyncIterator[Client]:
+    client = Client(etcd.config, timeout=2, idle=0.5, hang=1)
+    yield client
+    await client.close()
+
+
+@contextlib.asynccontextmanager
+async def following(follower: Follower) -> AsyncIterator[Follower]:
+    task = asyncio.create_task(follower.run())
+    try:
+        yield follower
+        assert not task.done(), task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def is_watching(follower: Follower) -> Callable[[], bool]:
+    return lambda: follower.state is State.WATCHING
+
+
+async def test_list_then_events(client: Client) -> None:
+    await client.write_many(put_op(f"k/{index}", b"1") for index in range(30))
+    sink = Recorder()
+    async with following(Follower(client, "k/", sink)) as follower:
+        await eventually(lambda: sink.synced == 1, "in sync")
+        assert len(sink.lists[0]) == 30
+        await client.put("k/0", "2")
+        await client.delete("k/1")
+        revision = await client.put("k/last", "x")
+        await client.put("other", "x")
+        await eventually(lambda: "k/last" in sink.view, "the last event")
+        assert sink.view["k/0"] == b"2"
+        assert "k/1" not in sink.view
+        assert follower.revision >= revision
+        assert staleness() < 30
+        assert current() == []
+    assert (len(sink.lists), sink.synced) == (1, 1)
+
+
+async def test_restart_of_etcd_is_resumed_without_a_list(etcd: EtcdServer, client: Client) -> None:
+    await client.put("k/a", "1")
+    sink = Recorder()
+    async with following(Follower(client, "k/", sink)) as follower:
+        await eventually(lambda: sink.synced == 1, "in sync")
+        etcd.stop()
+        await eventually(lambda: follower.state is State.RETRYING, "trouble is noticed")
+        assert sink.view == {"k/a": b"1"}
+        assert [wait.purpose for wait in current()] == ["view of k/"]
+        etcd.start()
+        etcd.ctl("put", "k/b", "2")
+        etcd.ctl("del", "k/a")
+        await eventually(lambda: sink.view == {"k/b": b"2"}, "what happened meanwhile")
+        await eventually(is_watching(follower), "watching again")
+        assert current() == []
+    assert (len(sink.lists), sink.synced) == (1, 1)
+
+
+async def test_compaction_while_away_gives_a_full_list_and_no_deletions(
+    etcd: EtcdServer, client: Client
+) -> None:
+    await client.put("k/a", "1")
+    await client.put("k/b", "1")
+    sink = Recorder()
+    follower = Follower(client, "k/", sink)
+    async with following(follower):
+        await eventually(lambda: sink.synced == 1, "in sync")
+    etcd.ctl("del", "k/a")
+    etcd.ctl("put", "k/c", "1")
+    etcd.compact()
+    async with following(follower):
+        await eventually(lambda: len(sink.lists) == 2, "a full list")
+        assert sink.lists[1] == {"k/b": b"1", "k/c": b"1"}
+    assert sink.deletions == []
+
+
+async def test_wiped_etcd_gives_a_full_list_and_the_table_keeps_what_is_missing(
+    etcd: EtcdServer, client: Client
+) -> None:
+    table: Table[int, str] = Table("identities", ["kvstore"])
+    source = table.source("kvstore")
+    sink = TableSink(source, schema.parse_identity_id, schema.parse_identity_id_key, grace=600)
+    for number in (300, 301):
+        await client.put(schema.identity_id_key(number), "a:b=c;")
+    for _ in range(20):
+        await client.put("noise", "x")
+    async with following(Follower(client, schema.IDENTITY_IDS, sink)):
+        await asyncio.wait_for(table.wait_in_sync(), 20)
+        etcd.wipe()
+        await eventually(lambda: len(source.missing) == 2, "both are missing")
+        assert (table.get(300), table.get(301)) == ("a:b=c;", "a:b=c;")
+        await client.put(schema.identity_id_key(300), "a:b=c;")
+        await eventually(lambda: list(source.missing) == [301], "its owner wrote it again")
+        await client.put(schema.identity_id_key(302), "garbage")
+        await client.put("cilium/state/identities/v1/id/x", b"\xff" * 100_000)
+        await client.delete(schema.identity_id_key(300))
+        await eventually(lambda: table.get(300) is None, "a delivered deletion counts at once")
+        assert len(sink.ignored) == 2
+
+
+async def test_resume_from_a_checkpoint_delivers_what_was_missed(client: Client) -> None:
+    revision = await client.put("k/a", "1")
+    await client.put("k/b", "2")
+    await client.delete("k/a")
+    sink = Recorder()
+    sink.view["k/a"] = b"1"
+    async with following(Follower(client, "k/", sink, resume_revision=revision)):
+        await eventually(lambda: sink.synced == 1, "in sync")
+        assert sink.view == {"k/b": b"2"}
+    assert sink.lists == []
+
+
+async def test_resume_when_nothing_happened_is_in_sync_too(client: Client) -> None:
+    revision = await client.put("k/a", "1")
+    await client.put("other", "1")
+    sink = Recorder()
+    async with following(Follower(client, "k/", sink, resume_revision=revision)):
+        await eventually(lambda: sink.synced == 1, "in sync")
+    assert sink.lists == []
+
+
+async def test_another_cluster_is_listed_again(client: Client) -> None:
+    revision = await client.put("k/a", "1")
+    sink = Recorder()
+    follower = Follower(client, "k/", sink, resume_revision=revision, resume_cluster=12345)
+    async with following(follower):
+        await eventually(lambda: len(sink.lists) == 1, "a full list")
+
+
+async def test_hung_server_is_left_for_another(tmp_path: Path) -> None:
+    cluster = EtcdCluster(tmp_path / "cluster")
+    try:
+        cluster.start()
+        client = Client(cluster.config, timeout=1, idle=0.5, hang=1)
+        other = Client(cluster.config, timeout=1)
+        await client.put("k/a", "1")
+        sink = Recorder()
+        async with following(Follower(client, "k/", sink)):
+            await eventually(lambda: sink.synced == 1, "in sync")
+            hung = cluster.member_at(client.transport.current.target)
+            hung.pause()
+
+            async def write() -> bool:
+                with contextlib.suppress(Exception):
+                    await other.put("k/b", "2")
+                    return True
+                return False
+
+            await eventually(write, "the others elect a leader")
+            await eventually(lambda: "k/b" in sink.view, "the event comes from another member")
+        assert len(sink.lists) == 1
+        await client.close()
+        await other.close()
+    finally:
+        cluster.stop()
+
+
+async def test_denied_prefix_is_told_and_followed_once_it_is_allowed(tmp_path: Path) -> None:
+    server = EtcdServer(tmp_path / "etcd", tls=True)
+    try:
+        server.start().enable_auth("agent", "mine/")
+        server.ctl("put", "yours/a", "1")
+        client = Client(server.config_for("agent"), timeout=2)
+        sink = Recorder()
+        async with following(Follower(client, "yours/", sink)) as follower:
+            await eventually(lambda: follower.state is State.DENIED, "denied")
+            assert "yours/" in follower.error
+            assert sink.synced == 0
+            server.ctl("role", "grant-permission", "agent", "read", "yours/", "--prefix=true")
+            await eventually(lambda: sink.view == {"yours/a": b"1"}, "allowed now", deadline=60)
+        await client.close()
+    finally:
+        server.stop()
