@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cli.errors import Missing
+from cli.errors import Missing, Unreachable
 
 if TYPE_CHECKING:
     from kvstore.client import Client
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
+# Libraries wait for etcd as long as it takes; a person does not.
+TIMEOUT_S = 60.0
 OPERATOR_CONFIG = Path("/etc/holdfast/operator/etcd.config")
 AGENT_CONFIG = Path("/etc/holdfast/etcd.config")
 
@@ -49,7 +51,11 @@ async def _with_client(path: Path, work: Callable[[Client], Awaitable[T]]) -> T:
 
     client = Client(EtcdConfig.load(path))
     try:
-        return await work(client)
+        async with asyncio.timeout(TIMEOUT_S):
+            return await work(client)
+    except TimeoutError as error:
+        peers = ", ".join(client.config.endpoints)
+        raise Unreachable(f"etcd at {peers} did not do it within {TIMEOUT_S:g} s") from error
     finally:
         await client.close()
 

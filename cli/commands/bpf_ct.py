@@ -14,13 +14,13 @@ from cli.commands.bpf import globals_dir, reading
 from cli.commands.kv import ask
 from cli.errors import Missing
 from cli.output import plural, print_json
+from datapath.reasons import protocol_name
 
 if TYPE_CHECKING:
     from datapath.records import CtEntry, CtKey
 
 _HERE = "cli.commands.bpf_ct"
 MAPS = ("cilium_ct4_global", "cilium_ct_any4_global", "cilium_ct6_global", "cilium_ct_any6_global")
-PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
 # ct_entry's flags, from the lowest bit; the ninth is ours: the forward half came through the stack.
 FLAGS = (
     "RxClosing",
@@ -86,7 +86,7 @@ def line(key: CtKey, entry: CtEntry) -> str:
     """Return one connection in Cilium's words."""
     names = " ".join(name for bit, name in enumerate(FLAGS) if entry.bits >> bit & 1)
     return (
-        f"{PROTOCOLS.get(key.protocol, key.protocol)} {direction(key.flags)} "
+        f"{protocol_name(key.protocol)} {direction(key.flags)} "
         f"{address(key.source, key.source_port)} -> {address(key.destination, key.destination_port)} "
         f"expires={entry.lifetime} RxPackets={entry.rx_packets} RxBytes={entry.rx_bytes} "
         f"RxFlagsSeen=0x{entry.rx_flags_seen:02x} LastRxReport={entry.last_rx_report} "

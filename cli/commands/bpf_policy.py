@@ -13,6 +13,7 @@ import click
 from cli.base import LazyGroup, Settings, examples, headers_option, output_option
 from cli.commands.bpf import globals_dir, labels_of_identities, reading
 from cli.output import print_json, print_table
+from datapath.reasons import protocol_name
 
 if TYPE_CHECKING:
     from datapath.records import PolicyCounters
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 _HERE = "cli.commands.bpf_policy"
 PREFIX = "cilium_policy_"
-PROTOCOLS = {0: "ANY", 1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
 DIRECTIONS = ("Ingress", "Egress")
 
 
@@ -114,7 +114,7 @@ def row(found: PolicyCounters, names: Mapping[int, str]) -> tuple[object, ...]:
 
 def port(dport: int, protocol: int) -> str:
     """Return ``80/TCP``, ``ANY``, or an ICMP type, which stands in the upper half of the port."""
-    name = PROTOCOLS.get(protocol, str(protocol))
+    name = protocol_name(protocol)
     if protocol == 0 and dport == 0:
         return "ANY"
     if name.startswith("ICMP"):

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands that speak to the agent, as real processes against a small agent on a real socket."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.api import models
+from cli.commands.status import duration
+from tests.support.agent_view import FakeAgent, Serving, make_endpoint, serving
+from tests.support.cli import ROOT, command, run
+
+RULE = '[{"endpointSelector": {"matchLabels": {"app": "web"}}, "ingress": [{}]}]'
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[Serving]:
+    with serving(FakeAgent(), tmp_path / "h.sock") as served:
+        yield served
+
+
+def test_status_has_ciliums_lines(agent: Serving) -> None:
+    result = run("status", socket=agent.path)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = {line.partition(":")[0]: line.partition(":")[2].strip() for line in result.stdout.splitlines()}
+    assert lines["KVStore"] == "Ok   etcd: 1/1 connected, has-quorum=true"
+    assert lines["IPAM"] == "IPv4: 2/65535 allocated from 10.50.0.0/16"
+    assert lines["Controller Status"] == "1/1 healthy"
+    assert lines["Waiting"] == "1m1s for etcd (first list)"
+    assert lines["Not managed"].startswith("1 container")
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
+
+
+def test_status_brief_verbose_and_json(agent: Serving) -> None:
+    assert run("status", "--brief", socket=agent.path).stdout == "OK\n"
+    assert "cilium_lxc" in run("status", "--verbose", socket=agent.path).stdout
+    assert json.loads(run("status", "-o", "json", socket=agent.path).stdout)["ipam"]["used"] == 2
+
+
+def test_status_of_a_failed_part_is_an_exit_code(agent: Serving) -> None:
+    agent.view.kvstore = models.Component(state="Failure", msg="no endpoint answers\x1b[31m")
+    result = run("status", "--brief", socket=agent.path)
+    assert result.returncode == 1
+    assert result.stdout == "kvstore: no endpoint answers\\x1b[31m\n"
+
+
+def test_without_an_agent_the_error_says_what_to_do(tmp_path: Path) -> None:
+    for words in (["status"], ["endpoint", "list"], ["monitor"], ["policy", "get"]):
+        result = run(*words, socket=tmp_path / "none.sock")
+        assert result.returncode == 3
+        assert result.stderr.startswith("Error: the agent at ")
+        assert "is the agent running" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+TABLES = [
+    (["endpoint", "list"], "ENDPOINT   POLICY (ingress)   POLICY (egress)   IDENTITY   "
+                           "LABELS (source:key[=value])   IPv6   IPv4          STATUS"),
+    (["endpoint", "log", "373"], "Timestamp              Status   State   Message"),
+    (["identity", "list"], "ID      LABELS"),
+    (["identity", "list", "--endpoints"], "ID      LABELS               REFCOUNT"),
+    (["identity", "get", "1"], "ID   LABELS"),
+    (["ip", "list"], "IP               IDENTITY             SOURCE"),
+    (["node", "list"], "Name   IPv4 Address   Endpoint CIDR   IPv6 Address   Endpoint CIDR   Source"),
+    (["map", "list"], "Name         Num entries   Num errors   Cache enabled"),
+    (["map", "get", "cilium_lxc"], "Key           Value    State   Error"),
+    (["metrics", "list"], "Metric                    Labels                   Value"),
+    (["policy", "selectors"], "SELECTOR            USERS   IDENTITIES"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "header"), TABLES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_headers_are_stable(agent: Serving, words: list[str], header: str) -> None:
+    result = run(*words, socket=agent.path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[0] == header
+    assert not [line for line in result.stdout.splitlines() if line != line.rstrip()]
+
+
+@pytest.mark.parametrize("words", [words for words, _ in TABLES], ids=" ".join)
+def test_every_table_is_also_json(agent: Serving, words: list[str]) -> None:
+    assert json.loads(run(*words, "-o", "json", socket=agent.path).stdout)
+
+
+def test_endpoint_list_has_one_label_a_line(agent: Serving) -> None:
+    lines = run("endpoint", "list", socket=agent.path).stdout.splitlines()
+    assert lines[1].split() == ["ENFORCEMENT", "ENFORCEMENT"]
+    assert lines[2].split() == [
+        "373",
+        "Enabled",
+        "Enabled",
+        "13465",
+        "container:app=web",
+        "10.50.0.117",
+        "ready",
+    ]
+    assert lines[3].split() == ["container:env=prod"]
+    assert lines[4].split()[1:3] == ["Disabled", "Disabled"]
+    assert run("endpoint", "list", "--no-headers", socket=agent.path).stdout.startswith("373")
+
+
+def test_endpoint_get_is_an_array(agent: Serving) -> None:
+    found = json.loads(run("endpoint", "get", "container-name:c373", socket=agent.path).stdout)
+    assert [each["id"] for each in found] == [373]
+    missing = run("endpoint", "get", "9", socket=agent.path)
+    assert (missing.returncode, missing.stderr) == (4, "Error: there is no endpoint 9\n")
+
+
+def test_endpoint_create_and_delete(agent: Serving) -> None:
+    created = run("endpoint", "create", "/proc/self/ns/net", "-l", "app=x", socket=agent.path)
+    assert created.stdout.startswith("Endpoint 999 with address")
+    assert agent.view.created[0].labels == ["app=x"]
+    assert run("endpoint", "delete", "999", socket=agent.path).returncode == 0
+    assert run("endpoint", "delete", "999", socket=agent.path).returncode == 4
+    refused = run("endpoint", "create", "/no/such/netns", socket=agent.path)
+    assert (refused.returncode, "/no/such/netns" in refused.stderr) == (1, True)
+
+
+def test_control_characters_never_reach_the_terminal(agent: Serving) -> None:
+    agent.view.known[7] = make_endpoint(7, ["container:app=\x1b]0;owned\x07"])
+    output = run("endpoint", "list", socket=agent.path).stdout
+    assert "\x1b" not in output
+    assert "\\x1b]0;owned\\x07" in output
+
+
+def test_identities_by_label(agent: Serving) -> None:
+    for label in ("container:app=web", "app=web"):
+        found = json.loads(run("identity", "list", label, "-o", "json", socket=agent.path).stdout)
+        assert [each["id"] for each in found] == [13465]
+    assert json.loads(run("identity", "list", "app=none", "-o", "json", socket=agent.path).stdout) == []
+    assert run("identity", "get", socket=agent.path).returncode == 2
+    assert run("identity", "get", "77", socket=agent.path).returncode == 4
+
+
+def test_ip_get_takes_the_longest_prefix(agent: Serving) -> None:
+    found = json.loads(run("ip", "get", "10.50.0.117", "-o", "json", socket=agent.path).stdout)
+    assert found["cidr"] == "10.50.0.117/32"
+    assert run("ip", "get", "192.0.2.1", socket=agent.path).returncode == 4
+    assert run("ip", "get", "florp", socket=agent.path).returncode == 2
+
+
+# --- policy
+
+
+def test_policy_local_apply_get_delete(agent: Serving, tmp_path: Path) -> None:
+    (tmp_path / "web.json").write_text(RULE)
+    applied = run("policy", "apply", "--local", "-f", str(tmp_path / "web.json"), socket=agent.path)
+    assert (applied.returncode, applied.stderr) == (0, "")
+    assert applied.stdout == "web: applied on this host, revision 4\n"
+    shown = run("policy", "get", socket=agent.path)
+    assert shown.stdout.splitlines()[-1] == "Revision: 3"
+    assert run("policy", "get", "other", socket=agent.path).returncode == 4
+    assert run("policy", "delete", "--local", "web", socket=agent.path).stdout == "web: deleted\n"
+    assert agent.view.local == {}
+
+
+def test_policy_of_a_name_that_etcd_has_is_refused(agent: Serving) -> None:
+    result = run("policy", "apply", "--local", "-f", "-", "--name", "in-etcd", socket=agent.path, stdin=RULE)
+    assert (result.returncode, "in etcd" in result.stderr) == (1, True)
+
+
+def test_policy_of_a_name_that_this_host_has_is_not_written_to_etcd(agent: Serving) -> None:
+    agent.view.local["web"] = RULE
+    result = run("policy", "apply", "-f", "-", "--name", "web", socket=agent.path, stdin=RULE)
+    assert (result.returncode, "on this host already" in result.stderr) == (1, True)
+
+
+def test_policy_delete_all_asks_and_no_terminal_means_no(agent: Serving) -> None:
+    agent.view.local["web"] = RULE
+    refused = run("policy", "delete", "--local", "--all", socket=agent.path)
+    assert (refused.returncode, "nothing was changed" in refused.stderr) == (1, True)
+    assert agent.view.local
+    assert run("policy", "delete", "--local", "--all", "-f", socket=agent.path).returncode == 0
+    assert not agent.view.local
+
+
+def test_policy_wait(agent: Serving) -> None:
+    assert run("policy", "wait", "3", socket=agent.path).returncode == 0
+    late = run("policy", "wait", "4", "--max-wait-time", "0", socket=agent.path)
+    assert (late.returncode, "endpoint 373" in late.stderr) == (1, True)
+
+
+def test_policy_trace_says_the_verdict_by_its_exit_code(agent: Serving) -> None:
+    allowed = run(
+        "policy",
+        "trace",
+        "-s",
+        "container:app=a",
+        "-d",
+        "container:app=b",
+        "--dport",
+        "80/tcp",
+        socket=agent.path,
+    )
+    assert (allowed.returncode, allowed.stdout.splitlines()[-1]) == (0, "Final verdict: ALLOWED")
+    denied = run("policy", "trace", "-s", "container:app=a", "-d", "container:app=b", socket=agent.path)
+    assert (denied.returncode, denied.stdout.splitlines()[-1]) == (1, "Final verdict: DENIED")
+    assert run("policy", "trace", "--dport", "http", socket=agent.path).returncode == 2
+
+
+# --- monitor, config, bugtool
+
+
+def test_monitor_prints_lines_until_it_is_interrupted(agent: Serving) -> None:
+    event = models.MonitorEvent(
+        time=1.0,
+        type="drop",
+        summary="xx drop (Policy denied)",
+        source=373,
+        reason="Policy denied",
+        details={"flow": "0x1"},
+    )
+    for words, expected in (
+        (["monitor"], "xx drop (Policy denied)\n"),
+        (["monitor", "-t", "drop", "--from", "373", "-v"], "xx drop (Policy denied)\n"),
+    ):
+        with subprocess.Popen(
+            command(*words, socket=agent.path),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        ) as process:
+            agent.wait_for_listeners(1)
+            agent.publish(event)
+            assert process.stdout is not None
+            assert process.stdout.readline() == expected
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 0
+            assert process.stderr is not None
+            assert process.stderr.read() == ""
+        agent.wait_for_listeners(0)
+
+
+def test_monitor_json_ends_with_the_agent(tmp_path: Path) -> None:
+    with serving(FakeAgent(), tmp_path / "h.sock") as agent:
+        process = subprocess.Popen(
+            command("monitor", "-j", socket=agent.path),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        agent.wait_for_listeners(1)
+        agent.publish(models.MonitorEvent(time=1.0, type="trace", summary="-> stack"))
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["summary"] == "-> stack"
+    _, errors = process.communicate(timeout=10)
+    assert (process.returncode, "ended the stream" in errors) == (0, True)
+
+
+def test_a_pipe_that_is_closed_is_no_error(agent: Serving) -> None:
+    line = " ".join(command("endpoint", "list", socket=agent.path)) + " | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False
+    )
+    assert (done.stdout.startswith("ENDPOINT"), done.stderr) == (True, "")
+
+
+def test_config_shows_value_and_origin(agent: Serving) -> None:
+    assert run("config", socket=agent.path).stdout.splitlines()[0].split() == ["OPTION", "VALUE", "FROM"]
+    assert run("config", "get", "cluster-name", socket=agent.path).stdout == "default\n"
+    assert run("config", "get", "florp", socket=agent.path).returncode == 4
+
+
+def test_bugtool_collects_from_the_agent(agent: Serving, tmp_path: Path) -> None:
+    path = tmp_path / "b.tar.gz"
+    result = run("bugtool", "--no-commands", "--archive", str(path), socket=agent.path)
+    assert result.stdout == f"Archive: {path}\n"
+    assert path.stat().st_mode & 0o777 == 0o600
+    with tarfile.open(path) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    assert {"agent/status.json", "agent/policy.json", "agent/metrics.txt"} <= names
+    again = run("bugtool", "--no-commands", "--archive", str(path), socket=agent.path)
+    assert (again.returncode, str(path) in again.stderr) == (1, True)
+
+
+def test_bugtool_works_without_an_agent(tmp_path: Path) -> None:
+    path = tmp_path / "b.tar.gz"
+    assert run("bugtool", "--archive", str(path), socket=tmp_path / "none").returncode == 0
+    with tarfile.open(path) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    assert {"agent/status.error", "commands/uname -a.txt", "files/proc/meminfo"} <= names
+
+
+def test_version_with_and_without_an_agent(agent: Serving, tmp_path: Path) -> None:
+    assert json.loads(run("version", "-o", "json", socket=agent.path).stdout)["agent"] == "0.1.0"
+    assert "not running" in run("version", socket=tmp_path / "none").stdout
+
+
+def test_a_hung_agent_is_given_up(tmp_path: Path) -> None:
+    with serving(FakeAgent(), tmp_path / "h.sock") as agent:
+        agent.loop.call_soon_threadsafe(time.sleep, 3)
+        result = run("status", "--timeout", "0.3", socket=agent.path)
+    assert (result.returncode, "said nothing for 0.3 s" in result.stderr) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (5, "5s"), (200, "3m20s"), (7500, "2h5m"), (356400, "4d3h"), (86400, "1d0h")],
+)
+def test_durations_have_two_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
