@@ -23,7 +23,6 @@ from datapath.uapi import MapType, Update
 
 CHUNK = 4096  # entries a batch: beyond it the rate no longer grows, and a call stays under 10 ms
 _MAX_BUCKET = 1 << 20  # entries of one hash bucket that a scan still makes room for
-_NO_BATCH = frozenset({errno.EINVAL, errno.EOPNOTSUPP, 524})  # 524: the kernel's internal ENOTSUPP
 
 Entry = tuple[bytes, bytes]
 
@@ -103,7 +102,7 @@ class MapHandle:
             keys, values = b"".join([key for key, _ in rest]), b"".join([value for _, value in rest])
             done, error = syscall.map_update_batch(self.fd, keys, values, len(rest))
             at += done
-            if self._lacks_batches(done, error):
+            if self._lacks_batches(error):
                 break
             if error:  # entry `at` is the one refused: go on behind it
                 failed[base + at] = map_error(self.name, "update", error)
@@ -123,7 +122,7 @@ class MapHandle:
             done, error = syscall.map_delete_batch(self.fd, b"".join(rest), len(rest))
             at += done
             deleted += done
-            if self._lacks_batches(done, error):
+            if self._lacks_batches(error):
                 break
             if error == errno.ENOENT:
                 at += 1
@@ -131,8 +130,8 @@ class MapHandle:
                 raise map_error(self.name, "delete", error, done=deleted)
         return deleted + sum(self.delete(key) for key in chunk[at:])
 
-    def _lacks_batches(self, done: int, error: int) -> bool:
-        if not done and error in _NO_BATCH:
+    def _lacks_batches(self, error: int) -> bool:
+        if error == syscall.NO_BATCHES:
             self._batches = False
         return not self._batches
 
@@ -168,7 +167,7 @@ class MapHandle:
             if error == errno.ENOSPC and size < _MAX_BUCKET:
                 size *= 2
                 continue
-            if position is None and self._lacks_batches(count, error):
+            if self._lacks_batches(error):
                 break
             if error not in (0, errno.ENOENT):
                 raise map_error(self.name, "read", error, done=read)

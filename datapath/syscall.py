@@ -31,6 +31,8 @@ from datapath.uapi import (
     Update,
 )
 
+NO_BATCHES = errno.EOPNOTSUPP
+_UNKNOWN_COMMAND = frozenset({errno.EINVAL, errno.EOPNOTSUPP, 524})  # 524: the kernel's internal ENOTSUPP
 _SYSCALL_NUMBER = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
 
 
@@ -158,8 +160,21 @@ def map_delete_batch(fd: int, keys: bytes, count: int) -> tuple[int, int]:
 
 
 def _batch_outcome(command: Command, block: BatchBlock, count: int) -> tuple[int, int]:
+    error = _run_batch(command, block)
+    if not error:
+        return count, 0
+    return (0 if block.count == count else int(block.count)), error
+
+
+def _run_batch(command: Command, block: BatchBlock) -> int:
+    """Return errno; NO_BATCHES where the kernel, or this type of map, has no such command.
+
+    A kernel that begins a batch sets the count anew: one left as it was says that nothing was begun.
+    """
+    asked = block.count
     result = _call(command, block)
-    return (count, 0) if result >= 0 else (min(int(block.count), count), -result)
+    error = -result if result < 0 else 0
+    return NO_BATCHES if error in _UNKNOWN_COMMAND and block.count == asked else error
 
 
 def map_lookup_batch(
@@ -183,8 +198,7 @@ def map_lookup_batch(
         count=count,
         map_fd=fd,
     )
-    result = _call(Command.MAP_LOOKUP_BATCH, block)
-    error = -result if result < 0 else 0
+    error = _run_batch(Command.MAP_LOOKUP_BATCH, block)
     found = int(block.count) if error in (0, errno.ENOENT) else 0
     return following.raw, keys.raw[: found * key_size], values.raw[: found * value_size], found, error
 
