@@ -151,6 +151,11 @@ class Allocator:
         use = self._uses.get(labels)
         return use.count if use else 0
 
+    def verify_all(self) -> None:
+        """Have every identity in use read back from etcd now."""
+        for use in self._uses.values():
+            self._settle_later(use)
+
     # --- the background
 
     async def run(self) -> None:
@@ -189,8 +194,7 @@ class Allocator:
     async def _verify_periodically(self) -> None:
         while True:
             await asyncio.sleep(jittered(VERIFY_INTERVAL_S))
-            for use in self._uses.values():
-                self._settle_later(use)
+            self.verify_all()
 
     async def _follow_cache(self) -> None:
         """Notice at once when the store says something else about an identity that is in use here."""
