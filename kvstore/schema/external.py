@@ -63,8 +63,8 @@ def encode_policy(document: str) -> bytes:
 
 
 def parse_policy(key: str, value: bytes) -> tuple[str, str]:
-    """Return (name, document text)."""
-    return name_of(key, POLICIES), codec.text_of(key, value, limit=MAX_POLICY)
+    """Return (name, document text); the name is ``name`` or ``namespace/name``."""
+    return name_of(key, POLICIES, parts=2), codec.text_of(key, value, limit=MAX_POLICY)
 
 
 def encode_heartbeat(at: datetime) -> bytes:

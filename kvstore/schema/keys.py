@@ -116,7 +116,8 @@ def heartbeat_key() -> str:
 
 
 def policy_key(name: str) -> str:
-    return POLICIES + _name("policy", name)
+    """Return the key of a policy; its name may have a namespace in front: ``shop/allow``."""
+    return POLICIES + "/".join(_name("policy", part) for part in name.split("/", 1))
 
 
 def external_key(name: str) -> str:
@@ -136,10 +137,11 @@ def election_candidate_key(name: str, candidate: str) -> str:
     return election_prefix(name) + _name("candidate", candidate)
 
 
-def name_of(key: str, prefix: str) -> str:
-    """Return the single name that `key` has after `prefix`; RecordError if it is none."""
+def name_of(key: str, prefix: str, *, parts: int = 1) -> str:
+    """Return the name that `key` has after `prefix`, of up to `parts` parts; RecordError if it is none."""
     name = key[len(prefix) :]
-    if not key.startswith(prefix) or not _NAME.fullmatch(name):
+    words = name.split("/")
+    if not key.startswith(prefix) or len(words) > parts or not all(map(_NAME.fullmatch, words)):
         raise RecordError(key, f"is not {prefix}<name>", kind="key")
     return name
 
