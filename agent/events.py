@@ -18,7 +18,7 @@ from core import metrics
 from core.errors import HoldfastError
 from datapath.events import decode_many
 from datapath.format import Described, describe
-from datapath.maps import MonitorFlag
+from datapath.maps import EventsLost, MonitorFlag
 from datapath.ring import EventRing
 
 
@@ -29,11 +29,13 @@ class EventPump:
         self.hub = MonitorHub(queue_size, self._listeners_changed)
         self._ring: EventRing | None = None
         self._flag: MonitorFlag | None = None
+        self._counter: EventsLost | None = None
         self._lost = 0
 
-    def attach(self, ring: EventRing, flag: MonitorFlag) -> None:
+    def attach(self, ring: EventRing, flag: MonitorFlag, lost: EventsLost) -> None:
         """Read this ring from now on; call it in the loop."""
-        self._ring, self._flag = ring, flag
+        self._ring, self._flag, self._counter = ring, flag, lost
+        self._lost = lost.total()
         asyncio.get_running_loop().add_reader(ring.fd, self._readable)
         self._listeners_changed(self.hub.listeners)
 
@@ -50,10 +52,10 @@ class EventPump:
             logger.error("events of the data path can not be switched: {}", error)
 
     def _readable(self) -> None:
-        if self._ring is None:
+        if self._ring is None or self._counter is None:
             return
         _publish(self._ring.read(), self.hub.publish)
-        lost = self._ring.lost()
+        lost = self._counter.total()
         if lost > self._lost:
             metrics.EVENTS_LOST.inc(lost - self._lost)
             self.hub.publish(_lost_event(lost - self._lost))

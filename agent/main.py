@@ -74,10 +74,13 @@ async def run(config: Config) -> None:
 async def _build(process: AgentProcess, config: Config, events: EventPump) -> None:
     """Build and start the parts, trying again for as long as the host lacks something."""
     backoff = Backoff(base=1.0, cap=30.0)
+    programs: HostPrograms | None = None
     while process.parts is None:
         try:
-            programs = await asyncio.to_thread(HostPrograms.open, config)
-            events.attach(programs.maps.ring, programs.maps.monitor)
+            if programs is None:
+                programs = await asyncio.to_thread(HostPrograms.open, config)
+                maps = programs.maps
+                events.attach(maps.ring, maps.monitor, maps.lost)
             parts = await build(config, events, programs)
         except (HoldfastError, OSError) as error:
             process.trouble = str(error)

@@ -134,7 +134,7 @@ async def build(config: Config, events: EventPump, programs: HostPrograms) -> Pa
 
     client = Client(_etcd_config(config))
     session = Session(client, ttl=int(config["kvstore-lease-ttl"]), lease=node.lease)
-    role_session = Session(client, ttl=ROLE_TTL_S, name="elected roles")
+    role_session = Session(client, ttl=ROLE_TTL_S, name=node.name)
     identities = IdentityCache(grace=config["kvstore-missing-grace-period"])
     local = LocalIdentities(identities.local)
     local.restore(node.local_identities)
@@ -320,11 +320,9 @@ async def _session(parts: Parts) -> None:
     await parts.session.run()
 
 
-async def _follow_after_gate(parts: Parts) -> None:
+async def _follow_after_gate(parts: Parts, follower: Follower) -> None:
     """Addresses come after policies and identities: an address must not get a number no map knows."""
     await parts.policy_maps.opened.wait()
-    follower = Follower(parts.client, schema.IPS, parts.ip_sink)
-    parts.followers.append(follower)
     await follower.run()
 
 

@@ -19,7 +19,7 @@ from datapath.bpffs import ensure_bpffs, raise_memlock
 from datapath.constants import Aggregation, DatapathOptions, EndpointConstants, netdev_constants
 from datapath.handle import MapHandle
 from datapath.loader import ENDPOINT_OBJECT, NETDEV_OBJECT, POLICY_MAP, Template
-from datapath.maps import CtMap, IpcacheMap, LxcMap, MetricsMap, MonitorFlag, PolicyMap, TunnelMap
+from datapath.maps import CtMap, EventsLost, IpcacheMap, LxcMap, MetricsMap, MonitorFlag, PolicyMap, TunnelMap
 from datapath.mapspec import MapCatalogue, open_or_create
 from datapath.netlink import Netlink
 from datapath.ring import EventRing
@@ -40,6 +40,7 @@ class HostMaps:
     monitor: MonitorFlag
     call_policy: MapHandle
     fragments: MapHandle
+    lost: EventsLost
     ring: EventRing
 
     @classmethod
@@ -55,12 +56,13 @@ class HostMaps:
             monitor=MonitorFlag.open(catalogue.monitor, root),
             call_policy=open_or_create(catalogue.call_policy, root),
             fragments=open_or_create(catalogue.fragments4, root),
+            lost=EventsLost.open(catalogue.events_lost, root),
             ring=EventRing.create(),
         )
 
     def by_name(self) -> dict[str, int]:
         """Return descriptors by the names that the objects use."""
-        handles = (self.lxc, self.ipcache, self.ct_tcp, self.ct_any, self.metrics, self.monitor)
+        handles = (self.lxc, self.ipcache, self.ct_tcp, self.ct_any, self.metrics, self.monitor, self.lost)
         plain = (self.call_policy, self.fragments)
         found = {each.name: each.fd for each in handles} | {each.name: each.fd for each in plain}
         return found | self.ring.descriptors

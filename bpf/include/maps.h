@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* Every map of the programs.  User space makes and pins them (datapath/mapspec.py) and hands descriptors
- * to the loader; sizes here are only the defaults that tools show.  `cilium_policy` stands for the
- * endpoint's own cilium_policy_<id>.
+ * to the loader; sizes here are only the defaults that tools show.  policy.h has the one map more that an
+ * endpoint has for itself.
  */
 #pragma once
 
@@ -19,7 +19,6 @@
 MAP(cilium_lxc, BPF_MAP_TYPE_HASH, struct endpoint_key, struct endpoint_info, 65535, 0);
 MAP(cilium_ipcache, BPF_MAP_TYPE_LPM_TRIE, struct ipcache_key, struct remote_endpoint_info, 512000,
     BPF_F_NO_PREALLOC);
-MAP(cilium_policy, BPF_MAP_TYPE_HASH, struct policy_key, struct policy_entry, 16384, 0);
 MAP(cilium_metrics, BPF_MAP_TYPE_PERCPU_HASH, struct metrics_key, struct metrics_value, 1024, 0);
 MAP(cilium_ct4_global, BPF_MAP_TYPE_LRU_HASH, struct ipv4_ct_tuple, struct ct_entry, 524288, 0);
 MAP(cilium_ct_any4_global, BPF_MAP_TYPE_LRU_HASH, struct ipv4_ct_tuple, struct ct_entry, 262144, 0);

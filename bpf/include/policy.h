@@ -12,6 +12,9 @@
 #include "conntrack.h"
 #include "events.h"
 
+/* Stands for the endpoint's own cilium_policy_<id>. */
+MAP(cilium_policy, BPF_MAP_TYPE_HASH, struct policy_key, struct policy_entry, 16384, 0);
+
 /* policy_port is what stands in the key's port: ICMP has its type there, in the upper byte. */
 static __always_inline __be16 policy_port(struct __sk_buff *ctx)
 {

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A host that runs etcd, a docker engine and the agent, all real, all its own.
+
+The agent runs from the checkout (`python -m agent`); the same from images is what tests of compose do.
+Used by tests/engine and tests/chaos; needs root.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tests.support.engine import WORKLOAD_IMAGE, DockerHost, workload_image
+from tests.support.host import REPO, Process, run, wait_for
+
+POOL = "10.50.0.0/16"
+ETCD_PORT = 2379
+
+
+class AgentHost(DockerHost):
+    """A docker host with etcd on its loopback and an agent; `start_agent` makes it complete."""
+
+    def __init__(self, prefix: str = "hfa", *, options: Sequence[str] = ()) -> None:
+        super().__init__(prefix, options=options)
+        self.agent: Process | None = None
+        self.state = self.directory / "state"
+        self.run_dir = self.directory / "run"
+        self.policies = self.directory / "policies"
+        for each in (self.state, self.run_dir, self.policies):
+            each.mkdir()
+        self.socket = self.run_dir / "holdfast.sock"
+        self.bpffs = "/sys/fs/bpf"
+        self._etcd: Process | None = None
+
+    # --- etcd
+
+    def start_etcd(self) -> None:
+        """Start etcd on the host's loopback and wait until it answers."""
+        url = f"http://127.0.0.1:{ETCD_PORT}"
+        self._etcd = self.popen(
+            "etcd",
+            *("--data-dir", str(self.directory / "etcd-data")),
+            *("--listen-client-urls", url, "--advertise-client-urls", url),
+            *("--listen-peer-urls", "http://127.0.0.1:2380", "--unsafe-no-fsync"),
+        )
+        wait_for(lambda: "member" in self.etcdctl("member", "list", "-w", "json", check=False), "etcd's answer")
+
+    def stop_etcd(self) -> None:
+        if self._etcd is not None:
+            self._etcd.stop()
+
+    def etcdctl(self, *arguments: str, check: bool = True, stdin: str | None = None) -> str:
+        """Run etcdctl in the host and return what it printed."""
+        done = self.exec(
+            "etcdctl", *arguments, check=check, stdin=stdin, environment={"ETCDCTL_API": "3"}, timeout=20
+        )
+        return done.stdout if done.returncode == 0 else ""
+
+    def keys(self, prefix: str) -> dict[str, str]:
+        """Return key → value below a prefix."""
+        lines = self.etcdctl("get", "--prefix", prefix).splitlines()
+        return dict(zip(lines[::2], lines[1::2], strict=True))
+
+    # --- agent
+
+    def options(self) -> dict[str, str]:
+        """Return the options that every agent of a test has."""
+        return {
+            "kvstore-opt": f"etcd.address=http://127.0.0.1:{ETCD_PORT}",
+            "state-dir": str(self.state),
+            "socket-path": str(self.socket),
+            "policy-dir": str(self.policies),
+            "docker-endpoint": self.engine.url,
+            "ipv4-range": POOL,
+            "debug": "true",
+        }
+
+    def start_agent(self, **options: str) -> Process:
+        """Start the agent and wait until its status is good."""
+        given = self.options() | {name.replace("_", "-"): value for name, value in options.items()}
+        arguments = [part for name, value in given.items() for part in (f"--{name}", value)]
+        environment = {"PYTHONPATH": str(REPO), "PYTHONDONTWRITEBYTECODE": "1"}
+        self.agent = self.popen(sys.executable, "-m", "agent", *arguments, environment=environment)
+        try:
+            wait_for(self.healthy, "healthy agent", seconds=60)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.agent.output()[-6000:]}") from error
+        return self.agent
+
+    def healthy(self) -> bool:
+        """True when the agent says Ok of itself, of etcd and of the engine."""
+        assert self.agent is None or self.agent.running, f"agent ended:\n{self.agent.output()[-6000:]}"
+        status = self.api("/v1/healthz", check=False)
+        wanted = ("holdfast", "kvstore", "container-runtime")
+        return bool(status) and all(status[part]["state"] == "Ok" for part in wanted)
+
+    def kill_agent(self) -> None:
+        """SIGKILL, as an OOM killer would."""
+        assert self.agent is not None
+        self.agent.kill(signal.SIGKILL)
+        self.agent.wait()
+
+    def stop_agent(self) -> None:
+        assert self.agent is not None
+        self.agent.stop()
+
+    def api(self, path: str, *, method: str = "GET", body: Any = None, check: bool = True) -> Any:
+        """Call the agent's API and return its JSON; None for a failure without `check`."""
+        arguments = ["curl", "-s", "--fail-with-body", "--max-time", "30", "--unix-socket", str(self.socket)]
+        arguments += ["-X", method, f"http://holdfast{path}"]
+        if body is not None:
+            arguments += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
+        done = run(arguments, check=False)
+        if done.returncode != 0:
+            assert not check, f"{method} {path}: {done.stdout}{done.stderr}"
+            return None
+        return json.loads(done.stdout) if done.stdout else None
+
+    def cli(
+        self, *arguments: str, check: bool = True, stdin: str | None = None
+    ) -> Any:
+        """Run `holdfast …` in the host and return the finished process."""
+        environment = {
+            "PYTHONPATH": str(REPO),
+            "HOLDFAST_SOCKET": str(self.socket),
+            "COLUMNS": "200",
+        }
+        return self.exec(
+            sys.executable, "-m", "cli", *arguments, check=check, stdin=stdin, environment=environment
+        )
+
+    # --- workloads
+
+    def network(self, name: str = "holdfast") -> None:
+        self.engine.docker("network", "create", "-d", "holdfast", "--ipam-driver", "null", name)
+
+    def container(
+        self, name: str, *command: str, labels: Mapping[str, str] | None = None, options: Sequence[str] = ()
+    ) -> str:
+        """Run a container on the holdfast network; return its address."""
+        label_options = [part for key, value in (labels or {}).items() for part in ("-l", f"{key}={value}")]
+        has_network = any(option.startswith("--network") for option in options)
+        network = [] if has_network else ["--network", "holdfast"]
+        self.engine.docker(
+            "run", "-d", "--init", "--name", name, *network, *label_options, *options, WORKLOAD_IMAGE, *command
+        )
+        return self.endpoint_of(name)["status"]["networking"]["addressing"][0]["ipv4"]
+
+    def endpoint_of(self, name: str) -> Any:
+        """Return the endpoint of a container as the API shows it."""
+        return self.api(f"/v1/endpoint/container-name:{name}")
+
+    def inside(self, name: str, *command: str, check: bool = True, timeout: float = 30.0) -> Any:
+        """Run a command in a container."""
+        return self.engine.docker("exec", name, *command, check=check, timeout=timeout)
+
+
+def prepare(host: AgentHost) -> None:
+    """Load the workload image and start etcd."""
+    host.engine.load(workload_image())
+    host.start_etcd()
+
