@@ -233,7 +233,7 @@ BAD: list[tuple[Callable[[str, bytes], object], str, bytes, str]] = [
         b'{"name":"a","addresses":["x"],"labels":[]}',
         "garbage",
     ),
-    (schema.parse_policy, "holdfast/policies/v1/a/b", b"x", "key"),
+    (schema.parse_policy, "holdfast/policies/v1/a/b/c", b"x", "key"),
     (schema.parse_policy, "holdfast/policies/v1/a", b"x" * 1_000_001, "size"),
 ]
 
@@ -301,7 +301,7 @@ def test_parsers_survive_any_key(key: str, base: str) -> None:
 # --- builders
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "-a", "a b", "a\n", "ä", "a" * 254, ".."])
+@pytest.mark.parametrize("name", ["", "a/b/c", "a/", "-a", "a b", "a\n", "ä", "a" * 254, ".."])
 def test_names_that_would_change_the_key_are_refused(name: str) -> None:
     for build in (schema.policy_key, schema.external_key, schema.election_key, schema.ip_space_prefix):
         with pytest.raises(InvalidKeyPart):
