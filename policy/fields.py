@@ -8,6 +8,7 @@ Called by `policy.reader` and by the documentation test; pure.
 
 from __future__ import annotations
 
+import sys
 from enum import Enum
 from typing import Final, NamedTuple
 
@@ -150,3 +151,7 @@ def markdown_table() -> str:
     for section, fields in SECTIONS.items():
         lines += [f"| {section} | `{each.name}` | {each.status.value} | {each.note} |" for each in fields]
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown_table())

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,7 +16,19 @@ from identity.labels import Labels
 from policy.engine import PolicyEngine
 from policy.errors import PolicyMapOverflow
 from policy.language import parse_policies
-from policy.model import ALLOW, Direction, MapChange, Policy, PolicyEntry, PolicyKey, Transport
+from policy.model import (
+    ALLOW,
+    Clause,
+    Direction,
+    Enforcement,
+    MapChange,
+    Policy,
+    PolicyEntry,
+    PolicyKey,
+    Rule,
+    Transport,
+)
+from policy.selectors import WILDCARD, Operator, Selector, requirement, selector
 from tests.support import policy_strategies as some
 from tests.support.policy_reference import lookup, verdict
 
@@ -119,8 +133,55 @@ class EngineMachine(RuleBasedStateMachine):
             assert list(self.engine.selectors()) == []
 
 
-EngineMachine.TestCase.settings = settings(max_examples=250, stateful_step_count=25, deadline=None)
+EngineMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=25, deadline=None)
 TestChangesAddUp = pytest.mark.timeout(300)(EngineMachine.TestCase)
+
+
+class DenseWorld:
+    """The same with a plain random generator and few distinct values: long runs in which every step
+    meets what earlier steps did."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.machine = EngineMachine()
+        self.machine.start([], {}, {1: app("a"), 2: app("b")})
+
+    def app_selector(self) -> Selector:
+        names = self.random.sample("abc", self.random.choice((1, 1, 2)))
+        return selector([requirement("any", "app", Operator.IN, names)])
+
+    def clause(self) -> Clause:
+        peers = self.random.choice((None, (WILDCARD,), *((self.app_selector(),) for _ in range(5))))
+        transports = self.random.choice((None, some.TRANSPORTS[:1], some.TRANSPORTS[:2]))
+        return Clause(Direction.INGRESS, self.random.random() < 0.3, peers, transports)
+
+    def policy(self) -> Policy:
+        subject = self.random.choice((WILDCARD, self.app_selector()))
+        clauses = tuple(self.clause() for _ in range(self.random.randint(0, 2)))
+        enforces = Enforcement(self.random.random() < 0.8, False)
+        return Policy(self.random.choice(("p1", "p2", "p3")), "test", (Rule(subject, clauses, enforces),))
+
+    def step(self) -> None:
+        labels, number = app(self.random.choice("abc")), self.random.randint(256, 260)
+        steps: tuple[tuple[int, Callable[[], None]], ...] = (
+            (4, lambda: self.machine.upsert_identity(number, labels)),
+            (2, lambda: self.machine.delete_identity(number)),
+            (2, lambda: self.machine.upsert_policy(self.policy())),
+            (1, lambda: self.machine.delete_policy(self.random.choice(("p1", "p2", "p3")))),
+            (1, lambda: self.machine.upsert_endpoint(self.random.randint(1, 3), labels)),
+            (1, lambda: self.machine.send(some.TRANSPORTS[0], Direction.INGRESS)),
+            (3, self.machine.take_changes),
+        )
+        weights, actions = zip(*steps, strict=True)
+        self.random.choices(actions, weights)[0]()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_long_runs_add_up(seed: int) -> None:
+    world = DenseWorld(seed)
+    for _ in range(400):
+        world.step()
+    world.machine.take_changes()
 
 
 def rules_allowing(*apps: str, subject: str = "web") -> Policy:
@@ -150,6 +211,19 @@ def test_new_identity_changes_only_its_entry() -> None:
     assert engine.take_changes() == {1: MapChange({entry(300): ALLOW}, set())}
     engine.delete_identity(300)
     assert engine.take_changes() == {1: MapChange({}, {entry(300)})}
+
+
+def test_new_identity_after_a_rule_changed() -> None:
+    """Where selectors stand is looked up anew after each resolution."""
+    engine = PolicyEngine()
+    engine.upsert_policy(rules_allowing("api"))
+    engine.upsert_endpoint(1, app("web"))
+    engine.take_changes()
+    engine.upsert_identity(300, app("api"))
+    engine.upsert_policy(rules_allowing("api", "db"))
+    engine.take_changes()
+    engine.upsert_identity(301, app("db"))
+    assert engine.take_changes() == {1: MapChange({entry(301): ALLOW}, set())}
 
 
 def test_rule_touches_only_the_endpoints_it_selects() -> None:
