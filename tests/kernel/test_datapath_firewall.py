@@ -6,12 +6,14 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from datapath.errors import FirewallError
 from datapath.firewall import MARK_NO_MASQUERADE, Firewall, FirewallState, PublishedPort
 from datapath.forward import CHAIN, ForwardChain
+from datapath.hostflows import HostFlows
 from datapath.rulewatch import RuleWatch
 from tests.support.hostnet import HOST_ON_WIRE, POOL, ROUTER, WORLD, HostNet, container_address, host_net
 from tests.support.netns import Netns
@@ -276,3 +278,129 @@ async def test_a_thousand_published_ports(net: HostNet) -> None:
     assert await firewall.verify(wanted) == []
     with serving(inside, 1079):
         assert seen_by_server(net.world, HOST_ON_WIRE, 20999) == WORLD
+
+
+# --- flows of the host's own conntrack
+
+
+async def test_udp_flow_follows_a_port_that_moves_to_another_container(net: HostNet) -> None:
+    five, six = await net.container(5), await net.container(6)
+    firewall, old = Firewall(), published(8080, protocol=17)
+    new = PublishedPort(17, "", 8080, 8080, SIX, 80, 80)
+    await firewall.apply(state(old))
+    with serving(five, 80, UDP), connected(net.world, HOST_ON_WIRE, 8080, UDP) as client:
+        ask(client, "five")
+        async with HostFlows() as flows:
+            assert await flows.forget_diverted([old]) == 0
+            await firewall.apply(state(new))
+            ask(client, "still five")
+            assert await flows.forget_diverted([new]) == 1
+        with pytest.raises(OSError, match=r"timed out|refused"):
+            ask(client, "nobody serves there yet")
+        with serving(six, 80, UDP):
+            assert ask(client, "six") == WORLD
+
+
+async def test_udp_flow_from_before_a_port_was_published(net: HostNet) -> None:
+    five = await net.container(5)
+    await Firewall().apply(state())
+    wanted = published(8080, protocol=17, count=3)
+    with connected(net.world, HOST_ON_WIRE, 8081, UDP) as client, serving(five, 81, UDP):
+        with serving(net.host, 8081, UDP):
+            ask(client, "the host itself")
+        await Firewall().apply(state(wanted))
+        async with HostFlows() as flows:
+            assert await flows.forget_diverted([wanted]) == 1
+        assert ask(client, "the container") == WORLD
+
+
+async def test_flows_of_an_address_that_goes_are_forgotten(net: HostNet) -> None:
+    five, six = await net.container(5), await net.container(6)
+    await Firewall().apply(state(published(8080)))
+    with serving(five, 80), serving(net.world, 81), serving(net.world, 82, UDP):
+        assert seen_by_server(net.world, HOST_ON_WIRE, 8080) == WORLD
+        assert seen_by_server(five, WORLD, 81) == HOST_ON_WIRE
+        assert seen_by_server(six, WORLD, 82, UDP) == HOST_ON_WIRE
+        async with HostFlows() as flows:
+            assert await flows.forget_address(FIVE) == 2
+            assert await flows.forget_address(FIVE) == 0
+            assert await flows.forget_address(SIX) == 1
+
+
+# --- beside docker
+
+# What docker 20.10 writes for its own bridge and one published port.
+DOCKER_RULES = """*filter
+:INPUT ACCEPT [0:0]
+:FORWARD DROP [0:0]
+:OUTPUT ACCEPT [0:0]
+:DOCKER - [0:0]
+:DOCKER-ISOLATION-STAGE-1 - [0:0]
+:DOCKER-ISOLATION-STAGE-2 - [0:0]
+:DOCKER-USER - [0:0]
+-A FORWARD -j DOCKER-USER
+-A FORWARD -j DOCKER-ISOLATION-STAGE-1
+-A FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A FORWARD -o docker0 -j DOCKER
+-A FORWARD -i docker0 ! -o docker0 -j ACCEPT
+-A FORWARD -i docker0 -o docker0 -j ACCEPT
+-A DOCKER -d 172.17.0.2/32 ! -i docker0 -o docker0 -p tcp -m tcp --dport 80 -j ACCEPT
+-A DOCKER-ISOLATION-STAGE-1 -i docker0 ! -o docker0 -j DOCKER-ISOLATION-STAGE-2
+-A DOCKER-ISOLATION-STAGE-1 -j RETURN
+-A DOCKER-ISOLATION-STAGE-2 -o docker0 -j DROP
+-A DOCKER-ISOLATION-STAGE-2 -j RETURN
+-A DOCKER-USER -j RETURN
+COMMIT
+*nat
+:PREROUTING ACCEPT [0:0]
+:INPUT ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+:POSTROUTING ACCEPT [0:0]
+:DOCKER - [0:0]
+-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+-A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j DOCKER
+-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
+-A DOCKER -i docker0 -j RETURN
+-A DOCKER ! -i docker0 -p tcp -m tcp --dport 8088 -j DNAT --to-destination 172.17.0.2:80
+COMMIT
+"""
+
+
+def flush_for_docker(host: Netns, tmp_path: Path) -> None:
+    """Leave nothing but docker's rules in the tables of iptables."""
+    (tmp_path / "rules").write_text(DOCKER_RULES)
+    host.run("iptables-restore", str(tmp_path / "rules"))
+
+
+def start_docker(host: Netns, tmp_path: Path) -> None:
+    """Put docker's rules where docker puts them: before those that are there."""
+    (tmp_path / "rules").write_text(DOCKER_RULES.replace("-A FORWARD -j", "-I FORWARD -j"))
+    host.run("iptables-restore", "--noflush", str(tmp_path / "rules"))
+
+
+async def check_flows(net: HostNet, inside: Netns) -> None:
+    with serving(net.world, 80), serving(inside, 80):
+        assert seen_by_server(inside, WORLD, 80) == HOST_ON_WIRE
+        assert seen_by_server(net.world, HOST_ON_WIRE, 8080) == WORLD
+        assert seen_by_server(net.host, "127.0.0.1", 8080) == ROUTER
+
+
+@pytest.mark.parametrize("docker_first", [True, False])
+async def test_flows_pass_beside_docker_in_either_order(
+    net: HostNet, tmp_path: Path, docker_first: bool
+) -> None:
+    inside = await net.container(5)
+    firewall, chain = Firewall(), ForwardChain()
+    if docker_first:
+        start_docker(net.host, tmp_path)
+    await firewall.apply(state(published(8080)))
+    await chain.ensure()
+    if not docker_first:
+        start_docker(net.host, tmp_path)
+        await check_flows(net, inside)  # its rules are before ours now, and let our packets by
+        assert await chain.ensure()
+    await check_flows(net, inside)
+    flush_for_docker(net.host, tmp_path)
+    assert await chain.ensure()
+    assert await firewall.verify(state(published(8080))) == []
+    await check_flows(net, inside)
