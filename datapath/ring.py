@@ -5,9 +5,10 @@
     programs = template.load(constants, {**maps, **ring.descriptors})
     loop.add_reader(ring.fd, lambda: handle(ring.read()))
 
-Responsible for: handing records over in batches, in order, each once; and counting what found the ring
-full (`lost`).  A record is the bytes of one event; `datapath.events` knows what is in them.  The ring is
-unpinned: programs keep it alive, an agent that starts anew loads its programs on a new one.
+Responsible for: handing records over in batches, in order, each once.  A record is the bytes of one event;
+`datapath.events` knows what is in them.  What finds the ring full is counted by the programs, in
+`datapath.maps.EventsLost`.  The ring is unpinned: programs keep it alive, an agent that starts anew loads
+its programs on a new one.
 
 Called by: the agent's monitor.  One task reads; the kernel writes.
 """
@@ -20,7 +21,7 @@ from types import TracebackType
 from typing import Self
 
 from datapath.handle import MapHandle
-from datapath.mapspec import MapCatalogue, create, events_ring
+from datapath.mapspec import create, events_ring
 
 EVENTS = "cilium_events"
 DEFAULT_SIZE = 1 << 20  # bytes: 5 000 events, 25 ms of the fastest reader's work
@@ -32,11 +33,10 @@ _LENGTH = _DISCARD - 1
 
 
 class EventRing:
-    """A ring and its counter of losses; `close` it or use it as a context manager."""
+    """A mapped ring; `close` it or use it as a context manager."""
 
-    def __init__(self, ring: MapHandle, lost: MapHandle) -> None:
+    def __init__(self, ring: MapHandle) -> None:
         self._ring = ring
-        self._lost = lost
         self._size = ring.info.max_entries
         page = mmap.PAGESIZE
         # One writable page with the reader's position; then read-only one page with the writer's, and
@@ -49,12 +49,7 @@ class EventRing:
     @classmethod
     def create(cls, size: int = DEFAULT_SIZE) -> Self:
         """Make a ring of `size` bytes, a power of two.  Raises MapError."""
-        ring = create(events_ring(size))
-        try:
-            return cls(ring, create(MapCatalogue().events_lost))
-        except Exception:
-            ring.close()
-            raise
+        return cls(create(events_ring(size)))
 
     def __enter__(self) -> Self:
         return self
@@ -71,7 +66,6 @@ class EventRing:
         for mapping in (self._ours, self._kernels):
             mapping.close()
         self._ring.close()
-        self._lost.close()
 
     @property
     def fd(self) -> int:
@@ -80,8 +74,8 @@ class EventRing:
 
     @property
     def descriptors(self) -> dict[str, int]:
-        """The maps that programs need for events, by the names the loader asks for."""
-        return {EVENTS: self._ring.fd, self._lost.name: self._lost.fd}
+        """The map that programs need for events, by the name the loader asks for."""
+        return {EVENTS: self._ring.fd}
 
     def read(self, limit: int = BATCH) -> list[bytes]:
         """Return up to `limit` records and free their room; empty when there are none.
@@ -103,8 +97,3 @@ class EventRing:
             position += (length + _HEADER.size + 7) & ~7
         self._read_to[0] = position
         return records
-
-    def lost(self) -> int:
-        """Return how many events found the ring full since it was made."""
-        values = self._lost.lookup(bytes(4)) or b""
-        return sum(struct.unpack(f"={len(values) // 8}Q", values))
