@@ -22,6 +22,7 @@ from loguru import logger
 from agent.api.server import ApiServer
 from agent.configuration import load_config
 from agent.events import EventPump
+from agent.gate import Gates
 from agent.parts import Parts, build, start
 from agent.process import AgentProcess
 from agent.programs import HostPrograms
@@ -31,6 +32,7 @@ from core.errors import HoldfastError
 from core.options import Config
 from core.supervisor import Supervisor
 from core.waiting import waiting
+from prestart.handover import Handover
 
 EXIT_CONFIG = 2
 
@@ -60,7 +62,8 @@ async def run(config: Config) -> None:
     process = AgentProcess(config, supervisor, events.hub)
     server = ApiServer(process, config["socket-path"], config["prometheus-serve-addr"])
     supervisor.start("api", server.run)
-    building = asyncio.create_task(_build(process, config, events), name="build")
+    gates = Gates(Handover.read(os.environ))
+    building = asyncio.create_task(_build(process, config, events, gates), name="build")
     try:
         await ended.wait()
         logger.info("asked to stop; what is in the kernel stays in force")
@@ -71,7 +74,7 @@ async def run(config: Config) -> None:
         await _close(process.parts, events)
 
 
-async def _build(process: AgentProcess, config: Config, events: EventPump) -> None:
+async def _build(process: AgentProcess, config: Config, events: EventPump, gates: Gates) -> None:
     """Build and start the parts, trying again for as long as the host lacks something."""
     backoff = Backoff(base=1.0, cap=30.0)
     programs: HostPrograms | None = None
@@ -81,7 +84,7 @@ async def _build(process: AgentProcess, config: Config, events: EventPump) -> No
                 programs = await asyncio.to_thread(HostPrograms.open, config)
                 maps = programs.maps
                 events.attach(maps.ring, maps.monitor, maps.lost)
-            parts = await build(config, events, programs)
+            parts = await build(config, events, programs, gates)
         except (HoldfastError, OSError) as error:
             process.trouble = str(error)
             logger.error("the agent can not start yet: {}", error)

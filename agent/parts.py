@@ -26,6 +26,7 @@ from loguru import logger
 
 from agent import ipcache, publish, sinks
 from agent.checkpoint import Checkpoint, Node
+from agent.collector import MapCollector
 from agent.derive import Derivations
 from agent.driver import Driver
 from agent.endpoint import Endpoint
@@ -34,6 +35,7 @@ from agent.engine import Engine
 from agent.engine_watch import EngineWatch
 from agent.events import EventPump
 from agent.firewall import FirewallRules, FirewallTarget
+from agent.gate import Gates
 from agent.host import HostView, look, node_name
 from agent.keeper import Keeper
 from agent.nodes import follow_nodes
@@ -42,7 +44,9 @@ from agent.policies import PolicyDirectory, PolicyKeys, PolicyTable, Refusals
 from agent.policy_maps import PolicyMaps
 from agent.pool import Pool, automatic_network
 from agent.programs import HostPrograms
+from core import metrics
 from core.backoff import jittered
+from core.files import write_atomic
 from core.options import Config
 from core.reconciler import Reconciler
 from core.supervisor import Supervisor
@@ -69,6 +73,7 @@ from kvstore.sink import TableSink
 from kvstore.watcher import Follower
 from policy.engine import PolicyEngine
 from policy.model import EnforcementMode
+from prestart import cluster
 
 # Records that a relist lacked are looked at this often; their grace is minutes to hours.
 EXPIRE_S = 15.0
@@ -118,11 +123,12 @@ class Parts:
     reconcilers: dict[str, Reconciler[int, Endpoint]]
     ipcache: Reconciler[str, ipcache.Record]
     followers: list[Follower]
+    gates: Gates
     ip_sink: sinks.IpSink
     node_sink: TableSink[str, schema.NodeRecord]
 
 
-async def build(config: Config, events: EventPump, programs: HostPrograms) -> Parts:
+async def build(config: Config, events: EventPump, programs: HostPrograms, gates: Gates) -> Parts:
     """Build everything.  Raises HoldfastError for what the host or the configuration makes impossible."""
     checkpoint = Checkpoint(config["state-dir"])
     host = await asyncio.to_thread(look, config["ipv4-node"], config["devices"])
@@ -243,10 +249,11 @@ async def build(config: Config, events: EventPump, programs: HostPrograms) -> Pa
         devices=devices,
         reconcilers=reconcilers,
         ipcache=ip_reconciler,
+        gates=gates,
         followers=[
-            Follower(client, schema.IDENTITY_IDS, identities),
-            Follower(client, schema.POLICIES, policy_keys),
-            Follower(client, schema.NODES, node_sink),
+            Follower(client, schema.IDENTITY_IDS, identities, gate=gates.relist),
+            Follower(client, schema.POLICIES, policy_keys, gate=gates.relist),
+            Follower(client, schema.NODES, node_sink, gate=gates.relist),
         ],
         ip_sink=ip_sink,
         node_sink=node_sink,
@@ -255,6 +262,7 @@ async def build(config: Config, events: EventPump, programs: HostPrograms) -> Pa
 
 def start(parts: Parts, supervisor: Supervisor) -> None:
     """Restore what the checkpoint knows and start every task."""
+    metrics.REGISTRY.register(MapCollector(parts.programs.maps))
     restored = parts.endpoints.restore()
     if parts.driver is not None:
         parts.driver.restore()
@@ -276,9 +284,10 @@ def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
     tasks["identities to policy"] = parts.derivations.follow_identities
     tasks["policies to policy"] = parts.derivations.follow_policies
     tasks["policy directory"] = parts.directory.run
-    tasks["kvstore session"] = partial(_session, parts)
-    tasks["kvstore roles"] = parts.role_session.run
-    tasks["election"] = parts.election.run
+    held = parts.gates.behind_connect
+    tasks["kvstore session"] = held(partial(_session, parts))
+    tasks["kvstore roles"] = held(parts.role_session.run)
+    tasks["election"] = held(parts.election.run)
     tasks["heartbeat"] = partial(heartbeat.run, parts.client, parts.election)
     tasks["identity garbage collection"] = partial(
         Collector(
@@ -288,12 +297,11 @@ def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
         ).run,
         parts.election,
     )
-    tasks["identity allocator"] = parts.allocator.run
+    tasks["identity allocator"] = held(parts.allocator.run)
     for follower in parts.followers:
         gated = follower.prefix == schema.IPS
-        tasks[f"watch {follower.prefix}"] = (
-            partial(_follow_after_gate, parts, follower) if gated else follower.run
-        )
+        run = partial(_follow_after_gate, parts, follower) if gated else follower.run
+        tasks[f"watch {follower.prefix}"] = held(run)
     tasks["nodes to ipcache"] = partial(
         follow_nodes, parts.nodes, parts.addresses, parts.node.name, parts.config
     )
@@ -346,12 +354,20 @@ async def _expire(parts: Parts) -> None:
 
 
 async def _checkpoint(parts: Parts) -> None:
+    """Keep the node's record and, for the start hook, the list of the cluster's nodes."""
+    written: list[str] = []
     while True:
         await asyncio.sleep(CHECKPOINT_S)
         now = node_now(parts)
         if now != parts.node:
             parts.node = now
             await asyncio.to_thread(parts.checkpoint.save_node, now)
+        if parts.nodes.in_sync:
+            names = sorted({record.name for _, record in parts.nodes.items()} | {parts.node.name})
+            if names != written:
+                path = parts.checkpoint.directory / "cluster.json"
+                await asyncio.to_thread(write_atomic, path, cluster.encode(names))
+                written = names
 
 
 def node_now(parts: Parts) -> Node:

@@ -84,7 +84,6 @@ IPAM_EVENTS = _counter(
 BPF_MAP_OPS = _counter(
     "cilium_bpf_map_ops_total", "Operations on BPF maps", ("map_name", "operation", "outcome")
 )
-BPF_MAP_PRESSURE = _gauge("cilium_bpf_map_pressure", "Fill level of a BPF map, 0 to 1", ("map_name",))
 EVENTS_LOST = _counter("holdfast_events_lost_total", "Datapath events that found the ring full")
 DRIVER_SECONDS = _histogram("holdfast_driver_seconds", "Duration of network driver calls", ("method",))
 API_SECONDS = _histogram(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from ipaddress import IPv4Address
 
 from aiohttp import web
 
@@ -16,6 +17,8 @@ from agent.api.models import EndpointRequest, PolicyText, TraceRequest
 from agent.api.monitor import Listener, MonitorFilter
 from agent.api.view import AgentView
 from agent.api.wire import json_response, number, read_body
+from core.errors import shorten
+from policy.language import check_name
 
 MAX_LISTENERS = 32
 # How often a silent monitor looks whether its client is still there.
@@ -109,6 +112,7 @@ class Handlers:
     async def put_endpoint(self, request: web.Request) -> web.Response:
         endpoint = number(request.match_info["id"], "endpoint", high=ENDPOINT_MAX)
         body = await read_body(request, EndpointRequest)
+        _check_address(body.ipv4)
         return json_response(await self.view.create_endpoint(endpoint, body), 201)
 
     async def delete_endpoint(self, request: web.Request) -> web.Response:
@@ -146,11 +150,12 @@ class Handlers:
         return json_response(self.view.resolve(await read_body(request, TraceRequest)))
 
     async def put_policy(self, request: web.Request) -> web.Response:
+        name = _policy_name(request)
         body = await read_body(request, PolicyText)
-        return json_response(await self.view.put_policy(request.match_info["name"], body.text))
+        return json_response(await self.view.put_policy(name, body.text))
 
     async def delete_policy(self, request: web.Request) -> web.Response:
-        return json_response(await self.view.delete_policy(request.match_info["name"]))
+        return json_response(await self.view.delete_policy(_policy_name(request)))
 
     # --- maps
 
@@ -174,6 +179,18 @@ def monitor_filter(query: Mapping[str, str]) -> MonitorFilter:
 def _endpoints(query: Mapping[str, str], name: str) -> frozenset[int]:
     words = filter(None, query.get(name, "").split(","))
     return frozenset(number(word, f"endpoint in {name!r}", high=ENDPOINT_MAX) for word in words)
+
+
+def _check_address(text: str) -> None:
+    try:
+        IPv4Address(text or "0.0.0.0")
+    except ValueError as error:
+        raise BadRequest(f"ipv4 {shorten(text)!r} is not an IPv4 address") from error
+
+
+def _policy_name(request: web.Request) -> str:
+    """Return the name in the path; PolicyNameError for one that could lead to another file."""
+    return check_name(request.match_info["name"], "the request's path")
 
 
 def _gone(request: web.Request) -> bool:
