@@ -65,7 +65,8 @@ def host_settings() -> dict[str, str]:
 def endpoint_settings(device: str) -> dict[str, str]:
     """What the host side of an endpoint's pair needs.
 
-    rp_filter: replies of a published port come back by another device.  route_localnet: the host's own
+    rp_filter: the programs check sources more strictly, and policy routing on a host would make the
+    kernel's check err.  route_localnet: the host's own
     127.0.0.1:<published port> leaves by this device (the firewall keeps 127/8 out in the other direction).
     accept_redirects, send_redirects: every endpoint is one hop away, there is nothing to redirect.
     """

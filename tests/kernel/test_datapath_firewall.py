@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from datapath.errors import FirewallError
-from datapath.firewall import MARK_NO_MASQUERADE, Firewall, FirewallState, PublishedPort
+from datapath.firewall import IPV6, MARK_NO_MASQUERADE, Firewall, FirewallState, PublishedPort
 from datapath.forward import CHAIN, ForwardChain
 from datapath.hostflows import HostFlows
 from datapath.rulewatch import RuleWatch
@@ -269,6 +269,20 @@ async def test_refused_script_leaves_the_old_table(net: HostNet) -> None:
     with pytest.raises(FirewallError, match="published twice"):
         await firewall.apply(state(published(8080), PublishedPort(6, "", 8080, 8080, SIX, 80, 80)))
     assert await firewall.verify(state(published(8080))) == []
+
+
+async def test_ipv6_is_the_same_table_in_another_family(net: HostNet) -> None:
+    port = PublishedPort(6, "", 8080, 8081, "fd00::5", 80, 81)
+    wanted = FirewallState("fd00::1", frozenset({"fd00::/64"}), frozenset({"fd01::7/128"}), frozenset({port}))
+    firewall, chain = Firewall(IPV6), ForwardChain("ip6tables")
+    assert await firewall.ensure(wanted)
+    assert await firewall.verify(wanted) == []
+    assert await chain.ensure()
+    assert await chain.verify() == []
+    assert net.host.run("iptables", "-S").count(CHAIN) == 0
+    await firewall.remove()
+    await chain.remove()
+    assert "holdfast" not in net.host.run("nft", "list", "ruleset")
 
 
 async def test_a_thousand_published_ports(net: HostNet) -> None:
