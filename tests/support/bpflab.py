@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A host's data path without a host: maps of its own, unpinned, and programs that test runs feed.
+
+Endpoints are 10.0.0.<id> with identity 300 + <id>; the world is everything else.  A test writes policy
+entries, sends frames, and asks what became of them: the verdict, counters, conntrack, events.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from ipaddress import IPv4Address
+from pathlib import Path
+
+from datapath import testrun
+from datapath.attach import install_policy
+from datapath.constants import Aggregation, DatapathOptions, EndpointConstants, netdev_constants
+from datapath.events import Event, decode_many
+from datapath.handle import MapHandle
+from datapath.loader import ENDPOINT_OBJECT, NETDEV_OBJECT, POLICY_MAP, Programs, Template
+from datapath.maps import CtMap, EventsLost, IpcacheMap, LxcMap, MetricsMap, MonitorFlag, PolicyMap
+from datapath.mapspec import MapCatalogue, create
+from datapath.records import (
+    CtEntry,
+    CtKey,
+    IpcacheEntry,
+    LxcEntry,
+    MetricsKey,
+    MetricsValue,
+    PolicyCounters,
+    PolicyEntry,
+    PolicyKey,
+)
+from datapath.ring import EventRing
+from tests.support.require import require, require_root
+
+OBJECTS = Path(__file__).parents[2] / "bpf" / "build"
+HOST, WORLD = 1, 2
+INGRESS, EGRESS = 0, 1  # policy keys
+LOOPBACK = 1  # ifindex: a device that every namespace has
+CONTAINER_MAC, HOST_MAC = "02:00:00:00:00:c{:x}", "02:00:00:00:00:a{:x}"
+CATALOGUE = MapCatalogue(ct_tcp_max=4096, ct_any_max=4096, policy_max=1024, fragments_max=1024)
+
+
+def template(name: str) -> Template:
+    """Return a compiled object; the test is skipped without."""
+    require_root()
+    require((OBJECTS / name).exists(), f"needs bpf/build/{name}: make -C bpf")
+    return Template.read(OBJECTS / name)
+
+
+def address(endpoint_id: int) -> str:
+    return f"10.0.0.{endpoint_id}"
+
+
+def identity(endpoint_id: int) -> int:
+    return 300 + endpoint_id
+
+
+class Lab:
+    """Maps, endpoints and the host's device; made by `lab`."""
+
+    def __init__(self, stack: contextlib.ExitStack, options: DatapathOptions) -> None:
+        self._stack = stack
+        self._options = options
+        self._endpoint, self._netdev = template(ENDPOINT_OBJECT), template(NETDEV_OBJECT)
+        handles = {spec.name: self._made(create(spec)) for spec in CATALOGUE.shared()}
+        self.lxc = LxcMap(handles["cilium_lxc"])
+        self.ipcache = IpcacheMap(handles["cilium_ipcache"])
+        self.metrics = MetricsMap(handles["cilium_metrics"])
+        self.ct_tcp = CtMap(handles["cilium_ct4_global"])
+        self.ct_any = CtMap(handles["cilium_ct_any4_global"])
+        self.monitor = MonitorFlag(handles["holdfast_monitor"])
+        self.lost = EventsLost(handles["holdfast_events_lost"])
+        self.call_policy = handles["cilium_call_policy"].fd
+        self.ring = stack.enter_context(EventRing.create(1 << 16))
+        self.fds = {name: handle.fd for name, handle in handles.items()} | self.ring.descriptors
+        self.policies: dict[int, PolicyMap] = {}
+        self.programs: dict[int, Programs] = {}
+        self._policy_handles: dict[int, MapHandle] = {}
+        self._netdev_programs: Programs | None = None
+
+    def _made(self, handle: MapHandle) -> MapHandle:
+        self._stack.callback(handle.close)
+        return handle
+
+    def add_endpoint(self, number: int, **options: object) -> None:
+        """Load programs for endpoint `number`, with an empty policy: nothing may pass."""
+        handle = self._made(create(CATALOGUE.policy(number)))
+        self._policy_handles[number] = handle
+        self.policies[number] = PolicyMap(handle)
+        mac, host_mac = CONTAINER_MAC.format(number), HOST_MAC.format(number)
+        self.lxc.upsert([(address(number), LxcEntry(LOOPBACK, number, 0, mac, host_mac))])
+        self.ipcache.upsert([(address(number) + "/32", IpcacheEntry(identity(number)))])
+        self.load(number, replace(self._options, **options))  # type: ignore[arg-type]
+
+    def load(self, number: int, options: DatapathOptions | None = None) -> None:
+        """Load the endpoint's programs and put its ingress policy in force."""
+        constants = EndpointConstants(
+            endpoint_id=number,
+            identity=identity(number),
+            ifindex=LOOPBACK,
+            ipv4=IPv4Address(address(number)),
+            host_mac=HOST_MAC.format(number),
+            options=options or self._options,
+        )
+        maps = self.fds | {POLICY_MAP: self._policy_handles[number].fd}
+        programs = self._stack.enter_context(self._endpoint.load(constants, maps))
+        self.programs[number] = programs
+        install_policy(self.call_policy, number, programs["policy_ingress"])
+
+    def allow(
+        self,
+        number: int,
+        direction: int,
+        remote: int = 0,
+        port: int = 0,
+        protocol: int = 0,
+        *,
+        deny: bool = False,
+    ) -> PolicyKey:
+        """Write one policy entry; without more than a direction it allows everything."""
+        key = PolicyKey(remote, port, protocol, direction)
+        self.policies[number].upsert([(key, PolicyEntry(deny, 0))])
+        return key
+
+    def send(self, number: int, frame: bytes, **context: int) -> testrun.Outcome:
+        """Hand a frame to the program that meets what endpoint `number` sends."""
+        return testrun.run(self.programs[number]["from_endpoint"], frame, **context)  # type: ignore[arg-type]
+
+    def deliver(self, number: int, frame: bytes) -> testrun.Outcome:
+        """Hand a frame to the program that meets what the host's stack sends to endpoint `number`."""
+        return testrun.run(self.programs[number]["to_endpoint"], frame)
+
+    def receive(self, frame: bytes) -> testrun.Outcome:
+        """Hand a frame to the program on the host's device."""
+        if self._netdev_programs is None:
+            programs = self._netdev.load(netdev_constants(self._options), self.fds)
+            self._netdev_programs = self._stack.enter_context(programs)
+        return testrun.run(self._netdev_programs["from_netdev"], frame)
+
+    def counted(self, reason: int, direction: int) -> MetricsValue:
+        """What cilium_metrics says of a reason (0: forwarded) and direction (1 ingress, 2 egress)."""
+        return self.metrics.get(MetricsKey(reason, direction)) or MetricsValue(0, 0)
+
+    def dropped(self) -> dict[tuple[int, int], int]:
+        """All drops so far: (reason, direction) → packets."""
+        return {(k.reason, k.direction): v.packets for k, v in self.metrics.items() if k.reason}
+
+    def connections(self) -> dict[CtKey, CtEntry]:
+        return dict(self.ct_tcp.items()) | dict(self.ct_any.items())
+
+    def hits(self, number: int) -> dict[PolicyKey, PolicyCounters]:
+        return {one.key: one for one in self.policies[number].dump()}
+
+    def events(self) -> list[Event]:
+        """Take all events out of the ring."""
+        events, refused = decode_many(self.ring.read())
+        assert not refused
+        return events
+
+
+@contextlib.contextmanager
+def lab(
+    *endpoints: int, aggregation: Aggregation = Aggregation.MEDIUM, options: DatapathOptions | None = None
+) -> Iterator[Lab]:
+    """Yield a data path with `endpoints`, each without any policy."""
+    with contextlib.ExitStack() as stack:
+        made = Lab(stack, options or DatapathOptions(aggregation=aggregation))
+        for number in endpoints:
+            made.add_endpoint(number)
+        yield made
