@@ -69,7 +69,8 @@ def lines(found: Json, verbose: bool) -> Iterator[str]:
     yield line("Policy", policy(found))
     yield line("Identities", f"{found['identities']}, range {found['identity-range']}")
     yield line("Staleness", staleness(found["staleness"]))
-    yield line("BPF Maps", maps(found["maps"]))
+    if found["maps"]:
+        yield line("BPF Maps", maps(found["maps"]))
     for wait in found["waits"]:
         note = f": {wait['note']}" if wait["note"] else ""
         yield line("Waiting", f"{duration(wait['seconds'])} for {wait['subject']} ({wait['purpose']}){note}")
@@ -134,9 +135,7 @@ def staleness(seconds: float) -> str:
 
 def maps(all_: list[Json]) -> str:
     """Return the fullest map: the one that will be in trouble first."""
-    fullest = max(all_, key=lambda each: float(each["pressure"]), default=None)
-    if fullest is None:
-        return "none"
+    fullest = max(all_, key=lambda each: float(each["pressure"]))
     errors = sum(each["errors"] for each in all_)
     text = f"{len(all_)}, fullest {fullest['name']} {fullest['pressure']:.0%}"
     return text + (f", {plural(errors, 'write')} failed" if errors else "")
