@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objects and what the loader refuses: other versions, absent or other maps, constants out of range."""
+
+from __future__ import annotations
+
+import os
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+
+from datapath import loader
+from datapath.constants import CONFIG, DatapathOptions, EndpointConstants, netdev_constants
+from datapath.errors import LoadError
+from datapath.layouts import U8, Field, Layout
+from datapath.loader import ENDPOINT_OBJECT, NETDEV_OBJECT, POLICY_MAP, Template
+from tests.support.bpflab import lab, template
+
+CONSTANTS = EndpointConstants(1, 301, 1, IPv4Address("10.0.0.1"), "02:00:00:00:00:01")
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_the_constants_table_equals_the_objects() -> None:
+    for name in (ENDPOINT_OBJECT, NETDEV_OBJECT):
+        template(name).check()
+
+
+def test_an_object_of_another_version_is_named_with_its_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Layout("config", (*CONFIG.fields[:-1], Field("surprise", U8), Field("more", U8)))
+    monkeypatch.setattr(loader, "CONFIG", other)
+    with pytest.raises(LoadError, match=r"surprise is at None, expected 95.*different versions"):
+        template(ENDPOINT_OBJECT).check()
+
+
+def test_loading_leaves_nothing_open_but_the_programs() -> None:
+    with lab(1) as host:
+        made = template(ENDPOINT_OBJECT)
+        maps = host.fds | {POLICY_MAP: host.policies[1].fd}
+        before = open_descriptors()
+        with made.load(CONSTANTS, maps) as programs:
+            assert set(programs) == {"from_endpoint", "policy_ingress", "to_endpoint"}
+            assert open_descriptors() == before + 3
+        assert open_descriptors() == before
+
+
+def test_a_missing_map_is_named() -> None:
+    with lab(1) as host:
+        before = open_descriptors()
+        with pytest.raises(LoadError, match="no map cilium_policy was given"):
+            template(ENDPOINT_OBJECT).load(CONSTANTS, host.fds)
+        assert open_descriptors() == before
+
+
+def test_a_map_of_another_layout_is_named() -> None:
+    with lab(1) as host:
+        maps = host.fds | {POLICY_MAP: host.fds["cilium_ct4_global"]}
+        with pytest.raises(LoadError, match="map cilium_policy: type, key size"):
+            template(ENDPOINT_OBJECT).load(CONSTANTS, maps)
+
+
+@pytest.mark.parametrize("elf", [b"", b"\x7fELF", bytes(4096)])
+def test_what_is_no_object_is_refused(elf: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "broken.o"
+    path.write_bytes(elf)
+    with pytest.raises(LoadError, match="broken"):
+        Template.read(path)
+
+
+def test_an_absent_object_says_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="make -C bpf"):
+        Template.read(tmp_path / "endpoint.o")
+
+
+def test_the_verifiers_words_are_in_the_error() -> None:
+    """A call of bpf_redirect becomes one of a helper that no kernel has."""
+    call, redirect, unknown = b"\x85\0\0\0", b"\x17\0\0\0", b"\xff\x7f\0\0"
+    elf = template(ENDPOINT_OBJECT).elf
+    assert call + redirect in elf
+    elf = elf.replace(call + redirect, call + unknown)
+    with lab(1) as host:
+        before = open_descriptors()
+        with pytest.raises(LoadError, match=r"endpoint 1: Invalid argument(?s:.*)invalid func unknown#32767"):
+            Template(elf, "endpoint").load(CONSTANTS, host.fds | {POLICY_MAP: host.policies[1].fd})
+        assert open_descriptors() == before
+
+
+def test_constants_out_of_range_are_refused() -> None:
+    with pytest.raises(LoadError, match="payload of 129 bytes"):
+        netdev_constants(DatapathOptions(payload_length=129)).pack()
+    with pytest.raises(LoadError, match="MAC address '02:00:00'"):
+        EndpointConstants(1, 301, 1, IPv4Address("10.0.0.1"), "02:00:00").pack()
