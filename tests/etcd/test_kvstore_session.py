@@ -280,6 +280,48 @@ async def test_lost_key_of_the_leader_goes_to_the_end_of_the_queue(client: Clien
         await second.die()
 
 
+async def test_lost_key_of_one_who_waits_goes_to_the_end_of_the_queue(client: Client) -> None:
+    first, second, third = (Candidate(client, name) for name in ("first", "second", "third"))
+    try:
+        for candidate in (first, second, third):
+            candidate.start()
+            await asyncio.wait_for(candidate.session.written(candidate.election.key), 20)
+        await asyncio.wait_for(first.election.wait_leader(), 20)
+        before = await client.get(second.election.key)
+        await client.delete(second.election.key)
+
+        async def stands_again() -> bool:
+            now = await client.get(second.election.key)
+            return now is not None and before is not None and now.create_revision > before.create_revision
+
+        await eventually(stands_again, "second stands again")
+        lead: list[str] = []
+        for each in (second, third):
+            each.election._set = _noting(each.election, lead)  # type: ignore[method-assign, assignment]
+        first.tasks[1].cancel()
+        await asyncio.wait_for(third.election.wait_leader(), 20)
+        await asyncio.sleep(0.5)  # long enough for a second leader to show itself
+        assert lead == ["third"]
+        third.tasks[1].cancel()
+        await asyncio.wait_for(second.election.wait_leader(), 20)
+        assert lead == ["third", "second"]
+    finally:
+        for candidate in (first, second, third):
+            await candidate.die()
+
+
+def _noting(election: Election, lead: list[str]) -> Callable[[bool], Awaitable[None]]:
+    """Return the election's `_set` that also notes who began to lead."""
+    plain = election._set
+
+    async def noting(leads: bool) -> None:
+        if leads:
+            lead.append(election._session.name)
+        await plain(leads)
+
+    return noting
+
+
 async def test_withdrawing_hands_over_at_once(client: Client) -> None:
     first, second = Candidate(client, "first"), Candidate(client, "second")
     try:

@@ -168,6 +168,24 @@ async def test_resume_when_nothing_happened_is_in_sync_too(client: Client) -> No
     assert sink.lists == []
 
 
+@pytest.mark.parametrize(("megabytes", "lists"), [(30, 0), (80, 1)])
+async def test_backlog_over_the_receive_limit_is_listed_instead(
+    client: Client, megabytes: int, lists: int
+) -> None:
+    """etcd sends the whole backlog in one message: up to 64 MiB it is taken, beyond that a list helps."""
+    revision = await client.put("k/a", "1")
+    for index in range(megabytes):
+        await client.put(f"k/{index % 20:02}", b"%07d" % index + b"x" * 1_000_000)
+    sink = Recorder()
+    sink.view["k/a"] = b"1"
+    async with following(Follower(client, "k/", sink, resume_revision=revision)):
+        await eventually(lambda: sink.synced == 1, "in sync")
+        last = f"k/{(megabytes - 1) % 20:02}"
+        await eventually(lambda: sink.view.get(last, b"").startswith(b"%07d" % (megabytes - 1)), "all of it")
+        assert len(sink.view) == 21
+    assert len(sink.lists) == lists
+
+
 async def test_another_cluster_is_listed_again(client: Client) -> None:
     revision = await client.put("k/a", "1")
     sink = Recorder()
