@@ -17,10 +17,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from loguru import logger
+
 from datapath.errors import DeviceError
 from datapath.namespace import inside, open_namespace
 from datapath.netlink import Message, Netlink, errno_of
-from datapath.sysctl import Sysctls, endpoint_settings
+from datapath.sysctl import Sysctls, needed_by_endpoint, useful_to_endpoint
 
 HOST_PREFIX = "lxc0"  # every name below starts so: ids are 16 bits in five hex digits
 DEVICE_PATTERN = f"{HOST_PREFIX}*"  # for nft; iptables says "lxc0+"
@@ -87,6 +89,7 @@ class Devices:
     def __init__(self, netlink: Netlink, sysctls: Sysctls | None = None) -> None:
         self._netlink = netlink
         self._sysctls = sysctls or Sysctls()
+        self._warned = False
 
     async def create_veth(self, endpoint_id: int, *, mtu: int, mac: str, host_mac: str = "") -> VethPair:
         """Make an endpoint's pair, set up and up on the host's side.
@@ -115,12 +118,20 @@ class Devices:
             raise
 
     async def _prepare(self, endpoint_id: int, name: str, other: str, mac: str) -> VethPair:
-        self._sysctls.write_all(endpoint_settings(name))
+        self._sysctls.write_all(needed_by_endpoint(name))
+        self._set_useful(name)
         host = await self.get(name)
         alias = f"{_ALIAS}{endpoint_id}"
         await self._link(f"set {name} up", "set", index=host.index, state="up", ifalias=alias)
         container = Device(host.peer, other, "veth", mac, host.mtu, up=False, peer=host.index, alias="")
         return VethPair(replace(host, up=True, alias=alias), container)
+
+    def _set_useful(self, name: str) -> None:
+        """Write settings that an endpoint can do without; where /proc/sys is read-only, say so once."""
+        refused = self._sysctls.try_all(useful_to_endpoint(name))
+        if refused and not self._warned:
+            self._warned = True
+            logger.warning("{}: endpoints work, 127.0.0.1:<published port> may not", refused[0])
 
     async def _remove_leftover(self, name: str) -> None:
         """Delete the pair that holds our name.  Raises DeviceError when it is somebody else's."""

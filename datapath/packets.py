@@ -8,6 +8,7 @@ may carry less than the headers.  Called by: `datapath.format`.
 from __future__ import annotations
 
 import struct
+from functools import cache
 from typing import NamedTuple
 
 from datapath.addresses import unpack_ip
@@ -105,10 +106,13 @@ def _transport(packet: Packet, data: bytes) -> Packet:
     if packet.protocol not in _WITH_PORTS or len(data) < _PORTS.size:
         return packet
     source_port, destination_port = _PORTS.unpack_from(data)
-    note = ""
-    if packet.protocol == 6 and len(data) > 13:
-        note = ", ".join(name for bit, name in enumerate(_TCP_FLAGS) if data[13] >> bit & 1)
+    note = _tcp_flags(data[13]) if packet.protocol == 6 and len(data) > 13 else ""
     return packet._replace(source_port=source_port, destination_port=destination_port, note=note)
+
+
+@cache
+def _tcp_flags(bits: int) -> str:
+    return ", ".join(name for bit, name in enumerate(_TCP_FLAGS) if bits >> bit & 1)
 
 
 def _arp(packet: Packet, data: bytes) -> Packet:

@@ -51,6 +51,16 @@ class Sysctls:
         """Write several settings; return how many were others.  Raises DeviceError at the first refusal."""
         return sum(self.write(key, value) for key, value in settings.items())
 
+    def try_all(self, settings: Mapping[str, str]) -> list[DeviceError]:
+        """Write several settings as far as that is allowed; return the refusals."""
+        refused = []
+        for key, value in settings.items():
+            try:
+                self.write(key, value)
+            except DeviceError as error:
+                refused.append(error)
+        return refused
+
     def _hint(self, error: OSError) -> str:
         if error.errno not in _READ_ONLY:
             return ""
@@ -62,17 +72,20 @@ def host_settings() -> dict[str, str]:
     return {"net/ipv4/ip_forward": "1"}
 
 
-def endpoint_settings(device: str) -> dict[str, str]:
-    """What the host side of an endpoint's pair needs.
+def needed_by_endpoint(device: str) -> dict[str, str]:
+    """Without this nothing passes the host side of a pair; devices of a forwarding host have it by default."""
+    return {f"net/ipv4/conf/{device}/forwarding": "1"}
+
+
+def useful_to_endpoint(device: str) -> dict[str, str]:
+    """What the host side of a pair should have; an endpoint works without, but for what is said here.
 
     rp_filter: the programs check sources more strictly, and policy routing on a host would make the
-    kernel's check err.  route_localnet: the host's own
-    127.0.0.1:<published port> leaves by this device (the firewall keeps 127/8 out in the other direction).
-    accept_redirects, send_redirects: every endpoint is one hop away, there is nothing to redirect.
+    kernel's check err.  route_localnet: the host's own 127.0.0.1:<published port> leaves by this device
+    (the firewall keeps 127/8 out in the other direction).  Redirects: every endpoint is one hop away.
     """
     base = f"net/ipv4/conf/{device}"
     return {
-        f"{base}/forwarding": "1",
         f"{base}/rp_filter": "0",
         f"{base}/route_localnet": "1",
         f"{base}/accept_redirects": "0",

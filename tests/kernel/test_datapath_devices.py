@@ -60,9 +60,19 @@ async def test_foreign_device_of_our_name_is_left_alone(net: HostNet) -> None:
 async def test_failed_creation_leaves_nothing(net: HostNet, tmp_path: Path) -> None:
     async with Netlink() as netlink:
         devices = Devices(netlink, Sysctls(tmp_path))
-        with pytest.raises(DeviceError, match=r"route_localnet|forwarding"):
+        with pytest.raises(DeviceError, match="sysctl net/ipv4/conf/lxc00009/forwarding"):
             await devices.create_veth(9, mtu=MTU, mac="0a:58:00:00:00:01")
         assert await devices.ours() == {}
+
+
+async def test_read_only_settings_do_not_keep_an_endpoint_from_working(net: HostNet, tmp_path: Path) -> None:
+    device = tmp_path / "net/ipv4/conf/lxc00009"
+    device.mkdir(parents=True)
+    (device / "forwarding").write_text("1\n")
+    async with Netlink() as netlink:
+        devices = Devices(netlink, Sysctls(tmp_path))
+        assert (await devices.create_veth(9, mtu=MTU, mac="0a:58:00:00:00:01")).host.up
+        assert set(await devices.ours()) == {"lxc00009"}
 
 
 async def test_leaks_are_collected_and_kept_endpoints_stay(net: HostNet) -> None:
