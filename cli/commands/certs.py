@@ -12,11 +12,11 @@ from cli.base import examples
 
 EXAMPLES = {
     "init": examples(
-        "holdfast certs init --etcd-name etcd --etcd-address 10.0.0.1 --agent $(hostname) --operator",
+        "holdfast certs init --etcd-name etcd --agent $(hostname) --operator",
         "holdfast certs init --agent $(hostname) --dry-run",
     ),
     "issue": examples(
-        "holdfast certs issue agent host7 --into host7/ --endpoint https://10.0.0.1:2379",
+        "holdfast certs issue agent host7 --into host7/",
         "holdfast certs issue operator alice --renew",
     ),
     "list": examples("holdfast certs list", "holdfast certs list -o json"),

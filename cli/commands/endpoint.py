@@ -129,7 +129,7 @@ def health(settings: Settings, endpoint: str, output: str | None) -> None:
 @click.command(
     epilog=examples(
         "holdfast endpoint create /run/netns/vm1 -l app=legacy -l env=prod",
-        "holdfast endpoint create /proc/4711/ns/net --ipv4 10.50.0.9 -l container:app=db",
+        "holdfast endpoint create /proc/4711/ns/net --ipv4 10.50.0.9 -l app=db",
     )
 )
 @click.argument("netns")

@@ -282,7 +282,7 @@ def selectors(settings: Settings, output: str | None, no_headers: bool) -> None:
 
 @click.command(
     epilog=examples(
-        "holdfast policy trace -s container:app=web -d container:app=db --dport 5432/TCP",
+        "holdfast policy trace -s container:app=a -d container:app=b --dport 80/TCP",
         "holdfast policy trace --src-identity 13465 --dst-endpoint 373",
     )
 )

@@ -45,8 +45,7 @@ def test_help_has_examples_and_fits(path: Path) -> None:
     assert "Examples:" in result.output
     examples = result.output.split("Examples:")[1].strip().splitlines()
     assert any("holdfast" in line for line in examples)
-    # Options of a library's own verbs may be longer; ours fit.
-    too_long = [line for line in result.output.splitlines() if len(line) > 100]
+    too_long = [line for line in result.output.splitlines() if len(line) > 80]
     assert not too_long
 
 
