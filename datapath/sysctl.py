@@ -73,7 +73,7 @@ def host_settings() -> dict[str, str]:
 
 
 def needed_by_endpoint(device: str) -> dict[str, str]:
-    """Without this nothing passes the host side of a pair; devices of a forwarding host have it by default."""
+    """Without this nothing passes the host side of a pair; a forwarding host's devices begin with it."""
     return {f"net/ipv4/conf/{device}/forwarding": "1"}
 
 
