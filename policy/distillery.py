@@ -5,6 +5,9 @@ A `SharedPolicy` holds the wanted map (`state`) and, for every key that differs 
 were last told, the old entry (`_undo`).  A rule that comes or goes marks it stale and it is resolved
 again when it is next looked at; an identity that comes or goes changes its own entries only.
 
+A policy that needs more entries than a map holds is not spelt out: `state` stays what was last published,
+`size` counts on, and once it fits again it is resolved anew.
+
 Owned by `policy.engine`; pure.
 """
 
@@ -41,12 +44,16 @@ class SharedPolicy:
         labels: Labels,
         repository: Repository,
         mode: EnforcementMode,
+        limit: int,
         pending: set[SharedPolicy],
     ) -> None:
         self.labels = labels
         self.enforcement = Enforcement(False, False)
         self.stale = True
         self.state: MapState = {}
+        # How many entries the policy needs; `state` has as many unless that is above the limit.
+        self.size = 0
+        self._limit = limit
         self._repository = repository
         self._mode = mode
         self._pending = pending
@@ -54,6 +61,11 @@ class SharedPolicy:
         self._selectors: set[CachedSelector] = set()
         self._uses: dict[CachedSelector, list[tuple[DirectionRules, Transport, bool]]] | None = None
         self._undo: dict[PolicyKey, PolicyEntry | None] = {}
+
+    @property
+    def overflows(self) -> bool:
+        """True if the policy needs more entries than a map holds; `state` is then the last that fitted."""
+        return self.size > self._limit
 
     def mark_stale(self) -> None:
         """Say that a rule which is for these endpoints came or went."""
@@ -76,9 +88,14 @@ class SharedPolicy:
             for direction in Direction
         ]
         self._watch_selectors()
+        resolved = [(each.direction, entries) for each in self._directions for entries in each.resolve()]
+        self.size = sum(len(entries.identities) for _, entries in resolved)
+        if self.overflows:
+            self._keep_published()
+            return
         state: MapState = {}
-        for each in self._directions:
-            state.update(each.resolve())
+        for direction, entries in resolved:
+            state.update(dict.fromkeys(policy_keys(entries, direction), entries.entry))
         self._replace(state)
 
     def _enforcement(self, rules: Iterable[InstalledRule]) -> Enforcement:
@@ -114,6 +131,12 @@ class SharedPolicy:
         if self.stale:
             return
         old, new = self._entries_of(number, before), self._entries_of(number, after)
+        overflowed = self.overflows
+        self.size += len(new) - len(old)
+        if overflowed:
+            if not self.overflows:
+                self.mark_stale()
+            return
         for key in old.keys() - new.keys():
             self._note(key)
             del self.state[key]
@@ -121,6 +144,8 @@ class SharedPolicy:
             if self.state.get(key) != entry:
                 self._note(key)
                 self.state[key] = entry
+        if self.overflows:
+            self._keep_published()
         self._pending.add(self)
 
     def _entries_of(self, number: int, selectors: list[CachedSelector]) -> MapState:
@@ -160,6 +185,10 @@ class SharedPolicy:
             was = old.get(key)
             if was != entry:
                 undo.setdefault(key, was)
+
+    def _keep_published(self) -> None:
+        self.state = self.published()
+        self._undo = {}
 
     def _note(self, key: PolicyKey) -> None:
         self._undo.setdefault(key, self.state.get(key))

@@ -159,7 +159,9 @@ class PolicyEngine:
             self._leave(endpoint_id, endpoint)
 
     def _share(self, labels: Labels) -> SharedPolicy:
-        shared = self._shared[labels] = SharedPolicy(labels, self._repository, self.mode, self._pending)
+        shared = self._shared[labels] = SharedPolicy(
+            labels, self._repository, self.mode, self.limit, self._pending
+        )
         self._members[shared] = set()
         self._subjects.add(shared, labels)
         return shared
@@ -193,11 +195,11 @@ class PolicyEngine:
         endpoint = self._endpoints[endpoint_id]
         shared = endpoint.policy
         shared.refresh()
-        if len(shared.state) <= self.limit:
+        if not shared.overflows:
             return MappingProxyType(shared.state)
-        last = shared.published() if endpoint.base is None else endpoint.base
+        last = shared.state if endpoint.base is None else endpoint.base
         if not last:
-            raise PolicyMapOverflow(endpoint_id, len(shared.state), self.limit)
+            raise PolicyMapOverflow(endpoint_id, shared.size, self.limit)
         return MappingProxyType(last)
 
     def take_changes(self) -> dict[int, MapChange]:
@@ -210,9 +212,9 @@ class PolicyEngine:
         changes: dict[int, MapChange] = {}
         for shared in list(self._pending):
             shared.refresh()
-            if len(shared.state) > self.limit:
+            if shared.overflows:
                 for endpoint_id in self._members[shared]:
-                    self._errors[endpoint_id] = PolicyMapOverflow(endpoint_id, len(shared.state), self.limit)
+                    self._errors[endpoint_id] = PolicyMapOverflow(endpoint_id, shared.size, self.limit)
                 continue
             self._pending.discard(shared)
             self._publish(shared, changes)

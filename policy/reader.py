@@ -19,6 +19,10 @@ from policy.fields import SECTIONS, Status
 # No leading zero: Cilium reads 010 as octal.
 _DECIMAL = re.compile(r"(0|[1-9][0-9]{0,8})\Z", re.ASCII)
 
+# Names that stand in a path as they are.
+_PLAIN = frozenset(each.name for fields in SECTIONS.values() for each in fields)
+_KNOWN = {section: {each.name: each for each in fields} for section, fields in SECTIONS.items()}
+
 
 class Place(NamedTuple):
     """One value of a document, where it stands (`path`, as ``spec.ingress[0]``) and whose it is."""
@@ -43,7 +47,7 @@ class Place(NamedTuple):
 
         Raises UnknownField, UnsupportedField, FieldError for what is no mapping.
         """
-        known = {each.name: each for each in SECTIONS[section]}
+        known = _KNOWN[section]
         given = {}
         for name, place in self.members().items():
             entry = known.get(name)
@@ -66,7 +70,10 @@ class Place(NamedTuple):
         if not isinstance(value, dict):
             raise self._wrong_type("a mapping")
         prefix = f"{self.path}." if self.path else ""
-        return {key: Place(node, f"{prefix}{shorten(key)}", self.origin) for key, node in value.items()}
+        return {
+            key: Place(node, f"{prefix}{key if key in _PLAIN else shorten(key)}", self.origin)
+            for key, node in value.items()
+        }
 
     def items(self) -> list[Place]:
         """Return the elements of a list; FieldError for what is none."""

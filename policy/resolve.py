@@ -146,19 +146,23 @@ class DirectionRules:
                 continue
             yield Entries(transport, identities - settled - denied.get(transport, NOBODY), ALLOW)
 
-    def resolve(self) -> dict[PolicyKey, PolicyEntry]:
-        """Return all entries of this direction."""
+    def resolve(self) -> list[Entries]:
+        """Return all entries of this direction; no key is in two of them."""
         allowed: dict[Transport, AbstractSet[int]] = {}
         denied: dict[Transport, AbstractSet[int]] = {}
         for transport, rules in self.transports.items():
             if rules.allowed:
-                allowed[transport] = set().union(*[each.identities for each in rules.allowed])
+                allowed[transport] = _identities(rules.allowed)
             if rules.denied:
-                denied[transport] = set().union(*[each.identities for each in rules.denied])
-        state: dict[PolicyKey, PolicyEntry] = {}
-        for entries in (*self.entries_for_any(), *self.entries_for(allowed, denied)):
-            state.update(dict.fromkeys(policy_keys(entries, self.direction), entries.entry))
-        return state
+                denied[transport] = _identities(rules.denied)
+        return [*self.entries_for_any(), *self.entries_for(allowed, denied)]
+
+
+def _identities(selectors: set[CachedSelector]) -> AbstractSet[int]:
+    """Return what any of `selectors` selects; not a copy if it is only one."""
+    if len(selectors) == 1:
+        return next(iter(selectors)).identities
+    return set().union(*[each.identities for each in selectors])
 
 
 _ANYBODY: Final = frozenset({0})

@@ -18,6 +18,7 @@ from policy.errors import PolicyMapOverflow
 from policy.language import parse_policies
 from policy.model import (
     ALLOW,
+    MAX_ENTRIES,
     Clause,
     Direction,
     Enforcement,
@@ -105,6 +106,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule()
     def take_changes(self) -> None:
+        before = {endpoint_id: dict(held) for endpoint_id, held in self.maps.items()}
         apply(self.maps, self.engine.take_changes())
         assert self.engine.take_changes() == {}
         fresh = PolicyEngine()
@@ -115,8 +117,15 @@ class EngineMachine(RuleBasedStateMachine):
         for policy in self.policies.values():
             fresh.upsert_policy(policy)
         for endpoint_id in self.endpoints:
-            assert self.maps[endpoint_id] == dict(fresh.map_state(endpoint_id))
-            assert self.maps[endpoint_id] == dict(self.engine.map_state(endpoint_id))
+            wanted = dict(fresh.map_state(endpoint_id))
+            if len(wanted) > self.engine.limit:
+                assert self.engine.errors()[endpoint_id].entries == len(wanted)
+                assert self.maps[endpoint_id] == before[endpoint_id]
+            else:
+                assert endpoint_id not in self.engine.errors()
+                assert self.maps[endpoint_id] == wanted
+            if self.maps[endpoint_id]:
+                assert self.maps[endpoint_id] == dict(self.engine.map_state(endpoint_id))
 
     @rule(transport=st.sampled_from(some.TRANSPORTS), direction=st.sampled_from(list(Direction)))
     def send(self, transport: Transport, direction: Direction) -> None:
@@ -141,10 +150,13 @@ class DenseWorld:
     """The same with a plain random generator and few distinct values: long runs in which every step
     meets what earlier steps did."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, limit: int) -> None:
         self.random = random.Random(seed)
         self.machine = EngineMachine()
-        self.machine.start([], {}, {1: app("a"), 2: app("b")})
+        self.machine.start([], {}, {})
+        self.machine.engine = PolicyEngine(limit=limit)
+        self.machine.upsert_endpoint(1, app("a"))
+        self.machine.upsert_endpoint(2, app("b"))
 
     def app_selector(self) -> Selector:
         names = self.random.sample("abc", self.random.choice((1, 1, 2)))
@@ -163,22 +175,24 @@ class DenseWorld:
 
     def step(self) -> None:
         labels, number = app(self.random.choice("abc")), self.random.randint(256, 260)
-        steps: tuple[tuple[int, Callable[[], None]], ...] = (
+        steps: tuple[tuple[int, Callable[[], object]], ...] = (
             (4, lambda: self.machine.upsert_identity(number, labels)),
             (2, lambda: self.machine.delete_identity(number)),
             (2, lambda: self.machine.upsert_policy(self.policy())),
             (1, lambda: self.machine.delete_policy(self.random.choice(("p1", "p2", "p3")))),
             (1, lambda: self.machine.upsert_endpoint(self.random.randint(1, 3), labels)),
-            (1, lambda: self.machine.send(some.TRANSPORTS[0], Direction.INGRESS)),
+            (1, lambda: self.machine.engine.enforcement(min(self.machine.endpoints))),
             (3, self.machine.take_changes),
         )
         weights, actions = zip(*steps, strict=True)
         self.random.choices(actions, weights)[0]()
 
 
+@pytest.mark.parametrize("limit", [MAX_ENTRIES, 4])
 @pytest.mark.parametrize("seed", range(8))
-def test_long_runs_add_up(seed: int) -> None:
-    world = DenseWorld(seed)
+def test_long_runs_add_up(seed: int, limit: int) -> None:
+    """With a limit of 4 entries maps overflow and fit again all the time."""
+    world = DenseWorld(seed, limit)
     for _ in range(400):
         world.step()
     world.machine.take_changes()
