@@ -3,8 +3,9 @@
 
 gRPC's keepalive says that the other side's HTTP/2 layer lives, not that its watch loop does.  So after
 `idle` seconds without any message the stream asks for progress itself, and gives the peer up when
-nothing at all comes for `hang` more.  etcd from 3.4.25 and 3.5.8 on answers that only when the stream
-has a watch whose start revision has been reached: start watches at a revision that exists.
+nothing at all comes for `hang` more.  etcd from 3.4.25 and 3.5.8 on leaves that question unanswered while
+one of the stream's watches catches up or starts in the future, so halfway through `hang` a second watch
+is asked for, which every version confirms at once, and taken back.
 
 Used by: kvstore.client (one prefix), kvstore.session (many single keys on one stream).
 """
@@ -36,6 +37,8 @@ from kvstore.transport import Transport, translate
 
 IDLE_S = 30.0
 HANG_S = 15.0
+# The number of the watch that is only made to see whether the server answers; callers count from 0 or 1.
+PROBE_ID = 1 << 62
 
 
 class Kind(enum.Enum):
@@ -71,6 +74,7 @@ class WatchStream:
         self._transport = transport
         self._idle = idle
         self._hang = hang
+        self._probe_key = b""
         self._peer, self._call = transport.open_stream(WATCH)
 
     async def __aenter__(self) -> WatchStream:
@@ -87,6 +91,7 @@ class WatchStream:
         Never asks for fragments: a batch that was cut inside a revision could not be resumed from.
         """
         start, end = span(key) if prefix else (encode_key(key), b"")
+        self._probe_key = start
         await self._write(
             WatchRequest(
                 create_request=WatchCreateRequest(
@@ -110,17 +115,36 @@ class WatchStream:
 
         After `idle` seconds (the stream's own unless given) without one, progress is asked for.
         """
+        while True:
+            response = await self._read_or_ask(jittered(idle or self._idle))
+            if response.watch_id != PROBE_ID:
+                return response
+            if response.created and not response.canceled:
+                await self.cancel(PROBE_ID)
+                return WatchResponse(header=response.header, watch_id=-1)
+
+    async def _read_or_ask(self, idle: float) -> WatchResponse:
+        """Read one message; on silence ask for progress, then for a probe, then give the peer up."""
         reading = asyncio.ensure_future(self._call.read())
         try:
-            done, _ = await asyncio.wait((reading,), timeout=jittered(idle or self._idle))
-            if not done:
-                await self.ask_progress()
-                done, _ = await asyncio.wait((reading,), timeout=self._hang)
-            if not done:
-                raise self._lost(f"no sign of life for {self._idle + self._hang:.0f} s")
-            return self._received(reading)
+            for patience, ask in (
+                (idle, self.ask_progress),
+                (self._hang / 2, self._probe),
+                (self._hang / 2, None),
+            ):
+                done, _ = await asyncio.wait((reading,), timeout=patience)
+                if done:
+                    return self._received(reading)
+                if ask is not None:
+                    await ask()
+            raise self._lost(f"no sign of life for {idle + self._hang:.0f} s")
         finally:
             reading.cancel()
+
+    async def _probe(self) -> None:
+        """Ask for a watch of a single key that this user may read; its events are dropped."""
+        request = WatchCreateRequest(key=self._probe_key, watch_id=PROBE_ID)
+        await self._write(WatchRequest(create_request=request))
 
     def _received(self, reading: asyncio.Future[object]) -> WatchResponse:
         try:

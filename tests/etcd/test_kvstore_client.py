@@ -34,7 +34,7 @@ from kvstore.ops import (
     range_absent,
     value_is,
 )
-from kvstore.watch import Kind, WatchBatch
+from kvstore.watch import Kind, WatchBatch, WatchStream
 from tests.support.etcd import EtcdCluster, EtcdServer
 from tests.support.eventually import eventually
 
@@ -254,6 +254,28 @@ async def test_idle_watch_of_a_quiet_store_is_not_taken_for_a_hung_one(etcd: Etc
     async with aclosing(client.watch("k/", revision + 1)) as batches:
         for _ in range(6):
             await asyncio.wait_for(anext(batches), 10)
+    await client.close()
+
+
+async def test_watch_whose_progress_is_withheld_is_not_taken_for_a_hung_one(
+    etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Newer etcd answers no progress request for a watch from the future; the second question helps."""
+
+    async def unanswered(stream: WatchStream) -> None:
+        return None
+
+    monkeypatch.setattr(WatchStream, "ask_progress", unanswered)
+    client = Client(etcd.config, idle=0.2, hang=2)
+    revision = await client.put("k/a", "1")
+    async with aclosing(client.watch("k/", revision + 1)) as batches:
+        assert (await anext(batches)).created
+        for _ in range(2):
+            assert (await asyncio.wait_for(anext(batches), 10)).events == []
+        await client.put("k/", "2")
+        assert await take(batches, 1) == [(Kind.PUT, "k/", b"2")]
+        await client.put("k/b", "3")
+        assert await take(batches, 1) == [(Kind.PUT, "k/b", b"3")]
     await client.close()
 
 
