@@ -33,17 +33,19 @@ class HostNet:
     routes: Routes
     stack: contextlib.ExitStack
 
-    async def container(self, endpoint_id: int) -> Netns:
-        """Make a container with address 10.50.0.<endpoint id>, as the agent would."""
+    async def container(self, endpoint_id: int, *, gateway: bool = True) -> Netns:
+        """Make a container with address 10.50.0.<endpoint id>, as the agent would.
+
+        `gateway`: tell it the gateway's MAC, because without programs nobody answers ARP for it.
+        """
         address = container_address(endpoint_id)
         mac = f"0a:58:0a:32:00:{endpoint_id:02x}"
         pair = await self.devices.create_veth(endpoint_id, mtu=MTU, mac=mac)
         inside = self.stack.enter_context(new_netns())
         await self.devices.move_inside(temporary_name(endpoint_id), inside.path, "eth0", address)
-        # Nobody answers ARP for the gateway here: that is the programs' work.
-        inside.run(
-            "ip", "neigh", "replace", GATEWAY, "lladdr", pair.host.mac, "dev", "eth0", "nud", "permanent"
-        )
+        if gateway:
+            neighbour = ("ip", "neigh", "replace", GATEWAY, "lladdr", pair.host.mac)
+            inside.run(*neighbour, "dev", "eth0", "nud", "permanent")
         await self.routes.upsert(EndpointRoute(address, pair.host.index, mac, ROUTER))
         return inside
 
