@@ -146,3 +146,16 @@ async def test_ping_both_ways(host: EnforcedHost) -> None:
     assert "1 received" in five.run("ping", "-c1", "-W1", WORLD_ADDRESS)
     with pytest.raises(AssertionError):
         five.run("ping", "-c1", "-W1", SIX)
+
+
+async def test_datagrams_larger_than_the_mtu(host: EnforcedHost) -> None:
+    """Fragments: only the first has ports, and the host's stack may put them together on the way."""
+    five, six = await host.container(5), await host.container(6)
+    host.net.world.run("ip", "route", "add", POOL, "via", HOST_ON_WIRE)
+    for remote in (identity(6), WORLD):
+        host.allow(5, remote, 80, 17)
+    ways = ((six, FIVE, 80), (host.net.world, FIVE, 80), (host.net.world, HOST_ON_WIRE, 8080))
+    with serving(five, 80, UDP), serving(host.net.world, 81, UDP):
+        for sender, address, port in (*ways, (five, WORLD_ADDRESS, 81)):
+            with connected(sender, address, port, UDP) as client:
+                assert ask(client, "x" * 3000)
