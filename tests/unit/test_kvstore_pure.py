@@ -136,7 +136,7 @@ def test_compare_over_a_range_says_so_on_the_wire() -> None:
         (
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             "etcdserver: mvcc: database space exceeded",
-            errors.RequestRefused,
+            errors.NoSpace,
         ),
         (grpc.StatusCode.INVALID_ARGUMENT, "etcdserver: request is too large", errors.RequestRefused),
         (grpc.StatusCode.INVALID_ARGUMENT, "etcdserver: user name is empty", errors.PermissionDenied),
