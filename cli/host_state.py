@@ -2,7 +2,8 @@
 """What the agent leaves on a host, found in the kernel itself, and how each thing is removed.
 
 Called by `holdfast cleanup` with the agent stopped.  Only things that bear our mark are found: filters by
-handle and name, devices by alias, routes by protocol number, our own table and chain, maps by name.
+handle and name, devices by alias, routes by protocol number, our own table and chain, maps by name, the
+host's address inside the pool.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 from datapath import command
@@ -70,7 +72,7 @@ async def survey(netlink: Netlink, scope: Scope) -> Survey:
     """Return everything of ours within `scope`."""
     found = Survey()
     if scope.network:
-        for part in (chains(), tables(), routes(netlink)):
+        for part in (chains(), tables(), addresses(netlink), routes(netlink)):
             await found.collect(part)
     await found.collect(programs(netlink))
     if scope.network:
@@ -99,6 +101,18 @@ async def devices(netlink: Netlink) -> AsyncIterator[Item]:
     own = Devices(netlink)
     for name, device in sorted((await own.ours()).items()):
         yield Item("device", f"{name} (endpoint {device.endpoint_id})", _deleter(own.delete, name))
+
+
+async def addresses(netlink: Netlink) -> AsyncIterator[Item]:
+    """Yield the host's own address among its endpoints: on lo, inside a pool that we made unreachable."""
+    own = Devices(netlink)
+    found = await Routes(netlink).ours()
+    pools = [ip_network(prefix) for prefix, index in found.items() if not index]
+    lo = await own.get("lo")
+    for message in await netlink.request("list addresses", DatapathError, "addr", "dump"):
+        address = message.get("address") or ""
+        if message["index"] == lo.index and any(ip_address(address) in pool for pool in pools):
+            yield Item("address", f"{address} on lo", _deleter(own.remove_address, address))
 
 
 async def routes(netlink: Netlink) -> AsyncIterator[Item]:

@@ -335,7 +335,7 @@ class TraceRequest(Request, frozen=True, kw_only=True):
 
 
 class TraceResult(Model, frozen=True, kw_only=True):
-    """`verdict` is ALLOWED or DENIED; `log` tells how it came about, a line each."""
+    """`verdict` is ALLOWED or DENIED, as `ingress` and `egress`; `log` is the whole report, line by line."""
 
     verdict: str
     ingress: str

@@ -326,7 +326,4 @@ def trace(
     else:
         for line in found["log"]:
             click.echo(printable(line))
-        click.echo(f"Ingress verdict: {found['ingress']}")
-        click.echo(f"Egress verdict: {found['egress']}")
-        click.echo(f"Final verdict: {found['verdict']}")
     click.get_current_context().exit(0 if found["verdict"] == "ALLOWED" else 1)

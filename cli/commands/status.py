@@ -156,15 +156,17 @@ def details(found: Json) -> Iterator[str]:
     """Yield what --verbose adds."""
     yield "Controllers:"
     for each in found["controllers"]:
-        yield f"  {each['name']:<32} {each['state']:<9} {each['restarts']} restarts  since {each['since']}"
+        since = f"  since {each['since']}" if each["since"] else ""
+        yield f"  {each['name']:<38} {each['state']:<9} {plural(each['restarts'], 'restart')}{since}"
     yield "Tables:"
     for each in found["tables"]:
         waiting = f", waits for {', '.join(each['waiting-for'])}" if each["waiting-for"] else ""
         missing = f", {each['missing']} missing and kept" if each["missing"] else ""
-        yield f"  {each['name']:<32} {each['entries']} entries{waiting}{missing}"
-    yield "Maps:"
+        yield f"  {each['name']:<38} {plural(each['entries'], 'entry')}{waiting}{missing}"
+    if found["maps"]:
+        yield "Maps:"
     for each in found["maps"]:
-        yield f"  {each['name']:<32} {each['entries']}/{each['max-entries']} ({each['pressure']:.1%})"
+        yield f"  {each['name']:<38} {each['entries']}/{each['max-entries']} ({each['pressure']:.1%})"
     yield line("Version", f"{found['version']}, up {duration(found['uptime'])}")
 
 

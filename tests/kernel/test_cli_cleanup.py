@@ -54,6 +54,7 @@ async def test_everything_goes_and_nothing_else(tmp_path: Path) -> None:
             code, shown, _ = cleanup(mount, state, "--all", "--dry-run")
             assert code == 0
             for part in (
+                f"{ROUTER} on lo",
                 "lxc0",
                 "10.50.0.5/32",
                 POOL,
@@ -72,6 +73,7 @@ async def test_everything_goes_and_nothing_else(tmp_path: Path) -> None:
             assert (code, errors) == (0, "")
             assert not await net.devices.ours()
             assert not await net.routes.ours()
+            assert ROUTER not in net.host.run("ip", "address", "show", "dev", "lo")
             assert "holdfast" not in net.host.run("nft", "list", "tables")
             assert "HOLDFAST" not in net.host.run("iptables-save")
             assert list(pins.iterdir()) == []

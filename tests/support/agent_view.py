@@ -176,6 +176,7 @@ class FakeAgent:
     def resolve(self, request: models.TraceRequest) -> models.TraceResult:
         verdict = "ALLOWED" if request.dport == 80 else "DENIED"
         log = [f"Tracing From: {request.source_labels} => To: {request.destination_labels}"]
+        log.append(f"Final verdict: {verdict}")
         return models.TraceResult(verdict=verdict, ingress=verdict.lower(), egress="allowed", log=log)
 
     async def maps(self) -> Sequence[models.MapInfo]:
