@@ -303,7 +303,7 @@ class EndpointManager:
         self._history.pop(endpoint_id, None)
         self.pool.release(IPv4Address(endpoint.ipv4), _user(endpoint_id))
         metrics.IPAM_EVENTS.labels("release", "ipv4").inc()
-        await asyncio.to_thread(self._checkpoint.drop_endpoint, endpoint_id)
+        self._checkpoint.drop_endpoint(endpoint_id)
 
     async def stop(self) -> None:
         """End the background allocations; the endpoints stay as they are."""
@@ -385,8 +385,9 @@ class EndpointManager:
         return endpoint
 
     async def _store(self, endpoint: Endpoint) -> None:
+        # 50 µs into the page cache: cheaper here than by way of a thread.
+        self._checkpoint.save_endpoint(endpoint)
         self._source.upsert(endpoint.id, endpoint)
-        await asyncio.to_thread(self._checkpoint.save_endpoint, endpoint)
 
     async def _expect_kernel(self, endpoint_id: int, what: str) -> None:
         status = await self._kernel.settled(endpoint_id)

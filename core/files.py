@@ -15,10 +15,12 @@ class FileDamaged(HoldfastError):
     """Raised when a state file exists but can not be read as what it should be."""
 
 
-def write_atomic(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
     """Replace `path` by `data` so that a reader, a crash or a full disk sees the old or the new file.
 
-    Raises OSError when the directory can not be written; the old file is then untouched.
+    With `durable` that holds over a power cut as well, for two disk flushes; without, it holds for
+    everything that the kernel survives.  Raises OSError when the directory can not be written; the old
+    file is then untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
@@ -26,14 +28,16 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o600) -> None:
         with open(handle, "wb") as file:
             os.fchmod(file.fileno(), mode)
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    _sync_directory(path.parent)
+    if durable:
+        _sync_directory(path.parent)
 
 
 def set_aside(path: Path) -> Path:

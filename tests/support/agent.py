@@ -46,7 +46,9 @@ class AgentHost(DockerHost):
             *("--listen-client-urls", url, "--advertise-client-urls", url),
             *("--listen-peer-urls", "http://127.0.0.1:2380", "--unsafe-no-fsync"),
         )
-        wait_for(lambda: "member" in self.etcdctl("member", "list", "-w", "json", check=False), "etcd's answer")
+        wait_for(
+            lambda: "member" in self.etcdctl("member", "list", "-w", "json", check=False), "etcd's answer"
+        )
 
     def stop_etcd(self) -> None:
         if self._etcd is not None:
@@ -119,18 +121,23 @@ class AgentHost(DockerHost):
             return None
         return json.loads(done.stdout) if done.stdout else None
 
-    def cli(
-        self, *arguments: str, check: bool = True, stdin: str | None = None
-    ) -> Any:
+    def cli(self, *arguments: str, check: bool = True, stdin: str | None = None) -> Any:
         """Run `holdfast …` in the host and return the finished process."""
-        environment = {
-            "PYTHONPATH": str(REPO),
-            "HOLDFAST_SOCKET": str(self.socket),
-            "COLUMNS": "200",
-        }
         return self.exec(
-            sys.executable, "-m", "cli", *arguments, check=check, stdin=stdin, environment=environment
+            *self._cli_command, *arguments, check=check, stdin=stdin, environment=self._cli_environment
         )
+
+    def popen_cli(self, *arguments: str) -> Process:
+        """Start `holdfast …` in the host and go on."""
+        return self.popen(*self._cli_command, *arguments, environment=self._cli_environment)
+
+    @property
+    def _cli_command(self) -> tuple[str, ...]:
+        return (sys.executable, "-c", "from cli.main import main; main()", "-H", str(self.socket))
+
+    @property
+    def _cli_environment(self) -> dict[str, str]:
+        return {"PYTHONPATH": str(REPO), "COLUMNS": "200"}
 
     # --- workloads
 
@@ -145,7 +152,16 @@ class AgentHost(DockerHost):
         has_network = any(option.startswith("--network") for option in options)
         network = [] if has_network else ["--network", "holdfast"]
         self.engine.docker(
-            "run", "-d", "--init", "--name", name, *network, *label_options, *options, WORKLOAD_IMAGE, *command
+            "run",
+            "-d",
+            "--init",
+            "--name",
+            name,
+            *network,
+            *label_options,
+            *options,
+            WORKLOAD_IMAGE,
+            *command,
         )
         return self.endpoint_of(name)["status"]["networking"]["addressing"][0]["ipv4"]
 
@@ -162,4 +178,3 @@ def prepare(host: AgentHost) -> None:
     """Load the workload image and start etcd."""
     host.engine.load(workload_image())
     host.start_etcd()
-

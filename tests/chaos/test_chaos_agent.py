@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent and the engine die under live traffic: nothing that is allowed breaks, nothing denied passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.agent import AgentHost, prepare
+from tests.support.engine_fixtures import engine_parts, hub
+from tests.support.host import Hub, wait_for
+from tests.support.stream import POLICY, Flows
+
+__all__ = ["engine_parts", "hub"]
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def host(hub: Hub) -> Iterator[AgentHost]:
+    """A host whose engine keeps containers over its own restart (live-restore), with traffic under policy."""
+    with AgentHost(options=("--live-restore",)) as new:
+        new.address = hub.join(new)
+        prepare(new)
+        (new.policies / "server.yaml").write_text(POLICY)
+        new.start_agent()
+        new.network()
+        wait_for(lambda: len(new.api("/v1/policy")["policies"]) == 1, "policy in force")
+        yield new
+
+
+@pytest.fixture(scope="module")
+def flows(host: AgentHost) -> Flows:
+    return Flows(host)
+
+
+def numbers(host: AgentHost) -> list[tuple[int, int, str, str]]:
+    """Return (endpoint, identity, address, container) of every endpoint."""
+    found: list[Any] = host.api("/v1/endpoint")
+    return [
+        (
+            each["id"],
+            each["status"]["identity"]["id"],
+            each["status"]["networking"]["addressing"][0]["ipv4"],
+            each["status"]["external-identifiers"]["container-name"],
+        )
+        for each in found
+    ]
+
+
+def test_kill_of_the_agent(host: AgentHost, flows: Flows) -> None:
+    before = numbers(host)
+    flows.check()
+    host.kill_agent()
+    flows.wait_progress(200)
+    flows.check()
+    host.start_agent()
+    assert numbers(host) == before
+    wait_for(lambda: all(each["status"]["state"] == "ready" for each in host.api("/v1/endpoint")), "ready")
+    flows.wait_progress(200)
+    flows.check()
+
+
+def test_a_container_started_after_the_restart_gets_its_own_number_and_policy(
+    host: AgentHost, flows: Flows
+) -> None:
+    before = {number for number, *_ in numbers(host)}
+    address = host.container("late", "sleep", "infinity", labels={"app": "client"})
+    endpoint = host.endpoint_of("late")
+    assert endpoint["id"] not in before
+    assert address not in {each for _, _, each, _ in numbers(host) if each != address}
+    assert host.inside("late", "ping", "-c1", "-W2", flows.server_ip, check=False).returncode == 0
+    host.engine.docker("rm", "-f", "late")
+    wait_for(lambda: endpoint["id"] not in {number for number, *_ in numbers(host)}, "endpoint removed")
+    flows.check()
+
+
+def test_restart_of_the_engine(host: AgentHost, flows: Flows) -> None:
+    before = numbers(host)
+    host.engine.restart()
+    wait_for(host.healthy, "healthy agent")
+    flows.wait_progress(200)
+    flows.check()
+    assert numbers(host) == before
+    host.container("after", "sleep", "infinity", labels={"app": "client"})
+    assert host.inside("after", "ping", "-c1", "-W2", flows.server_ip, check=False).returncode == 0
+    host.engine.docker("rm", "-f", "after")
+
+
+def test_kill_of_the_engine(host: AgentHost, flows: Flows) -> None:
+    before = numbers(host)
+    host.engine.kill()
+    flows_before = flows
+    host.engine.start()
+    wait_for(host.healthy, "healthy agent")
+    flows_before.wait_progress(200)
+    flows_before.check()
+    assert numbers(host) == before
+
+
+def test_agent_and_engine_both_gone_at_once(host: AgentHost, flows: Flows) -> None:
+    before = numbers(host)
+    host.kill_agent()
+    host.engine.restart()
+    flows.wait_progress(100)
+    host.start_agent()
+    assert numbers(host) == before
+    flows.wait_progress(100)
+    flows.check()
+
+
+def test_etcd_gone_and_back(host: AgentHost, flows: Flows) -> None:
+    """Nothing is deleted while etcd is away; what was written meanwhile arrives afterwards."""
+    before = numbers(host)
+    host.stop_etcd()
+    wait_for(lambda: host.api("/v1/healthz")["kvstore"]["state"] != "Ok", "trouble with etcd in status")
+    flows.wait_progress(100)
+    assert numbers(host) == before
+    host.start_etcd()
+    wait_for(host.healthy, "healthy agent")
+    flows.wait_progress(100)
+    flows.check()
+    assert {f"cilium/state/ip/v1/default/{address}" for _, _, address, _ in before} <= set(
+        host.keys("cilium/state/ip/")
+    )
