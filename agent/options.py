@@ -382,13 +382,6 @@ OPTIONS: tuple[Option, ...] = (
         section=_MONITOR,
     ),
     Option(
-        "monitor-aggregation-flags",
-        Type.LIST,
-        ("syn", "fin", "rst"),
-        "TCP flags whose first sight makes an event in spite of aggregation",
-        section=_MONITOR,
-    ),
-    Option(
         "monitor-queue-size",
         Type.INT,
         0,
@@ -403,7 +396,7 @@ OPTIONS: tuple[Option, ...] = (
         128,
         "Bytes of the packet in an event",
         low=0,
-        high=1024,
+        high=128,  # what the programs have room for
         section=_MONITOR,
     ),
 )

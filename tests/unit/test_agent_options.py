@@ -72,7 +72,7 @@ def test_arguments_in_all_their_forms() -> None:
         (["--ipv4-range", "10.1.1.1/16"], "ipv4-range"),
         (["--ipv4-range", "10.1.1.0/30"], "/29"),
         (["--ip-address-space", "elsewhere"], "elsewhere"),
-        (["--monitor-aggregation-flags", "syn,xyz"], "xyz"),
+        (["--trace-payloadlen", "129"], "at most 128"),
         (["--kvstore-lease-ttl", "10s"], "at least 30"),
         (["--config", "/nonexistent/file.yaml"], "/nonexistent/file.yaml"),
         (["--state-dir", "relative"], "absolute"),
