@@ -1,16 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests with real docker engines: the fixtures are `tests.support.engine_fixtures`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.engine_fixtures import engine_parts, host, hub, three_hosts
+from tests.support.host import Hub
+from tests.support.require import require_tools
+from tests.support.site import Site, new_site
 
 __all__ = ["engine_parts", "host", "hub", "three_hosts"]
 
 # The first test that needs an image waits until it is built (a minute; more where the network is slow).
 TIMEOUT_S = 600
+
+
+@pytest.fixture(scope="session")
+def site(hub: Hub) -> Iterator[Site]:
+    """A host with etcd, engine and agent, three containers on it and the world behind its card."""
+    require_tools("etcd", "etcdctl", "curl", "nft", "iptables", "ping")
+    with new_site(hub) as made:
+        yield made
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 REPO = Path(__file__).parents[2]
 PRIVATE_HOST = REPO / "compose" / "setup" / "private_host.sh"
@@ -193,6 +193,13 @@ class Host:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
+class Joinable(Protocol):
+    """What can be joined to a hub: something with a namespace under /run/netns of the machine."""
+
+    @property
+    def netns(self) -> str: ...
+
+
 class Hub:
     """A switch in a namespace of its own; `join` gives a host an address on it and returns that."""
 
@@ -209,7 +216,7 @@ class Hub:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def join(self, host: Host, *, device: str = "eth0") -> str:
+    def join(self, host: Joinable, *, device: str = "eth0") -> str:
         """Give `host` a network card on this switch and a default route out of it; return its address."""
         self._joined += 1
         address, port = f"{HUB_NETWORK}.{self._joined}", f"p{self._joined}"

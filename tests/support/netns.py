@@ -58,12 +58,14 @@ class Netns:
             text=True,
         )
 
-    def socket(self, kind: socket.SocketKind) -> socket.socket:
-        """Return an IPv4 socket that belongs inside; it may be used from anywhere."""
+    def socket(
+        self, kind: socket.SocketKind, family: socket.AddressFamily = socket.AF_INET, protocol: int = 0
+    ) -> socket.socket:
+        """Return a socket that belongs inside; it may be used from anywhere."""
 
         def make() -> socket.socket:
             _check(_libc.setns(self.fd, _CLONE_NEWNET), "enter network namespace")
-            return socket.socket(socket.AF_INET, kind)
+            return socket.socket(family, kind, protocol)
 
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(make).result()
