@@ -47,6 +47,7 @@ _SIGNATURES = {
     "bpf_map__set_initial_value": ("i", "ooz"),
     "bpf_program__name": ("s", "o"),
     "bpf_program__fd": ("i", "o"),
+    "bpf_prog_load": ("i", "issozo"),
     "bpf_prog_test_run_opts": ("i", "io"),
     "btf__find_by_name_kind": ("i", "osu"),
     "btf__type_by_id": ("o", "ou"),

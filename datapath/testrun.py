@@ -20,6 +20,8 @@ _ROOM = 256  # bytes a program may add to a packet
 _CONTEXT_SIZE = 192  # struct __sk_buff; the kernel takes a shorter or longer one if the rest is zero
 _MARK, _INGRESS_IFINDEX, _CB = 8, 36, 48  # offsets in it
 CB_WORDS = 5
+_SCHED_CLS = 3  # BPF_PROG_TYPE_SCHED_CLS
+_RETURN_ZERO = bytes.fromhex("b7000000000000009500000000000000")  # r0 = 0; exit
 
 
 class _Options(ctypes.Structure):
@@ -95,6 +97,16 @@ def run(
         mark=struct.unpack_from("=I", after, _MARK)[0],
         cb=struct.unpack_from(f"={CB_WORDS}I", after, _CB),
         nanoseconds=int(options.duration),
+    )
+
+
+def empty_program() -> int:
+    """Load a program that does nothing but return TC_ACT_OK: what a run costs by itself.
+
+    Returns a descriptor that the caller closes.
+    """
+    return checked(
+        library().bpf_prog_load(_SCHED_CLS, b"empty", b"GPL", _RETURN_ZERO, len(_RETURN_ZERO) // 8, None)
     )
 
 

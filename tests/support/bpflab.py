@@ -61,11 +61,14 @@ def identity(endpoint_id: int) -> int:
 class Lab:
     """Maps, endpoints and the host's device; made by `lab`."""
 
-    def __init__(self, stack: contextlib.ExitStack, options: DatapathOptions) -> None:
+    def __init__(
+        self, stack: contextlib.ExitStack, options: DatapathOptions, catalogue: MapCatalogue = CATALOGUE
+    ) -> None:
         self._stack = stack
+        self._catalogue = catalogue
         self._options = options
         self._endpoint, self._netdev = template(ENDPOINT_OBJECT), template(NETDEV_OBJECT)
-        handles = {spec.name: self._made(create(spec)) for spec in CATALOGUE.shared()}
+        handles = {spec.name: self._made(create(spec)) for spec in catalogue.shared()}
         self.lxc = LxcMap(handles["cilium_lxc"])
         self.ipcache = IpcacheMap(handles["cilium_ipcache"])
         self.metrics = MetricsMap(handles["cilium_metrics"])
@@ -87,7 +90,7 @@ class Lab:
 
     def add_endpoint(self, number: int, **options: object) -> None:
         """Load programs for endpoint `number`, with an empty policy: nothing may pass."""
-        handle = self._made(create(CATALOGUE.policy(number)))
+        handle = self._made(create(self._catalogue.policy(number)))
         self._policy_handles[number] = handle
         self.policies[number] = PolicyMap(handle)
         mac, host_mac = CONTAINER_MAC.format(number), HOST_MAC.format(number)
@@ -163,11 +166,14 @@ class Lab:
 
 @contextlib.contextmanager
 def lab(
-    *endpoints: int, aggregation: Aggregation = Aggregation.MEDIUM, options: DatapathOptions | None = None
+    *endpoints: int,
+    aggregation: Aggregation = Aggregation.MEDIUM,
+    options: DatapathOptions | None = None,
+    catalogue: MapCatalogue = CATALOGUE,
 ) -> Iterator[Lab]:
     """Yield a data path with `endpoints`, each without any policy."""
     with contextlib.ExitStack() as stack:
-        made = Lab(stack, options or DatapathOptions(aggregation=aggregation))
+        made = Lab(stack, options or DatapathOptions(aggregation=aggregation), catalogue)
         for number in endpoints:
             made.add_endpoint(number)
         yield made
