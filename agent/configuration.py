@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from agent.options import CONFIG_DIR, OPTIONS
 from core.options import Config, OptionError, Type, load, render
+from identity.errors import FilterError
+from identity.filter import LabelFilter
 
 _KVSTORE_KEYS = frozenset({"etcd.config", "etcd.address"})
 _LOG_KEYS = frozenset({"level", "syslog.address", "syslog.facility"})
@@ -65,6 +67,7 @@ def check(config: Config) -> None:
     _check_keys(config, "log-opt", _LOG_KEYS)
     level = config["log-opt"].get("level", "INFO").upper()
     _require(config, "log-opt", level in _LEVELS, f"level must be one of {', '.join(sorted(_LEVELS))}")
+    _check_labels(config)
     meshed = config["cluster-id"] > 0
     _require(
         config, "cluster-id", not meshed or config["cluster-name"] != "default", "it needs a cluster-name"
@@ -81,6 +84,13 @@ def check(config: Config) -> None:
 def _check_keys(config: Config, name: str, allowed: frozenset[str]) -> None:
     unknown = sorted(set(config[name]) - allowed)
     _require(config, name, not unknown, f"it may hold {', '.join(sorted(allowed))}")
+
+
+def _check_labels(config: Config) -> None:
+    try:
+        LabelFilter(config["labels"])
+    except FilterError as error:
+        _require(config, "labels", False, error.message)
 
 
 def _check_address(config: Config) -> None:

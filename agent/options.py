@@ -15,18 +15,6 @@ from core.options import Option, Type
 
 CONFIG_DIR = Path("/etc/holdfast/config")
 
-# Identity labels unless `labels` says otherwise: an allow-list, because all labels of all containers
-# exhaust the 64 K identities of a cluster.
-DEFAULT_LABELS = (
-    "container:com.docker.compose.project",
-    "container:com.docker.compose.service",
-    "container:app",
-    "container:env",
-    "container:holdfast.network",
-    "reserved:.*",
-    "io.cilium.k8s.policy.cluster",
-)
-
 _AGENT = "Agent"
 _KVSTORE = "Kvstore and cluster"
 _IDENTITY = "Identities"
@@ -158,8 +146,9 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "labels",
         Type.LIST,
-        DEFAULT_LABELS,
-        "Labels that make an identity: [source:][!]regular expression, anchored at the key's start",
+        (),
+        "Labels that make an identity, beside the built-in list: "
+        "[source:][!]regular expression, anchored at the key's start",
         section=_IDENTITY,
     ),
     Option(

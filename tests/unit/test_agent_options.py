@@ -73,6 +73,7 @@ def test_arguments_in_all_their_forms() -> None:
         (["--ipv4-range", "10.1.1.0/30"], "/29"),
         (["--ip-address-space", "elsewhere"], "elsewhere"),
         (["--trace-payloadlen", "129"], "at most 128"),
+        (["--labels", "container:app container:(("], "labels"),
         (["--kvstore-lease-ttl", "10s"], "at least 30"),
         (["--config", "/nonexistent/file.yaml"], "/nonexistent/file.yaml"),
         (["--state-dir", "relative"], "absolute"),
