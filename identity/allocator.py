@@ -89,6 +89,8 @@ class Allocator:
         self._by_number: dict[int, _Use] = {}
         self._unsettled: dict[_Use, None] = {}
         self._wake = asyncio.Event()
+        cache.on_listed.append(self.verify_all)
+        cache.on_deleted.append(self._verify)
 
     # --- what callers do
 
@@ -203,11 +205,14 @@ class Allocator:
             while True:
                 await changes.wait()
                 for number in changes.take():
-                    use = self._by_number.get(number)
-                    if use is not None and self._cache.get(number) != use.slot.labels:
-                        self._settle_later(use)
+                    self._verify(number)
         finally:
             self._cache.table.unsubscribe(changes)
+
+    def _verify(self, number: int) -> None:
+        use = self._by_number.get(number)
+        if use is not None and self._cache.get(number) != use.slot.labels:
+            self._settle_later(use)
 
     def _settle_later(self, use: _Use) -> None:
         self._unsettled[use] = None

@@ -13,7 +13,7 @@ Called by the agent (which follows `schema.IDENTITY_IDS` into it), allocator and
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from core import metrics
 from core.table import Source, Subscription, Table
@@ -37,6 +37,10 @@ class IdentityCache(TableSink[int, Labels]):
         super().__init__(
             self.table.source(KVSTORE_SOURCE), parse_record, schema.parse_identity_id_key, grace=grace
         )
+        # What the table does not tell: a full list (what it lacks is kept, so nothing changes), and the
+        # deletion of a number that was made and deleted before it was seen here.
+        self.on_listed: list[Callable[[], None]] = []
+        self.on_deleted: list[Callable[[int], None]] = []
         self._index = _ReverseIndex(self.table)
         self._fill_reserved()
         for source in self.table.sources:
@@ -63,6 +67,20 @@ class IdentityCache(TableSink[int, Labels]):
         for number, labels in identities.items():
             if is_global(number) and len(labels):
                 self.source.upsert(number, labels)
+
+    def listed(self, items: dict[str, bytes], revision: int) -> None:
+        super().listed(items, revision)
+        for tell in self.on_listed:
+            tell()
+
+    def deleted(self, key: str) -> None:
+        super().deleted(key)
+        try:
+            number = schema.parse_identity_id_key(key)
+        except RecordError:
+            return  # nobody can be using it
+        for tell in self.on_deleted:
+            tell(number)
 
     def expire(self, now: float | None = None) -> list[int]:
         """Delete the identities that stayed missing for the whole grace; return their numbers."""

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import pytest
 
 from core import metrics
+from core.waiting import current
 from identity import gc as collector_module
 from identity import locked, transactions
 from identity.allocator import Allocator
@@ -341,7 +342,6 @@ async def test_after_a_wiped_store_everything_in_use_is_there_again(etcd: EtcdSe
         numbers = [await one.allocator.allocate(each) for each in labels]
         await eventually(lambda: all(one.cache.get(number) for number in numbers))
         await asyncio.to_thread(etcd.wipe)
-        one.allocator.verify_all()
         for each, number in zip(labels, numbers, strict=True):
             await eventually(functools.partial(holds, one, each, number))
         assert not one.renumbered
@@ -366,6 +366,28 @@ async def test_release_deletes_only_the_own_value_key_after_the_last_use(etcd: E
         # And back again.
         assert await one.allocator.allocate(WEB) == number
         await eventually(lambda: value_equals(one, number))
+
+
+async def test_a_lost_lease_brings_everything_back_under_a_new_one(etcd: EtcdServer) -> None:
+    async with host(etcd) as one, client_of(etcd) as operator:
+        number = await one.allocator.allocate(WEB)
+        old = one.session.lease_id
+        await operator.lease_revoke(old)
+        # The collector was quick, too: nobody seemed to use it.
+        await operator.delete(schema.identity_id_key(number))
+        await eventually(lambda: numbers_equal(one, {number}))
+        assert not one.renumbered
+
+
+async def test_a_new_identity_waits_for_etcd_as_long_as_it_takes(etcd: EtcdServer) -> None:
+    async with host(etcd) as one:
+        await asyncio.to_thread(etcd.stop)
+        allocation = asyncio.create_task(one.allocator.allocate(WEB))
+        await eventually(lambda: [wait for wait in current() if "container:app=web" in wait.purpose])
+        assert not allocation.done()
+        await asyncio.to_thread(etcd.start)
+        number = await allocation
+        await eventually(lambda: holds(one, WEB, number))
 
 
 async def is_gone(one: Host) -> bool:
