@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.places import PORTS, Place
 from tests.support.site import Site
+from tests.support.traffic import ask, connected
 
 FIRST, SECOND = PORTS
 PROTOCOLS = ("TCP", "UDP", "ICMP")
@@ -94,3 +95,83 @@ def test_deny_wins_over_allow(site: Site, protocol: str, direction: str) -> None
         assert site.dropped("Policy denied by denylist", direction) > before
         if protocol != "ICMP":
             assert site.client.asks(protocol, site.server.address, SECOND) is not None
+
+
+# --- the host and the world
+
+
+def test_host_is_an_entity_of_its_own(site: Site) -> None:
+    """An enforced container hears its host only by a rule, and the world is not meant by it."""
+    address = site.server.address
+    for entity, allowed in (("host", site.on_host), ("world", site.world)):
+        refused = site.world if allowed is site.on_host else site.on_host
+        with site.policy(rule(site.server, "ingress", element("ingress", entities=[entity]))):
+            assert allowed.asks("TCP", address) == allowed.address
+            assert allowed.pings(address)
+            assert refused.asks("TCP", address) is None
+            assert site.client.asks("TCP", address) is None
+
+
+def test_container_reaches_its_host_and_the_world_by_entity(site: Site) -> None:
+    for entity, allowed, refused in (
+        ("host", site.on_host, site.world),
+        ("world", site.world, site.on_host),
+    ):
+        with site.policy(rule(site.client, "egress", element("egress", entities=[entity]))):
+            for protocol in PROTOCOLS:
+                assert site.client.asks(protocol, allowed.address) is not None
+                assert site.client.asks(protocol, refused.address) is None
+
+
+def test_world_sees_the_host_and_the_host_sees_the_container(site: Site) -> None:
+    assert site.client.asks("TCP", site.world.address) == site.host.address
+    assert site.client.asks("TCP", site.host.address) == site.client.address
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_prefix_covers_its_addresses_only(site: Site, direction: str) -> None:
+    """`far` is inside the allowed /24 but excepted; `world` is inside and is not."""
+    peers = [{"cidr": "10.77.0.0/24", "except": [f"{site.far.address}/32"]}]
+    with site.policy(rule(site.client, direction, element(direction, CIDRSet=peers))):
+        for protocol in PROTOCOLS:
+            assert passes(site.client, site.world, direction, protocol)
+            assert not passes(site.client, site.far, direction, protocol)
+        assert not passes(site.client, site.server, direction, "TCP")
+
+
+def test_denied_prefix_inside_an_allowed_one(site: Site) -> None:
+    allowed = element("egress", CIDR=["10.77.0.0/24"])
+    denied = element("egress", CIDR=[f"{site.world.address}/32"], **on("TCP"))
+    with site.policy(
+        rule(site.client, "egress", allowed), rule(site.client, "egress", denied, deny=True)
+    ):
+        assert site.client.asks("TCP", site.world.address) is None
+        assert site.client.asks("TCP", site.world.address, SECOND) is not None
+        assert site.client.asks("TCP", site.far.address) is not None
+
+
+def passes(subject: Place, peer: Place, direction: str, protocol: str) -> bool:
+    """True when a flow passes: to `subject` for ingress, from it for egress."""
+    sender, receiver = (peer, subject) if direction == "ingress" else (subject, peer)
+    return sender.asks(protocol, receiver.address) is not None
+
+
+# --- what a change of policy does
+
+
+def test_answers_pass_where_the_flow_was_allowed(site: Site) -> None:
+    """A container that may send nothing answers whom it may hear."""
+    with site.policy(rule(site.server, "egress", {})):
+        for protocol in PROTOCOLS:
+            assert site.client.asks(protocol, site.server.address) is not None
+            assert site.server.asks(protocol, site.client.address) is None
+
+
+def test_policy_taken_back_ends_an_open_connection(site: Site) -> None:
+    named = element("ingress", endpoints=[selects(site.client)], **on("TCP"))
+    with connected(site.client.netns, site.server.address, FIRST) as connection:
+        with site.policy(rule(site.server, "ingress", named)):
+            assert ask(connection) == site.client.address
+        with site.policy(rule(site.server, "ingress", {})), pytest.raises(TimeoutError):
+            ask(connection)
+        assert connection.recv(100), "the policy is gone: what was sent is sent again and answered"

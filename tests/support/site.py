@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One host with an agent, containers on it, and neighbours behind its network card.
 
-    world 10.77.0.x ── hub ── eth0 [host: etcd, engine, agent] lxc… ── client, other, server 10.50.0.x
+    world, far 10.77.0.x ── hub ── eth0 [host: etcd, engine, agent] lxc… ── client, other, server 10.50.0.x
 
 The containers are real ones of a real engine.  Used by tests/engine; needs root.
 """
@@ -54,7 +54,7 @@ class Site:
         self.hub = hub
         self._stack = stack
         self.on_host = Place("host", host.address, opened(Path(f"/run/netns/{host.netns}"))).serve(stack)
-        self.world = self.neighbour("world")
+        self.world, self.far = self.neighbour("world"), self.neighbour("far")
         self.host.network()
         self.client, self.other, self.server = (
             self.keep(name, labels={"app": name}) for name in ("client", "other", "server")
