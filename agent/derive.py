@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from loguru import logger
 
+from agent.conntrack import Conntrack
 from agent.endpoint import Endpoint
 from agent.ipcache import CIDR_SOURCE, LOCAL_SOURCE, IpTable, Record
 from agent.policies import PolicyTable
@@ -41,12 +42,19 @@ class Derivations:
         self._prefixes = addresses.source(CIDR_SOURCE)
         self._reconcilers: list[Reconciler[int, Endpoint]] = []
         self._ipcache: Reconciler[str, Record] | None = None
+        self._conntrack: Conntrack | None = None
         self._followed: set[str] = set()
 
-    def attach(self, endpoints: Reconciler[int, Endpoint], ipcache: Reconciler[str, Record]) -> None:
-        """Name the reconcilers that `settled` waits for."""
+    def attach(
+        self,
+        endpoints: Reconciler[int, Endpoint],
+        ipcache: Reconciler[str, Record],
+        conntrack: Conntrack,
+    ) -> None:
+        """Name the reconcilers that `settled` waits for, and who flushes connections."""
         self._reconcilers.append(endpoints)
         self._ipcache = ipcache
+        self._conntrack = conntrack
 
     # --- tasks
 
@@ -125,6 +133,11 @@ class Derivations:
     def endpoint_removed(self, endpoint: Endpoint) -> None:
         self._own.delete(f"{endpoint.ipv4}/32")
         self.policy_maps.remove_endpoint(endpoint.id)
+
+    async def address_freed(self, address: str) -> None:
+        """Forget the connections of an address before somebody else gets it."""
+        if self._conntrack is not None:
+            await self._conntrack.flush(address)
 
     async def settled(self, endpoint_id: int) -> Status:
         """Wait for the interface, the policy map and the address of an endpoint; the first error wins."""

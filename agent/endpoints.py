@@ -65,6 +65,10 @@ class Kernel(Protocol):
 
     def endpoint_removed(self, endpoint: Endpoint) -> None: ...
 
+    async def address_freed(self, address: str) -> None:
+        """Forget the connections of an address that nobody has any more."""
+        ...
+
     async def settled(self, endpoint_id: int) -> Status:
         """Wait until everything wanted of an endpoint was tried in the kernel; the worst status of it."""
         ...
@@ -301,6 +305,7 @@ class EndpointManager:
         self._by_engine_id.pop(endpoint.engine_endpoint_id, None)
         self._restoring.discard(endpoint_id)
         self._history.pop(endpoint_id, None)
+        await self._kernel.address_freed(endpoint.ipv4)
         self.pool.release(IPv4Address(endpoint.ipv4), _user(endpoint_id))
         metrics.IPAM_EVENTS.labels("release", "ipv4").inc()
         self._checkpoint.drop_endpoint(endpoint_id)

@@ -27,6 +27,7 @@ from loguru import logger
 from agent import ipcache, publish, sinks
 from agent.checkpoint import Checkpoint, Node
 from agent.collector import MapCollector
+from agent.conntrack import Conntrack
 from agent.derive import Derivations
 from agent.driver import Driver
 from agent.endpoint import Endpoint
@@ -124,6 +125,7 @@ class Parts:
     ipcache: Reconciler[str, ipcache.Record]
     followers: list[Follower]
     gates: Gates
+    conntrack: Conntrack
     ip_sink: sinks.IpSink
     node_sink: TableSink[str, schema.NodeRecord]
 
@@ -172,6 +174,7 @@ async def build(config: Config, events: EventPump, programs: HostPrograms, gates
     manager_slot.append(endpoints)
     endpoints.last_id = node.last_endpoint_id
 
+    conntrack = Conntrack((programs.maps.ct_tcp, programs.maps.ct_any))
     place = Place(programs.root, config["mtu"] or host.mtu, str(host.node_ip), node.pool)
     target = EndpointTarget(place, devices, routes, lxc, policy_store, programs)
     own = publish.OwnEntries(
@@ -185,7 +188,7 @@ async def build(config: Config, events: EventPump, programs: HostPrograms, gates
         "endpoints": Reconciler("endpoints", table, target),
         "own-entries": publish.reconciler(table, own),
     }
-    derivations.attach(reconcilers["endpoints"], ip_reconciler)
+    derivations.attach(reconcilers["endpoints"], ip_reconciler, conntrack)
 
     docker = config["docker-endpoint"].removeprefix("unix://")
     container_engine = Engine(docker) if docker else None
@@ -250,6 +253,7 @@ async def build(config: Config, events: EventPump, programs: HostPrograms, gates
         reconcilers=reconcilers,
         ipcache=ip_reconciler,
         gates=gates,
+        conntrack=conntrack,
         followers=[
             Follower(client, schema.IDENTITY_IDS, identities, gate=gates.relist),
             Follower(client, schema.POLICIES, policy_keys, gate=gates.relist),
@@ -305,6 +309,7 @@ def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
     tasks["nodes to ipcache"] = partial(
         follow_nodes, parts.nodes, parts.addresses, parts.node.name, parts.config
     )
+    tasks["conntrack"] = parts.conntrack.run
     tasks["grace periods"] = partial(_expire, parts)
     tasks["checkpoint"] = partial(_checkpoint, parts)
     tasks["restored"] = partial(_restored, parts)

@@ -81,7 +81,7 @@ class _Documents:
     def put(self, origin: str, text: str, default_name: str = "") -> None:
         """Take a document; a PolicyError is recorded and leaves what the origin gave before."""
         try:
-            policies = parse_policies(text, origin)
+            policies = parse_policies(text, origin, name=default_name)
             self._check_names(origin, policies)
         except PolicyError as error:
             self.refusals.add(default_name or origin, origin, error)

@@ -159,7 +159,7 @@ class AgentProcess:
 
     async def put_policy(self, name: str, text: str) -> models.PolicyChange:
         parts = self._built()
-        for policy in parse_policies(text, "policy apply --local"):
+        for policy in parse_policies(text, "policy apply --local", name=name):
             owner = parts.policies.owner(policy.name)
             if owner == "kvstore":
                 raise Conflict(f"policy {policy.name} exists in etcd", hint="delete it there first")
