@@ -23,9 +23,27 @@ engine() {
     say "engine: docker $(docker version --format '{{.Server.Version}}') at ${DOCKER_HOST:-its default socket}"
 }
 
+# Images that are named (HOLDFAST_IMAGE, HOLDFAST_ETCD_IMAGE: a fleet has them in its own registry) are taken as they
+# are; otherwise they are built from this checkout.
 images() {
-    "$SETUP/base_image.sh"
-    "$SETUP/image.sh"
+    if [ -n "${HOLDFAST_IMAGE:-}" ] && [ -n "${HOLDFAST_ETCD_IMAGE:-}" ]; then
+        have_image "$HOLDFAST_IMAGE"
+        have_image "$HOLDFAST_ETCD_IMAGE"
+    else
+        "$SETUP/wheels.sh"
+        "$SETUP/base_image.sh"
+        "$SETUP/image.sh"
+    fi
+}
+
+have_image() {
+    docker image inspect "$1" >/dev/null 2>&1 || run_step "pulling $1" docker pull --quiet "$1"
+}
+
+# What needs no root comes before root is asked for: pip's configuration may be the user's.
+prepare() {
+    "$SETUP/packages.sh" @engine
+    [ -n "${HOLDFAST_IMAGE:-}" ] || "$SETUP/wheels.sh"
 }
 
 start_services() {
@@ -61,8 +79,7 @@ network() {
 }
 
 up() {
-    "$SETUP/packages.sh" @engine
-    "$SETUP/wheels.sh" # before root is asked for: pip's configuration may be the user's
+    prepare
     require_root "$@"
     engine
     images
@@ -90,8 +107,7 @@ EOT
 case ${1:-up} in
 up) up "$@" ;;
 image)
-    "$SETUP/packages.sh" @engine
-    "$SETUP/wheels.sh"
+    prepare
     require_root "$@"
     engine
     images

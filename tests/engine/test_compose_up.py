@@ -15,7 +15,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.engine import COMPOSE_VERSIONS, DockerHost, compose_command, project_images
+from tests.support.engine import (
+    AGENT_IMAGE,
+    COMPOSE_VERSIONS,
+    ETCD_IMAGE,
+    DockerHost,
+    compose_command,
+    project_images,
+)
 from tests.support.host import REPO, Hub, run
 
 SETUP = REPO / "compose" / "setup"
@@ -38,7 +45,8 @@ def environment(host: DockerHost) -> dict[str, str]:
         **host.engine.environment,
         "HOLDFAST_STATE_DIR": f"{host.directory}/state",
         "HOLDFAST_BIN_DIR": f"{host.directory}/bin",
-        "HOLDFAST_NO_PULL": "1",
+        "HOLDFAST_IMAGE": AGENT_IMAGE,
+        "HOLDFAST_ETCD_IMAGE": ETCD_IMAGE,
     }
 
 

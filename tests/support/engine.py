@@ -204,9 +204,11 @@ def _cached(name: str, images: Sequence[str], build: Callable[[Engine], object])
 
 
 def _drop_older(target: Path) -> None:
+    """Keep only the newest other one of its kind: a concurrent run may be loading that."""
     kind = target.name.partition("-")[0]
-    for older in target.parent.glob(f"{kind}-*"):
-        older.unlink()
+    others = sorted(target.parent.glob(f"{kind}-*"), key=lambda path: path.stat().st_mtime)
+    for older in others[:-1]:
+        older.unlink(missing_ok=True)
 
 
 def setup(
