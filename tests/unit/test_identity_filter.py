@@ -78,7 +78,8 @@ def test_expressions_that_can_not_be_used(bad: str) -> None:
 
 def slow_relevant(expressions: list[str], allow_list: bool, source: str, key: str) -> bool:
     """The rule of the documentation, word by word, with every prefix length tried in turn."""
-    includes, ignores = [], []
+    includes: list[int] = []
+    ignores: list[int] = []
     for text in expressions:
         scope, colon, rest = text.rpartition(":")
         if colon and scope and scope != source:
