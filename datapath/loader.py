@@ -119,7 +119,8 @@ class Template:
         try:
             return self._load(values, maps)
         except OSError as error:
-            what = f"load {self.name} for endpoint {constants.endpoint_id}"
+            owner = f" for endpoint {constants.endpoint_id}" if constants.endpoint_id else ""
+            what = f"load {self.name}.o{owner}"
             raise explain(what, lambda: self._load(values, maps).close(), error) from error
 
     def _load(self, values: bytes, maps: Mapping[str, int]) -> Programs:

@@ -67,18 +67,40 @@ static __always_inline bool is_tcp(struct __sk_buff *ctx)
 	return flow_get(ctx, proto) == IPPROTO_TCP;
 }
 
+enum related {
+	NOT_RELATED = 0,
+	RELATED = 1,
+	RELATED_FROM_STACK = 2, /* to a connection that came through the host's stack */
+};
+
 /* ct_related says whether an ICMP error is about a packet of a connection: one that went the other way. */
 SEPARATE int ct_related(struct __sk_buff *ctx, __u32 direction)
 {
 	struct ipv4_ct_tuple key __attribute__((aligned(8)));
+	const struct ct_entry *entry;
 
 	if (!ipv4_embedded_key(ctx, &key))
-		return false;
+		return NOT_RELATED;
 	key.flags = direction == EGRESS ? INGRESS : EGRESS;
-	if (ct_find(ctx, &key, key.nexthdr == IPPROTO_TCP))
-		return true;
-	ct_reverse(&key);
-	return ct_find(ctx, &key, key.nexthdr == IPPROTO_TCP) != NULL;
+	entry = ct_find(ctx, &key, key.nexthdr == IPPROTO_TCP);
+	if (!entry) {
+		ct_reverse(&key);
+		entry = ct_find(ctx, &key, key.nexthdr == IPPROTO_TCP);
+	}
+	if (!entry)
+		return NOT_RELATED;
+	return entry->from_stack ? RELATED_FROM_STACK : RELATED;
+}
+
+static __always_inline void ct_relate(struct __sk_buff *ctx, enum direction dir)
+{
+	int related = ct_related(ctx, dir);
+
+	if (related == NOT_RELATED)
+		return;
+	flow_set(ctx, state, CT_RELATED);
+	if (related == RELATED_FROM_STACK)
+		flow_mark(ctx, FLOW_FROM_STACK);
 }
 
 /* ct_find_opening returns the entry that a bare SYN repeats, not one that is closing: it opens anew. */
@@ -115,8 +137,7 @@ static __always_inline struct ct_entry *ct_lookup(struct __sk_buff *ctx, const s
 
 	flow_set(ctx, state, CT_NEW);
 	if (unlikely(flow_get(ctx, traits) & FLOW_ICMP_ERROR)) {
-		if (ct_related(ctx, dir))
-			flow_set(ctx, state, CT_RELATED);
+		ct_relate(ctx, dir);
 		return NULL;
 	}
 	ct_key(ctx, ends, dir, &key);

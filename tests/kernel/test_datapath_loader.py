@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import os
+import time
 from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
 
-from datapath import loader
+from datapath import constants, loader
 from datapath.constants import CONFIG, DatapathOptions, EndpointConstants, netdev_constants
 from datapath.errors import LoadError
 from datapath.layouts import U8, Field, Layout
 from datapath.loader import ENDPOINT_OBJECT, NETDEV_OBJECT, POLICY_MAP, Template
-from tests.support.bpflab import lab, template
+from datapath.testrun import ACT_OK
+from tests.support import frames
+from tests.support.bpflab import EGRESS, lab, template
 
 CONSTANTS = EndpointConstants(1, 301, 1, IPv4Address("10.0.0.1"), "02:00:00:00:00:01")
 
@@ -85,6 +88,16 @@ def test_the_verifiers_words_are_in_the_error() -> None:
         with pytest.raises(LoadError, match=r"endpoint 1: Invalid argument(?s:.*)invalid func unknown#32767"):
             Template(elf, "endpoint").load(CONSTANTS, host.fds | {POLICY_MAP: host.policies[1].fd})
         assert open_descriptors() == before
+
+
+def test_programs_do_without_the_coarse_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels before 5.11 have none; lifetimes are seconds of the same clock either way."""
+    monkeypatch.setattr(constants, "_has_coarse_clock", lambda: False)
+    with lab(1) as host:
+        host.allow(1, EGRESS)
+        assert host.send(1, frames.udp("10.0.0.1", "192.0.2.7", 4000, 53)).verdict == ACT_OK
+        (entry,) = host.connections().values()
+        assert 0 <= entry.lifetime - time.monotonic() <= 61
 
 
 def test_constants_out_of_range_are_refused() -> None:

@@ -409,6 +409,13 @@ def test_what_came_through_the_stack_is_answered_there(host: Lab) -> None:
     assert answer.mark & NO_MASQUERADE
 
 
+def test_an_error_about_what_came_through_the_stack_goes_back_there(host: Lab) -> None:
+    host.allow(1, INGRESS, identity(2))
+    request = frames.udp(B, A, 4000, 80)
+    host.deliver(1, request)
+    assert host.send(1, frames.icmp_error(A, B, request)).verdict == ACT_OK
+
+
 def test_only_replies_are_marked_against_masquerading(host: Lab) -> None:
     open_all(host, 1)
     assert host.send(1, frames.udp(A, OUTSIDE, 4000, 53)).mark == 0
