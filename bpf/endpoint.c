@@ -53,7 +53,7 @@ static __always_inline int forward(struct __sk_buff *ctx, const struct addresses
 		to = endpoint_of(&ends->destination, family);
 	if (to && to->flags & ENDPOINT_IS_HOST)
 		point = TRACE_TO_HOST;
-	else if (to && ipv4_hop(ctx))
+	else if (to && l3_hop(ctx, family))
 		return deliver_local(ctx, to, config.identity);
 	return to_stack(ctx, point, who);
 }
@@ -61,15 +61,15 @@ static __always_inline int forward(struct __sk_buff *ctx, const struct addresses
 static __always_inline int egress(struct __sk_buff *ctx, enum family family, struct parties *who)
 {
 	struct addresses ends = {};
-	int ret = ipv4_parse(ctx, &ends);
+	int ret = l3_parse(ctx, family, &ends);
 
 	if (ret < 0)
 		return ret;
-	if (ends.source.v4 != config.ipv4.v4)
+	if (!l3_is_own(&ends.source, family))
 		return -DROP_INVALID_SOURCE;
-	if (ipv4_unroutable(&ends.destination))
+	if (l3_unroutable(&ends.destination, family))
 		return -DROP_UNROUTABLE;
-	ret = ipv4_parse_l4(ctx);
+	ret = l3_parse_l4(ctx, family);
 	if (ret < 0)
 		return ret;
 	flow_set(ctx, now, clock_seconds());
@@ -93,10 +93,10 @@ int from_endpoint(struct __sk_buff *ctx)
 	return ret < 0 ? drop(ctx, ret, EGRESS, &who) : ret;
 }
 
-static __always_inline int ingress(struct __sk_buff *ctx, const struct parties *who)
+static __always_inline int ingress(struct __sk_buff *ctx, enum family family, const struct parties *who)
 {
 	struct addresses ends = {};
-	int ret = ipv4_addresses(ctx, &ends);
+	int ret = l3_addresses(ctx, family, &ends);
 
 	if (ret < 0)
 		return ret;
@@ -118,7 +118,7 @@ int policy_ingress(struct __sk_buff *ctx)
 	flow_set(ctx, traits, flow_get(ctx, traits) & (FLOW_PORTLESS | FLOW_ICMP_ERROR | FLOW_VIA_STACK));
 	parties_ingress(&who, flow_get(ctx, sender));
 	if (ctx->protocol == bpf_htons(ETH_P_IP))
-		ret = ingress(ctx, &who);
+		ret = ingress(ctx, FAMILY_IPV4, &who);
 	if (ret < 0)
 		return drop(ctx, ret, INGRESS, &who);
 	return flow_get(ctx, traits) & FLOW_VIA_STACK ? TC_ACT_OK : bpf_redirect_peer(config.ifindex, 0);
@@ -127,11 +127,11 @@ int policy_ingress(struct __sk_buff *ctx)
 static __always_inline int ingress_from_stack(struct __sk_buff *ctx, enum family family, struct parties *who)
 {
 	struct addresses ends = {};
-	int ret = ipv4_parse(ctx, &ends);
+	int ret = l3_parse(ctx, family, &ends);
 
 	if (ret < 0)
 		return ret;
-	ret = ipv4_parse_l4(ctx);
+	ret = l3_parse_l4(ctx, family);
 	if (ret < 0)
 		return ret;
 	flow_set(ctx, now, clock_seconds());

@@ -32,7 +32,7 @@ static __always_inline int enter(struct __sk_buff *ctx, enum family family, stru
 	int ret;
 
 	packet_gather(ctx);
-	if (ipv4_parse(ctx, &ends) < 0)
+	if (l3_parse(ctx, family, &ends) < 0)
 		return TC_ACT_OK;
 	to = endpoint_of(&ends.destination, family);
 	if (!is_workload(to))
@@ -42,10 +42,10 @@ static __always_inline int enter(struct __sk_buff *ctx, enum family family, stru
 	if (is_workload(endpoint_of(&ends.source, family)))
 		return -DROP_INVALID_SOURCE;
 	notify_arrival(ctx, TRACE_FROM_NETWORK, who);
-	ret = ipv4_parse_l4(ctx);
+	ret = l3_parse_l4(ctx, family);
 	if (ret < 0)
 		return ret;
-	if (!ipv4_hop(ctx))
+	if (!l3_hop(ctx, family))
 		return TC_ACT_OK;
 	flow_set(ctx, now, clock_seconds());
 	return deliver_local(ctx, to, who->source);

@@ -4,7 +4,7 @@
 
 #include "events.h"
 #include "identity.h"
-#include "ipv4.h"
+#include "l3.h"
 #include "metrics.h"
 
 static __always_inline int drop(struct __sk_buff *ctx, int error, enum direction dir, const struct parties *who)
