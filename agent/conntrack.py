@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conntrack of this host: expired entries are collected, those of an address that goes are flushed.
 
+There are two: the programs' maps, and the kernel's own, which translates published ports.
+
 An address may be handed out again; whoever gets it must not inherit the connections of who had it.
 """
 
@@ -13,6 +15,7 @@ from loguru import logger
 from core.backoff import jittered
 from core.errors import HoldfastError
 from datapath import ctgc
+from datapath.hostflows import HostFlows
 from datapath.maps import CtMap
 
 
@@ -30,6 +33,8 @@ class Conntrack:
         """Delete every connection of an address.  Raises DatapathError."""
         for each in self._maps:
             await asyncio.to_thread(ctgc.flush, each, [address])
+        async with HostFlows() as flows:
+            await flows.forget_address(address)
 
     async def _collect(self, connections: CtMap) -> None:
         interval = ctgc.FIRST_INTERVAL_S

@@ -18,10 +18,12 @@ from core.reconciler import Reconciler
 from core.table import Table
 from datapath.firewall import Firewall, FirewallState, PublishedPort
 from datapath.forward import ForwardChain
+from datapath.hostflows import HostFlows
+from datapath.rulewatch import RuleWatch
 
 RULES = "rules"
-# One look costs two processes, 10 ms; docker needs a second to start after it has cut our rules off.
-LOOK_S = 10.0
+# One look costs three processes, 15 ms.  Changes through nftables are noticed at once (RuleWatch).
+LOOK_S = 30.0
 
 FirewallTable = Table[str, FirewallState]
 
@@ -32,11 +34,13 @@ class FirewallTarget:
     def __init__(self, firewall: Firewall, forward: ForwardChain | None) -> None:
         self._firewall = firewall
         self._forward = forward
+        self._published: frozenset[PublishedPort] = frozenset()
 
     async def update(self, items: Sequence[tuple[str, FirewallState]]) -> Mapping[str, Exception]:
         try:
             for _, state in items:
                 amiss = await self._firewall.ensure(state)
+                await self._forget_diverted(state)
                 if self._forward is not None:
                     amiss += await self._forward.ensure()
                 if amiss:
@@ -44,6 +48,14 @@ class FirewallTarget:
         except HoldfastError as error:
             return {key: error for key, _ in items}
         return {}
+
+    async def _forget_diverted(self, state: FirewallState) -> None:
+        """A UDP client that never pauses would go on past a port that was published meanwhile."""
+        fresh = state.ports - self._published
+        if fresh:
+            async with HostFlows() as flows:
+                await flows.forget_diverted(fresh)
+        self._published = state.ports
 
     async def delete(self, keys: Sequence[str]) -> Mapping[str, Exception]:
         return {}
@@ -70,6 +82,13 @@ class FirewallRules:
         )
         self._source.upsert(RULES, replace(self._base, ports=ports))
         self._source.mark_in_sync()
+
+    async def watch(self) -> None:
+        """Look at once when somebody changed the host's rules (docker or ufw restarted)."""
+        async with RuleWatch() as rules:
+            while True:
+                await rules.changed()
+                self.reconciler.poke()
 
     async def follow(self, endpoints: Table[int, Endpoint]) -> None:
         """Keep the rules equal to the endpoints until cancelled."""

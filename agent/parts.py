@@ -258,6 +258,7 @@ async def build(config: Config, events: EventPump, programs: HostPrograms, gates
             Follower(client, schema.IDENTITY_IDS, identities, gate=gates.relist),
             Follower(client, schema.POLICIES, policy_keys, gate=gates.relist),
             Follower(client, schema.NODES, node_sink, gate=gates.relist),
+            Follower(client, schema.IPS, ip_sink, gate=gates.relist),
         ],
         ip_sink=ip_sink,
         node_sink=node_sink,
@@ -284,6 +285,7 @@ def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
     tasks["reconciler ipcache"] = parts.ipcache.run
     tasks["reconciler firewall"] = parts.firewall.reconciler.run
     tasks["host"] = parts.keeper.run
+    tasks["firewall watch"] = parts.firewall.watch
     tasks["firewall rules"] = partial(parts.firewall.follow, parts.endpoints.table)
     tasks["identities to policy"] = parts.derivations.follow_identities
     tasks["policies to policy"] = parts.derivations.follow_policies
