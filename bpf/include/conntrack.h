@@ -103,12 +103,10 @@ static __always_inline void ct_relate(struct __sk_buff *ctx, enum direction dir)
 		flow_mark(ctx, FLOW_FROM_STACK);
 }
 
-/* ct_find_opening returns the entry that a bare SYN repeats, not one that is closing: it opens anew. */
-static __always_inline struct ct_entry *ct_find_opening(struct __sk_buff *ctx, const struct ipv4_ct_tuple *key)
+/* ct_reopens says that a bare SYN meets a connection that is closing: it opens a new one. */
+static __always_inline bool ct_reopens(struct __sk_buff *ctx, const struct ct_entry *entry)
 {
-	struct ct_entry *entry = ct_find(ctx, key, true);
-
-	return entry && !entry->rx_closing && !entry->tx_closing ? entry : NULL;
+	return flow_opens_tcp(ctx) && (entry->rx_closing || entry->tx_closing);
 }
 
 /* ct_find_either looks a packet up in its own direction and as a reply; flow.reply says which it was. */
@@ -116,11 +114,11 @@ static __always_inline struct ct_entry *ct_find_either(struct __sk_buff *ctx, st
 {
 	struct ct_entry *entry;
 
-	flow_set(ctx, reply, bpf_ntohs(key->sport) < bpf_ntohs(key->dport));
+	flow_set(ctx, reply, !flow_opens_tcp(ctx) && bpf_ntohs(key->sport) < bpf_ntohs(key->dport));
 	if (flow_get(ctx, reply))
 		ct_reverse(key);
 	entry = ct_find(ctx, key, is_tcp(ctx));
-	if (entry)
+	if (entry || flow_opens_tcp(ctx))
 		return entry;
 	flow_set(ctx, reply, !flow_get(ctx, reply));
 	ct_reverse(key);
@@ -141,13 +139,10 @@ static __always_inline struct ct_entry *ct_lookup(struct __sk_buff *ctx, const s
 		return NULL;
 	}
 	ct_key(ctx, ends, dir, &key);
-	flow_set(ctx, reply, 0);
-	if (flow_opens_tcp(ctx))
-		entry = ct_find_opening(ctx, &key);
-	else
-		entry = ct_find_either(ctx, &key);
-	if (entry)
-		flow_set(ctx, state, CT_ESTABLISHED + flow_get(ctx, reply));
+	entry = ct_find_either(ctx, &key);
+	if (!entry || ct_reopens(ctx, entry))
+		return NULL;
+	flow_set(ctx, state, CT_ESTABLISHED + flow_get(ctx, reply));
 	return entry;
 }
 

@@ -25,7 +25,6 @@ enum trace_point {
 	TRACE_TO_HOST = 2,
 	TRACE_TO_STACK = 3,
 	TRACE_FROM_ENDPOINT = 5,
-	TRACE_FROM_STACK = 8,
 	TRACE_FROM_NETWORK = 10,
 };
 
