@@ -8,16 +8,20 @@ things go engine → policy maps → ip→identity table, and old things the oth
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterable
+
 from loguru import logger
 
 from agent.conntrack import Conntrack
 from agent.endpoint import Endpoint
+from agent.firewall import FirewallRules
 from agent.ipcache import CIDR_SOURCE, LOCAL_SOURCE, IpTable, Record
 from agent.policies import PolicyTable
 from agent.policy_maps import PolicyMaps
 from core import metrics
 from core.reconciler import Kind, Reconciler, Status
-from core.table import Table
+from core.table import Subscription, Table
 from identity.labels import Labels
 from identity.local import LocalIdentities, prefix_labels
 
@@ -43,6 +47,9 @@ class Derivations:
         self._reconcilers: list[Reconciler[int, Endpoint]] = []
         self._ipcache: Reconciler[str, Record] | None = None
         self._conntrack: Conntrack | None = None
+        self._firewall: FirewallRules | None = None
+        self._policy_changes: Subscription[str] | None = None
+        self._policies_taken = asyncio.Event()
         self._followed: set[str] = set()
 
     def attach(
@@ -50,11 +57,13 @@ class Derivations:
         endpoints: Reconciler[int, Endpoint],
         ipcache: Reconciler[str, Record],
         conntrack: Conntrack,
+        firewall: FirewallRules,
     ) -> None:
-        """Name the reconcilers that `settled` waits for, and who flushes connections."""
+        """Name the reconcilers that are waited for, and who flushes connections."""
         self._reconcilers.append(endpoints)
         self._ipcache = ipcache
         self._conntrack = conntrack
+        self._firewall = firewall
 
     # --- tasks
 
@@ -76,7 +85,7 @@ class Derivations:
 
     async def follow_policies(self) -> None:
         """Keep the engine's policies, and the identities of the prefixes they name, equal to the table."""
-        changes = self.policies.subscribe()
+        changes = self._policy_changes = self.policies.subscribe()
         engine = self.policy_maps.engine
         while True:
             await changes.wait()
@@ -91,10 +100,23 @@ class Derivations:
             metrics.POLICY_COUNT.set(len(self.policies))
             stale = self._name_prefixes()
             self.policy_maps.flush()
+            self._wake_policy_waiters()
             if self.policies.in_sync:
                 self._caught_up("policies")
                 self._prefixes.mark_in_sync()
                 await self._forget_prefixes(stale)
+
+    def _wake_policy_waiters(self) -> None:
+        self._policies_taken.set()
+        self._policies_taken = asyncio.Event()
+
+    async def policies_enforced(self) -> None:
+        """Wait until everything that the table of policies holds now was written to the kernel."""
+        while self._policy_changes is None or len(self._policy_changes):
+            await self._policies_taken.wait()
+        await self.policy_maps.reconciler.wait_idle()
+        if self._ipcache is not None:
+            await self._ipcache.wait_idle()
 
     def _caught_up(self, follower: str) -> None:
         """A follower has handed on everything of a table that is in sync; with both, the maps may follow."""
@@ -138,6 +160,12 @@ class Derivations:
         """Forget the connections of an address before somebody else gets it."""
         if self._conntrack is not None:
             await self._conntrack.flush(address)
+
+    async def published(self, endpoints: Iterable[Endpoint]) -> Status:
+        """Wait until the host's rules for the ports of these endpoints were written."""
+        if self._firewall is None:
+            return Status(Kind.DONE)
+        return await self._firewall.settled(endpoints)
 
     async def settled(self, endpoint_id: int) -> Status:
         """Wait for the interface, the policy map and the address of an endpoint; the first error wins."""

@@ -69,6 +69,10 @@ class Kernel(Protocol):
         """Forget the connections of an address that nobody has any more."""
         ...
 
+    async def published(self, endpoints: Iterable[Endpoint]) -> Status:
+        """Wait until the ports of these endpoints, and no others, are published; what became of it."""
+        ...
+
     async def settled(self, endpoint_id: int) -> Status:
         """Wait until everything wanted of an endpoint was tried in the kernel; the worst status of it."""
         ...
@@ -267,7 +271,10 @@ class EndpointManager:
         if self.get(endpoint_id).ports == ports:
             return self.get(endpoint_id)
         endpoint = await self._change(endpoint_id, ports=ports)
-        await self._expect_kernel(endpoint_id, "published ports")
+        status = await self._kernel.published(each for _, each in self.table.items())
+        if status.kind is Kind.ERROR and ports:
+            await self._change(endpoint_id, ports=())
+            raise AgentError(f"ports of endpoint {endpoint_id} could not be published: {status.error}")
         return endpoint
 
     # --- ending

@@ -158,5 +158,6 @@ def unmanaged(running: Mapping[str, EngineContainer], networks: set[str]) -> dic
                 continue
             result[container.name] = f"shares the network of {owner.name if owner else 'another container'}"
         else:
-            result[container.name] = f"is on docker's network {mode}: no identity, no policy"
+            network = "bridge" if mode == "default" else mode
+            result[container.name] = f"is on docker's network {network}: no identity, no policy"
     return result

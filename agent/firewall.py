@@ -14,7 +14,7 @@ from loguru import logger
 
 from agent.endpoint import Endpoint, Port
 from core.errors import HoldfastError
-from core.reconciler import Reconciler
+from core.reconciler import Reconciler, Status
 from core.table import Table
 from datapath.firewall import Firewall, FirewallState, PublishedPort
 from datapath.forward import ForwardChain
@@ -89,6 +89,11 @@ class FirewallRules:
             while True:
                 await rules.changed()
                 self.reconciler.poke()
+
+    async def settled(self, endpoints: Iterable[Endpoint]) -> Status:
+        """Write the rules for these endpoints now; return what became of it."""
+        self.derive(endpoints)
+        return await self.reconciler.settled(RULES)
 
     async def follow(self, endpoints: Table[int, Endpoint]) -> None:
         """Keep the rules equal to the endpoints until cancelled."""

@@ -188,7 +188,9 @@ async def build(config: Config, events: EventPump, programs: HostPrograms, gates
         "endpoints": Reconciler("endpoints", table, target),
         "own-entries": publish.reconciler(table, own),
     }
-    derivations.attach(reconcilers["endpoints"], ip_reconciler, conntrack)
+    forward = ForwardChain() if config["install-iptables-rules"] else None
+    firewall = FirewallRules(_firewall_state(config, pool), FirewallTarget(Firewall(), forward))
+    derivations.attach(reconcilers["endpoints"], ip_reconciler, conntrack, firewall)
 
     docker = config["docker-endpoint"].removeprefix("unix://")
     container_engine = Engine(docker) if docker else None
@@ -205,7 +207,6 @@ async def build(config: Config, events: EventPump, programs: HostPrograms, gates
         grace=config["kvstore-missing-grace-period"],
     )
     policy_keys = PolicyKeys(policies, refusals, config["kvstore-missing-grace-period"])
-    forward = ForwardChain() if config["install-iptables-rules"] else None
     return Parts(
         config=config,
         node=node,
@@ -229,7 +230,7 @@ async def build(config: Config, events: EventPump, programs: HostPrograms, gates
         nodes=nodes,
         endpoints=endpoints,
         derivations=derivations,
-        firewall=FirewallRules(_firewall_state(config, pool), FirewallTarget(Firewall(), forward)),
+        firewall=firewall,
         keeper=Keeper(
             host,
             addresses,

@@ -157,11 +157,10 @@ class PolicyDirectory:
         return self.directory / (f"{safe}.yaml" if safe == name else f"{safe}-{digest}.yaml")
 
     def write(self, name: str, text: str) -> Path:
-        """Write one document and read it at once; the caller has parsed it before."""
+        """Write one document, in a thread if need be; the caller has parsed it before and rescans."""
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self.path_of(name)
         write_atomic(path, text.encode())
-        self.rescan()
         return path
 
     def remove(self, name: str) -> Path | None:

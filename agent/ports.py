@@ -8,6 +8,7 @@ The engine gives a list of ``{"Proto": 6, "IP": "", "Port": 80, "HostIP": "", "H
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Collection, Iterable, Mapping
 from ipaddress import IPv4Address, ip_address
@@ -55,6 +56,11 @@ def _parse_binding(binding: Any, used: set[tuple[int, str, int]]) -> Port | None
     if host_ip and not _is_ipv4(host_ip):
         return None  # the engine sends a second, IPv6 binding for -p without an address
     host_ip = "" if host_ip == "0.0.0.0" else host_ip
+    if host_ip and not _is_of_this_host(host_ip):
+        raise DriverError(
+            f"{host_ip} is not an address of this host: port {low or 'any'}/{PROTOCOLS[protocol]} "
+            "can not be published on it"
+        )
     chosen = _choose(protocol, host_ip, low, max(low, high), used)
     return Port(protocol, container_port, chosen, chosen, host_ip)
 
@@ -87,6 +93,15 @@ def _is_free(protocol: int, host_ip: str, port: int) -> bool:
             probe.bind((host_ip, port))
         except OSError:
             return False
+    return True
+
+
+def _is_of_this_host(address: str) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError as error:
+            return error.errno != errno.EADDRNOTAVAIL
     return True
 
 

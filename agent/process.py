@@ -177,8 +177,7 @@ class AgentProcess:
     @staticmethod
     async def _changed(parts: Parts, name: str, path: str) -> models.PolicyChange:
         """Answer once the change is in the maps."""
-        await asyncio.sleep(0)
-        await parts.policy_maps.reconciler.wait_idle()
+        await parts.derivations.policies_enforced()
         return models.PolicyChange(name=name, revision=parts.policy_maps.engine.revision, path=path)
 
     def selectors(self) -> Sequence[models.Selector]:

@@ -277,13 +277,14 @@ def _policy(parts: Parts, each: Endpoint) -> models.EndpointPolicy:
         return models.EndpointPolicy(policy_enabled="both", policy_revision=engine.revision)
     except HoldfastError as error:
         return models.EndpointPolicy(policy_enabled="both", policy_revision=engine.revision, error=str(error))
-    failed = parts.policy_maps.reconciler.status(each.id)
+    status = parts.policy_maps.reconciler.status(each.id)
     overflow = engine.errors().get(each.id)
     return models.EndpointPolicy(
         policy_enabled=_enabled(enforced.ingress, enforced.egress),
-        policy_revision=engine.revision,
+        # What is not in the map yet belongs to the newest revision.
+        policy_revision=engine.revision - (status.kind is not Kind.DONE),
         map_entries=entries,
-        error=str(overflow) if overflow else failed.error if failed.kind is Kind.ERROR else "",
+        error=str(overflow) if overflow else status.error if status.kind is Kind.ERROR else "",
     )
 
 

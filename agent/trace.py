@@ -53,14 +53,30 @@ def _side(parts: Parts, endpoint: int, identity: int, labels: list[str]) -> Side
     if endpoint:
         found = parts.endpoints.get(endpoint)
         return Side(found.enforced_identity, found.id, found.labels)
-    number = identity or parts.identities.number_of(Labels.of(labels))
-    if number is None:
-        raise NotFound(f"no identity of this cluster has exactly the labels {', '.join(labels)}")
+    number = identity or _number_of(parts, Labels.of(labels))
     known = parts.identities.get(number)
     if known is None:
         raise NotFound(f"identity {number} is not known on this host")
     local = (each.id for _, each in parts.endpoints.table.items() if each.identity == number)
     return Side(number, next(local, 0), known.serialized)
+
+
+def _number_of(parts: Parts, labels: Labels) -> int:
+    """Return the identity of exactly these labels, else the only one that has them among others."""
+    exact = parts.identities.number_of(labels)
+    if exact is not None:
+        return exact
+    wanted = set(labels)
+    having = [number for number, known in parts.identities.table.items() if wanted <= set(known)]
+    if len(having) == 1:
+        return having[0]
+    text = ", ".join(labels.texts())
+    if not having:
+        raise NotFound(f"no identity of this cluster has the labels {text}")
+    raise BadRequest(
+        f"{len(having)} identities have the labels {text}: {', '.join(map(str, sorted(having)[:8]))}",
+        hint="name one by its number, or more of its labels",
+    )
 
 
 def _judge(
