@@ -3,47 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import pytest
 
 from tests.support.places import PORTS, Place
+from tests.support.rules import element, on, rule, selects
 from tests.support.site import Site
 from tests.support.traffic import ask, connected
 
 FIRST, SECOND = PORTS
 PROTOCOLS = ("TCP", "UDP", "ICMP")
 DIRECTIONS = ("ingress", "egress")
-
-Rule = Mapping[str, Any]
-
-
-def selects(place: Place) -> Rule:
-    return {"matchLabels": {"app": place.name}}
-
-
-def element(direction: str, **parts: Any) -> Rule:
-    """One element of a section; `peers` stands for fromX or toX, by the direction."""
-    prefix = "from" if direction == "ingress" else "to"
-    return {
-        f"{prefix}{name[0].upper()}{name[1:]}" if name in PEERS else name: value
-        for name, value in parts.items()
-    }
-
-
-PEERS = ("endpoints", "entities", "CIDR", "CIDRSet")
-
-
-def on(protocol: str, port: int = FIRST) -> Rule:
-    """What an element says of a protocol: a port of TCP or UDP, ICMP's echo request."""
-    if protocol == "ICMP":
-        return {"icmps": [{"fields": [{"family": "IPv4", "type": 8}]}]}
-    return {"toPorts": [{"ports": [{"port": str(port), "protocol": protocol}]}]}
-
-
-def rule(subject: Place, direction: str, *elements: Rule, deny: bool = False) -> Rule:
-    return {"endpointSelector": selects(subject), f"{direction}{'Deny' if deny else ''}": list(elements)}
 
 
 # --- one side may, the other may not
@@ -53,7 +22,7 @@ def rule(subject: Place, direction: str, *elements: Rule, deny: bool = False) ->
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_only_the_named_side_passes(site: Site, protocol: str, direction: str) -> None:
     """Ingress: client may reach server, other may not.  Egress: server may reach client, not other."""
-    named = element(direction, endpoints=[selects(site.client)], **on(protocol))
+    named = element(direction, endpoints=[selects(site.client)], of=on(protocol))
     with site.policy(rule(site.server, direction, named)):
         before = site.dropped("Policy denied", direction)
         if direction == "ingress":
@@ -88,7 +57,7 @@ def test_rule_of_a_port_covers_that_port_and_protocol(site: Site, protocol: str,
 def test_deny_wins_over_allow(site: Site, protocol: str, direction: str) -> None:
     subject, peer = (site.server, site.client) if direction == "ingress" else (site.client, site.server)
     everybody = element(direction, endpoints=[{}])
-    denied = element(direction, endpoints=[selects(peer)], **on(protocol))
+    denied = element(direction, endpoints=[selects(peer)], of=on(protocol))
     with site.policy(rule(subject, direction, everybody), rule(subject, direction, denied, deny=True)):
         before = site.dropped("Policy denied by denylist", direction)
         assert site.client.asks(protocol, site.server.address) is None
@@ -132,7 +101,7 @@ def test_world_sees_the_host_and_the_host_sees_the_container(site: Site) -> None
 def test_prefix_covers_its_addresses_only(site: Site, direction: str) -> None:
     """`far` is inside the allowed /24 but excepted; `world` is inside and is not."""
     peers = [{"cidr": "10.77.0.0/24", "except": [f"{site.far.address}/32"]}]
-    with site.policy(rule(site.client, direction, element(direction, CIDRSet=peers))):
+    with site.policy(rule(site.client, direction, element(direction, cidr_set=peers))):
         for protocol in PROTOCOLS:
             assert passes(site.client, site.world, direction, protocol)
             assert not passes(site.client, site.far, direction, protocol)
@@ -140,11 +109,9 @@ def test_prefix_covers_its_addresses_only(site: Site, direction: str) -> None:
 
 
 def test_denied_prefix_inside_an_allowed_one(site: Site) -> None:
-    allowed = element("egress", CIDR=["10.77.0.0/24"])
-    denied = element("egress", CIDR=[f"{site.world.address}/32"], **on("TCP"))
-    with site.policy(
-        rule(site.client, "egress", allowed), rule(site.client, "egress", denied, deny=True)
-    ):
+    allowed = element("egress", cidr=["10.77.0.0/24"])
+    denied = element("egress", cidr=[f"{site.world.address}/32"], of=on("TCP"))
+    with site.policy(rule(site.client, "egress", allowed), rule(site.client, "egress", denied, deny=True)):
         assert site.client.asks("TCP", site.world.address) is None
         assert site.client.asks("TCP", site.world.address, SECOND) is not None
         assert site.client.asks("TCP", site.far.address) is not None
@@ -168,7 +135,7 @@ def test_answers_pass_where_the_flow_was_allowed(site: Site) -> None:
 
 
 def test_policy_taken_back_ends_an_open_connection(site: Site) -> None:
-    named = element("ingress", endpoints=[selects(site.client)], **on("TCP"))
+    named = element("ingress", endpoints=[selects(site.client)], of=on("TCP"))
     with connected(site.client.netns, site.server.address, FIRST) as connection:
         with site.policy(rule(site.server, "ingress", named)):
             assert ask(connection) == site.client.address

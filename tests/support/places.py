@@ -54,6 +54,12 @@ class Place:
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
+def passes(subject: Place, peer: Place, direction: str, protocol: str) -> bool:
+    """True when a flow passes: from `peer` to `subject` for ingress, the other way for egress."""
+    sender, receiver = (peer, subject) if direction == "ingress" else (subject, peer)
+    return sender.asks(protocol, receiver.address) is not None
+
+
 class Neighbour:
     """A machine without an agent on the hub: a namespace, nothing else."""
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.support.agent import POOL, AgentHost, prepare
+from tests.support.agent import ETCD_PORT, POOL, AgentHost, prepare
 from tests.support.host import Hub, run, wait_for
 from tests.support.netns import Netns
 from tests.support.places import Neighbour, Place, opened
@@ -53,6 +53,7 @@ class Site:
         self.host = host
         self.hub = hub
         self._stack = stack
+        self._become_operator()
         self.on_host = Place("host", host.address, opened(Path(f"/run/netns/{host.netns}"))).serve(stack)
         self.world, self.far = self.neighbour("world"), self.neighbour("far")
         self.host.network()
@@ -97,6 +98,12 @@ class Site:
         """Return the namespace of a running container; its pid counts in the host's own pid namespace."""
         state: Any = self.host.engine.inspect(container)["State"]
         return opened(Path(f"/proc/{self.host.pid}/root/proc/{state['Pid']}/ns/net"))
+
+    def _become_operator(self) -> None:
+        """Put the configuration of etcd where commands that write look for it."""
+        operator = self.host.private("/etc/holdfast") / "operator"
+        operator.mkdir()
+        (operator / "etcd.config").write_text(f"endpoints: [http://127.0.0.1:{ETCD_PORT}]\n")
 
     # --- policy
 

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published ports: who reaches them from where, as whom, and which can not be published."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.host import wait_for
+from tests.support.places import PORTS, Place
+from tests.support.rules import element, rule
+from tests.support.site import Site
+
+FIRST, SECOND = PORTS
+ROUTER = "10.50.0.1"  # what containers see of the host's loopback, and of themselves by a published port
+LOOPBACK = "127.0.0.1"
+
+# Ports of the host and what they lead to; `bound` ones have an address of the host of their own.
+EVERYWHERE, OF_LOOPBACK, OF_CARD, OF_RANGE, DATAGRAM = 8080, 8081, 8082, 9000, 5300
+
+
+@pytest.fixture(scope="module")
+def shop(site: Site) -> Iterator[Place]:
+    """A container that publishes ports in every way there is."""
+    published = (
+        f"{EVERYWHERE}:{FIRST}",
+        f"{LOOPBACK}:{OF_LOOPBACK}:{FIRST}",
+        f"{site.host.address}:{OF_CARD}:{FIRST}",
+        f"{OF_RANGE}-{OF_RANGE + 1}:{FIRST}-{SECOND}",
+        f"{DATAGRAM}:{FIRST}/udp",
+    )
+    options = [part for port in published for part in ("--publish", port)]
+    with site.container("shop", labels={"app": "shop"}, options=options) as made:
+        yield made
+
+
+def places(site: Site, shop: Place) -> dict[str, tuple[Place, str, str]]:
+    """Return name → (who asks, the host's address that it uses, whom the container sees)."""
+    card = site.host.address
+    return {
+        "world": (site.world, card, site.world.address),
+        "host by its address": (site.on_host, card, card),
+        "host by its loopback": (site.on_host, LOOPBACK, ROUTER),
+        "container": (site.client, card, site.client.address),
+        "hairpin": (shop, card, ROUTER),
+    }
+
+
+WHO = ("world", "host by its address", "host by its loopback", "container", "hairpin")
+
+
+@pytest.mark.parametrize("who", WHO)
+def test_published_ports_are_reached_from_everywhere(site: Site, shop: Place, who: str) -> None:
+    place, address, seen = places(site, shop)[who]
+    assert place.asks("TCP", address, EVERYWHERE) == seen
+    assert place.asks("UDP", address, DATAGRAM) == seen
+    assert [place.asks("TCP", address, OF_RANGE + offset) for offset in (0, 1)] == [seen, seen]
+    assert place.asks("TCP", address, OF_RANGE + 2) is None
+    by_loopback = address == LOOPBACK
+    assert place.asks("TCP", address, OF_LOOPBACK) == (seen if by_loopback else None)
+    assert place.asks("TCP", address, OF_CARD) == (None if by_loopback else seen)
+
+
+# --- policy sees the real client
+
+
+@pytest.mark.parametrize(
+    ("who", "peers"),
+    [
+        ("world", {"entities": ["world"]}),
+        ("host by its address", {"entities": ["host"]}),
+        ("host by its loopback", {"entities": ["host"]}),
+        ("container", {"endpoints": [{"matchLabels": {"app": "client"}}]}),
+        ("hairpin", {"entities": ["host"]}),
+    ],
+)
+def test_policy_judges_the_real_client(site: Site, shop: Place, who: str, peers: dict[str, object]) -> None:
+    everybody = places(site, shop)
+    with site.policy(rule(shop, "ingress", element("ingress", **peers))):
+        for name, (place, address, seen) in everybody.items():
+            allowed = name == who or (
+                "host" in peers.get("entities", ()) and name not in ("world", "container")
+            )
+            assert place.asks("TCP", address, EVERYWHERE) == (seen if allowed else None), name
+
+
+def test_virtual_machine_is_judged_by_its_labels(site: Site, shop: Place) -> None:
+    """`far` is the world until it is registered as a VM, and again after it is not."""
+    legacy = element("ingress", endpoints=[{"matchLabels": {"app": "legacy"}}])
+    address = site.host.address
+    with site.policy(rule(shop, "ingress", legacy)):
+        assert site.far.asks("TCP", address, EVERYWHERE) is None
+        site.cli("vm", "register", "legacy-1", "--ip", site.far.address, "-l", "app=legacy")
+        wait_for(lambda: site.far.asks("TCP", address, EVERYWHERE) == site.far.address, "VM let in")
+        assert site.far.asks("TCP", shop.address) == site.far.address
+        assert site.world.asks("TCP", address, EVERYWHERE) is None
+        site.cli("vm", "unregister", "legacy-1")
+        wait_for(lambda: site.far.asks("TCP", address, EVERYWHERE) is None, "VM kept out")
+
+
+# --- what can not be published
+
+
+def test_port_of_a_host_service_is_refused_and_the_service_goes_on(site: Site) -> None:
+    refuses(site, f"{FIRST}:80", f"host port {FIRST}/tcp is in use")
+    assert site.world.asks("TCP", site.host.address, FIRST) == site.world.address
+
+
+def test_port_of_another_container_is_refused(site: Site, shop: Place) -> None:
+    refuses(site, f"{EVERYWHERE}:80", f"host port {EVERYWHERE}/tcp is in use")
+    assert site.world.asks("TCP", site.host.address, EVERYWHERE) == site.world.address
+
+
+def test_address_that_is_not_the_hosts_is_refused(site: Site) -> None:
+    refuses(site, "192.0.2.1:8099:80", "192.0.2.1 is not an address of this host")
+
+
+def refuses(site: Site, publish: str, reason: str) -> None:
+    """Starting a container that publishes so fails with this reason, and leaves nothing."""
+    before = len(site.json("endpoint", "list"))
+    try:
+        with (
+            pytest.raises(AssertionError, match=reason),
+            site.container("refused", options=["--publish", publish]),
+        ):
+            pass
+    finally:
+        site.host.engine.docker("rm", "-f", "refused", check=False)
+    assert len(site.json("endpoint", "list")) == before
+
+
+def test_port_is_free_again_after_its_container(site: Site) -> None:
+    for name in ("first", "second"):
+        with site.container(name, options=["--publish", f"8090:{FIRST}"]):
+            assert site.world.asks("TCP", site.host.address, 8090) == site.world.address
+        assert site.world.asks("TCP", site.host.address, 8090) is None

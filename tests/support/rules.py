@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules of policy in few words, for tests with real packets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tests.support.places import PORTS, Place
+
+Rule = Mapping[str, Any]
+
+# Parts of an element that are written fromX in ingress and toX in egress.
+_PEERS = {"endpoints": "Endpoints", "entities": "Entities", "cidr": "CIDR", "cidr_set": "CIDRSet"}
+
+
+def selects(*places: Place) -> Rule:
+    """A selector of these containers, by the label `app` that the site gives each."""
+    return {"matchExpressions": [{"key": "app", "operator": "In", "values": [each.name for each in places]}]}
+
+
+def element(direction: str, *, of: Rule | None = None, **peers: Any) -> Rule:
+    """One element of a section: peers (`endpoints`, `entities`, `cidr`, `cidr_set`) and ports (`on`)."""
+    prefix = "from" if direction == "ingress" else "to"
+    return {f"{prefix}{_PEERS[name]}": value for name, value in peers.items()} | dict(of or {})
+
+
+def on(protocol: str, port: int = PORTS[0]) -> Rule:
+    """What an element says of a protocol: a port of TCP or UDP, ICMP's echo request."""
+    if protocol == "ICMP":
+        return {"icmps": [{"fields": [{"family": "IPv4", "type": 8}]}]}
+    return {"toPorts": [{"ports": [{"port": str(port), "protocol": protocol}]}]}
+
+
+def rule(subject: Place, direction: str, *elements: Rule, deny: bool = False) -> Rule:
+    """A rule for one container with one section."""
+    return {"endpointSelector": selects(subject), f"{direction}{'Deny' if deny else ''}": list(elements)}
