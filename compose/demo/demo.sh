@@ -59,18 +59,28 @@ start_vm() {
     on_host ip -n "$VM" route add default via "$HOST_ADDRESS"
 }
 
-# What the kernel says while the VM tries.
-drops_while_vm_tries() {
-    local lines
+# What the kernel says while the VM tries: the first line about its address.
+drop_while_vm_tries() {
+    local lines monitor
     lines=$(mktemp)
     "$COMMAND" monitor -t drop >"$lines" 2>/dev/null </dev/null &
-    local monitor=$!
+    monitor=$!
     sleep 1
     ask_shop vm >/dev/null
     kill "$monitor" 2>/dev/null || true
     wait "$monitor" 2>/dev/null || true
-    grep -m 1 "$VM_ADDRESS" "$lines" | sed 's/^/    /' || echo "    (no event was seen)"
+    grep -m 1 "$VM_ADDRESS" "$lines" || true
     rm -f "$lines"
+}
+
+explain() {
+    local drop numbers
+    drop=$(drop_while_vm_tries)
+    [ -n "$drop" ] || die "the monitor saw no drop"
+    printf '  $ holdfast monitor -t drop\n    %s\n' "$drop"
+    numbers=$(printf '%s' "$drop" | sed -n 's/.*identity \([0-9]*\)->\([0-9]*\).*/\1 \2/p')
+    for number in $numbers; do typed "$COMMAND" identity get "$number"; done
+    echo "  The first is the VM, the second the shop; the shop's policy names only app=till."
 }
 
 remove() {
@@ -110,13 +120,12 @@ expect till allowed
 expect vm denied
 
 title "4. Why: the kernel's own words"
-drops_while_vm_tries
-typed "$COMMAND" identity list
+explain
 
 title "5. The VM is let in by its identity"
 typed "$COMMAND" policy apply -f "$DEMO/legacy.yaml"
 sleep 1
 expect vm allowed
 
-title "Done in $SECONDS s."
+title "Done in $SECONDS s"
 [ "${1:-}" = --keep ] || echo "Everything of the demo is removed again (compose/demo/demo.sh --keep leaves it)."

@@ -36,3 +36,5 @@ build() {
 DIGEST=$(sources_digest)
 build etcd "$ETCD_IMAGE"
 build agent "$AGENT_IMAGE"
+# What these names pointed to before; intermediate stages stay, they are the cache.
+docker image prune --force --filter "label=$LABEL" >/dev/null

@@ -17,9 +17,10 @@ STATE_DIR=${HOLDFAST_STATE_DIR:-$REPO/compose/all-in-one/state}
 BASE_IMAGE=debian:bookworm-slim
 AGENT_IMAGE=${HOLDFAST_IMAGE:-holdfast/agent:latest}
 ETCD_IMAGE=${HOLDFAST_ETCD_IMAGE:-holdfast/etcd:latest}
-STARTED=$SECONDS
+# One clock for all steps of a chore.
+export HOLDFAST_STARTED=${HOLDFAST_STARTED:-$EPOCHSECONDS}
 
-say() { printf '[%3ds] %s\n' $((SECONDS - STARTED)) "$*" >&2; }
+say() { printf '[%3ds] %s\n' $((EPOCHSECONDS - HOLDFAST_STARTED)) "$*" >&2; }
 
 die() {
     printf 'error: %s\n' "$*" >&2

@@ -121,6 +121,15 @@ def test_files_are_valid_for_both_composes(version: int, role: str) -> None:
     run([*compose_command(version), "--file", str(path), "config", "--quiet"], environment=dict(os.environ))
 
 
+def test_demo_shows_an_allowed_and_a_denied_flow(bare: DockerHost) -> None:
+    demo = str(REPO / "compose" / "demo" / "demo.sh")
+    shown = bare.exec(demo, timeout=UP_SECONDS, environment=environment(bare)).stdout
+    assert "denied" in shown
+    assert "Policy denied" in shown
+    assert bare.engine.containers("com.docker.compose.project=holdfast-demo") == []
+    assert "holdfast-demo-vm" not in bare.exec("ip", "netns").stdout
+
+
 def test_down_leaves_what_is_pinned_and_up_comes_back(bare: DockerHost) -> None:
     pins = bare.exec("find", "/sys/fs/bpf", "-type", "f").stdout.split()
     assert pins
