@@ -27,7 +27,7 @@ static __always_inline void parties_ingress(struct parties *who, __u32 remote)
 {
 	*who = (struct parties){
 		.source = remote,
-		.destination = config.identity,
+		.destination = own_identity,
 		.receiver = config.endpoint_id,
 	};
 }
@@ -54,7 +54,7 @@ static __always_inline int forward(struct __sk_buff *ctx, const struct addresses
 	if (to && to->flags & ENDPOINT_IS_HOST)
 		point = TRACE_TO_HOST;
 	else if (to && l3_hop(ctx, family))
-		return deliver_local(ctx, to, config.identity);
+		return deliver_local(ctx, to, own_identity);
 	return to_stack(ctx, point, who);
 }
 
@@ -81,7 +81,7 @@ static __always_inline int egress(struct __sk_buff *ctx, enum family family, str
 SEC("tc")
 int from_endpoint(struct __sk_buff *ctx)
 {
-	struct parties who = {.source = config.identity};
+	struct parties who = {.source = own_identity};
 	int ret = -DROP_UNSUPPORTED_L3;
 
 	packet_gather(ctx);

@@ -21,7 +21,6 @@ struct config {
 	union address ipv6;
 	union address gateway; /* who answers ARP; it is nobody's address */
 	__u32 endpoint_id;
-	__u32 identity;
 	__u32 ifindex; /* of the host-side veth */
 	__u32 aggregation;
 	__u32 payload_length;	/* bytes of a packet that an event carries, at most EVENT_PAYLOAD */
@@ -36,3 +35,7 @@ struct config {
 };
 
 volatile const struct config config SEC(".rodata.config") = {};
+
+/* The endpoint's own identity is no constant: it is known later than the interface, and moves when labels
+ * do.  User space writes the word while the programs run, instead of loading them anew. */
+#define IDENTITY_SECTION ".data.identity"

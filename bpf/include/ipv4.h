@@ -114,12 +114,12 @@ static __always_inline int ipv4_recall_fragment(struct __sk_buff *ctx, const str
 	return 0;
 }
 
-static __always_inline int ipv4_load_icmp(struct __sk_buff *ctx, __u32 off)
+static __always_inline int ipv4_load_icmp(struct __sk_buff *ctx, __u32 off, __u32 length)
 {
 	const struct icmp_header *icmp = packet_at(ctx, off, sizeof(*icmp));
 	__be16 sport, dport;
 
-	if (!icmp)
+	if (!icmp || length < sizeof(*icmp))
 		return -DROP_CT_INVALID_HEADER;
 	icmp_ports(icmp->type, icmp->echo_id, &sport, &dport);
 	flow_set(ctx, sport, sport);
@@ -129,11 +129,12 @@ static __always_inline int ipv4_load_icmp(struct __sk_buff *ctx, __u32 off)
 	return 0;
 }
 
-static __always_inline int ipv4_load_ports(struct __sk_buff *ctx, __u32 off, bool tcp)
+static __always_inline int ipv4_load_ports(struct __sk_buff *ctx, __u32 off, __u32 length, bool tcp)
 {
-	const __u8 *l4 = packet_at(ctx, off, tcp ? TCP_FLAGS_AT + 1 : 8);
+	const __u32 needed = tcp ? TCP_FLAGS_AT + 1 : 8;
+	const __u8 *l4 = packet_at(ctx, off, needed);
 
-	if (!l4)
+	if (!l4 || length < needed)
 		return -DROP_CT_INVALID_HEADER;
 	flow_set(ctx, sport, *(const __be16 *)l4);
 	flow_set(ctx, dport, *(const __be16 *)(l4 + 2));
@@ -142,22 +143,25 @@ static __always_inline int ipv4_load_ports(struct __sk_buff *ctx, __u32 off, boo
 	return 0;
 }
 
-static __always_inline int ipv4_load_l4(struct __sk_buff *ctx, __u32 off, __u8 proto)
+/* ipv4_load_l4 reads the L4 header at `off`; `length`: bytes that the IP header says are there, because a
+ * frame may be padded with anything. */
+static __always_inline int ipv4_load_l4(struct __sk_buff *ctx, __u32 off, __u32 length, __u8 proto)
 {
 	switch (proto) {
 	case IPPROTO_TCP:
-		return ipv4_load_ports(ctx, off, true);
+		return ipv4_load_ports(ctx, off, length, true);
 	case IPPROTO_UDP:
 	case IPPROTO_SCTP:
-		return ipv4_load_ports(ctx, off, false);
+		return ipv4_load_ports(ctx, off, length, false);
 	case IPPROTO_ICMP:
-		return ipv4_load_icmp(ctx, off);
+		return ipv4_load_icmp(ctx, off, length);
 	default:
 		return -DROP_CT_UNKNOWN_L4;
 	}
 }
 
-static __always_inline int ipv4_parse_fragment(struct __sk_buff *ctx, const struct iphdr *ip, __u32 off, bool later)
+static __always_inline int ipv4_parse_fragment(struct __sk_buff *ctx, const struct iphdr *ip, __u32 off,
+					       __u32 length, bool later)
 {
 	struct ipv4_frag_id key __attribute__((aligned(8)));
 	int ret;
@@ -165,7 +169,7 @@ static __always_inline int ipv4_parse_fragment(struct __sk_buff *ctx, const stru
 	ipv4_fragment_key(&key, ip);
 	if (later)
 		return ipv4_recall_fragment(ctx, &key);
-	ret = ipv4_load_l4(ctx, off, key.proto);
+	ret = ipv4_load_l4(ctx, off, length, key.proto);
 	if (!ret && config.track_fragments)
 		ipv4_remember_fragment(ctx, &key);
 	return ret;
@@ -174,18 +178,19 @@ static __always_inline int ipv4_parse_fragment(struct __sk_buff *ctx, const stru
 static __always_inline int ipv4_parse_l4(struct __sk_buff *ctx)
 {
 	const struct iphdr *ip = packet_at(ctx, ETH_HLEN, sizeof(*ip));
-	__u32 off;
+	__u32 off, length;
 
 	if (unlikely(!ip))
 		return -DROP_INVALID;
 	off = ETH_HLEN + ip->ihl * 4;
+	length = bpf_ntohs(ip->tot_len) - ip->ihl * 4; /* of one larger than its field: wraps, is large */
 	flow_set(ctx, proto, ip->protocol);
 	flow_set(ctx, tcp_flags, 0);
 	flow_set(ctx, traits, 0);
 	flow_set(ctx, l4_off, off);
 	if (unlikely(ip->frag_off & bpf_htons(IPV4_FRAGMENT_OFFSET | IPV4_MORE_FRAGMENTS)))
-		return ipv4_parse_fragment(ctx, ip, off, ip->frag_off & bpf_htons(IPV4_FRAGMENT_OFFSET));
-	return ipv4_load_l4(ctx, off, ip->protocol);
+		return ipv4_parse_fragment(ctx, ip, off, length, ip->frag_off & bpf_htons(IPV4_FRAGMENT_OFFSET));
+	return ipv4_load_l4(ctx, off, length, ip->protocol);
 }
 
 /* ipv4_embedded_key makes the tuple of the packet that an ICMP error is about, from its header and eight

@@ -15,6 +15,8 @@
 /* Stands for the endpoint's own cilium_policy_<id>. */
 MAP(cilium_policy, BPF_MAP_TYPE_HASH, struct policy_key, struct policy_entry, 16384, 0);
 
+volatile __u32 own_identity SEC(IDENTITY_SECTION) = 0;
+
 /* policy_port is what stands in the key's port: ICMP has its type there, in the upper byte. */
 static __always_inline __be16 policy_port(struct __sk_buff *ctx)
 {
@@ -98,7 +100,7 @@ static __always_inline int judge(struct __sk_buff *ctx, const struct addresses *
 		flow_mark(ctx, FLOW_REPORT);
 		if (flow_get(ctx, traits) & FLOW_ICMP_ERROR) /* begins nothing */
 			return 0;
-		return ct_create(ctx, dir, dir == EGRESS ? config.identity : remote);
+		return ct_create(ctx, dir, dir == EGRESS ? own_identity : remote);
 	}
 	if (dir == EGRESS && entry->from_stack)
 		flow_mark(ctx, FLOW_FROM_STACK);

@@ -69,7 +69,7 @@ def model(frame: bytes) -> int:
         return 175
     if protocol not in NEEDED:
         return 137
-    return 135 if len(packet) < header + NEEDED[protocol] else 0
+    return 135 if total < header + NEEDED[protocol] else 0
 
 
 def drops(host: Lab) -> dict[tuple[int, int], int]:

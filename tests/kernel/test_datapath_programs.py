@@ -342,6 +342,9 @@ def test_options_move_the_ports(host: Lab) -> None:
         pytest.param(frames.ethernet(frames.ipv4(A, VM, 6, bytes(20), total=99)), 134, id="total too long"),
         pytest.param(frames.ethernet(frames.ipv4(A, VM, 6, bytes(20), total=19)), 134, id="total too short"),
         pytest.param(frames.ethernet(frames.ipv4(A, VM, 6, bytes(13))), 135, id="cut TCP"),
+        pytest.param(
+            frames.ethernet(frames.ipv4(A, VM, 6, bytes(20), total=33)), 135, id="TCP in the padding"
+        ),
         pytest.param(frames.ethernet(frames.ipv4(A, VM, 17, bytes(7))), 135, id="cut UDP"),
         pytest.param(frames.ethernet(frames.ipv4(A, VM, 1, bytes(7))), 135, id="cut ICMP"),
         pytest.param(frames.ethernet(frames.ipv4(A, VM, 47, bytes(20))), 137, id="GRE"),
