@@ -5,24 +5,35 @@
     <state-dir>/networks/<id>.json       a Network of the driver
     <state-dir>/node.json                the node's pool and name
 
-Each file is written whole and private (0600).  A damaged one is set aside and reported; it never stops
-the start.  Blocking file work is a millisecond; callers run it in a thread.
+Each file is written whole and private (0600).  One that is damaged, or that holds what this agent can
+never have written (an interface that is not an endpoint's, say: it would be deleted one day), is set aside
+and reported; it never stops the start.  Blocking file work is a millisecond; callers run it in a thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 from loguru import logger
 
-from agent.endpoint import Endpoint
+from agent.endpoint import ENDPOINT_ID_MAX, Endpoint
+from agent.errors import CheckpointDamaged
+from core.errors import HoldfastError, shorten
 from core.files import set_aside, write_atomic
+from datapath.devices import host_name, temporary_name
+from identity.labels import Labels
 
 VERSION = 1
 T = TypeVar("T", bound=msgspec.Struct)
+
+# What the engine calls a network; also the name of our file, so nothing that could leave the directory.
+_NETWORK_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,127}")
+_MAC = re.compile(r"([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}")
 
 
 class Network(msgspec.Struct, frozen=True):
@@ -40,6 +51,7 @@ class Node(msgspec.Struct, frozen=True, omit_defaults=True):
     pool: str
     version: int = VERSION
     last_endpoint_id: int = 0
+    last_address: str = ""  # the one handed out last: the next one follows it
     local_identities: dict[str, int] = {}
     lease: int = 0
 
@@ -55,8 +67,16 @@ class Checkpoint:
             each.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def endpoints(self) -> list[Endpoint]:
-        """Return every endpoint that can be read."""
-        return list(_read_all(self._endpoints, Endpoint))
+        """Return every endpoint that can be read and used, in order of number; no address comes twice."""
+        found: dict[str, Endpoint] = {}
+
+        def check(path: Path, endpoint: Endpoint) -> None:
+            check_endpoint(endpoint)
+            _require(path == self._endpoint_path(endpoint.id), f"endpoint {endpoint.id} is not of this name")
+            other = found.setdefault(endpoint.ipv4, endpoint)
+            _require(other is endpoint, f"address {endpoint.ipv4} is endpoint {other.id}'s as well")
+
+        return list(_read_all(self._endpoints, Endpoint, check))
 
     def save_endpoint(self, endpoint: Endpoint) -> None:
         # Not flushed: after a power cut no endpoint exists any more, whatever the file says.
@@ -66,16 +86,16 @@ class Checkpoint:
         self._endpoint_path(endpoint_id).unlink(missing_ok=True)
 
     def networks(self) -> list[Network]:
-        return list(_read_all(self._networks, Network))
+        return list(_read_all(self._networks, Network, _check_network))
 
     def save_network(self, network: Network) -> None:
-        write_atomic(self._networks / f"{network.id}.json", msgspec.json.encode(network))
+        write_atomic(self._network_path(network.id), msgspec.json.encode(network))
 
     def drop_network(self, network_id: str) -> None:
-        (self._networks / f"{network_id}.json").unlink(missing_ok=True)
+        self._network_path(network_id).unlink(missing_ok=True)
 
     def node(self) -> Node | None:
-        return _read(self.directory / "node.json", Node)
+        return _read(self.directory / "node.json", Node, _check_node)
 
     def save_node(self, node: Node) -> None:
         write_atomic(self.directory / "node.json", msgspec.json.encode(node))
@@ -83,19 +103,83 @@ class Checkpoint:
     def _endpoint_path(self, endpoint_id: int) -> Path:
         return self._endpoints / f"{endpoint_id:05d}.json"
 
+    def _network_path(self, network_id: str) -> Path:
+        """Raises CheckpointDamaged for an id that can not be a file's name."""
+        _require(_NETWORK_ID.fullmatch(network_id) is not None, f"{shorten(network_id)} is no network's id")
+        return self._networks / f"{network_id}.json"
 
-def _read_all(directory: Path, kind: type[T]) -> Iterator[T]:
+
+# --- what a record must be: each raises HoldfastError or ValueError
+
+
+def check_endpoint(endpoint: Endpoint) -> None:
+    """Raise CheckpointDamaged, LabelError or ValueError for a record that this agent can not have written."""
+    _require(0 < endpoint.id <= ENDPOINT_ID_MAX, f"endpoint number {endpoint.id} is not in 1..65535")
+    IPv4Address(endpoint.ipv4)
+    for mac in (endpoint.mac, endpoint.node_mac):
+        _require(_MAC.fullmatch(mac) is not None, f"{shorten(mac)} is no MAC address")
+    names = (host_name(endpoint.id), temporary_name(endpoint.id))
+    given = (endpoint.interface, endpoint.peer)
+    _require(given == names, f"interfaces {shorten(given)} are not those of endpoint {endpoint.id}")
+    _require(not endpoint.identity or bool(endpoint.labels), "it has an identity but no labels")
+    _require(0 <= endpoint.identity < 1 << 32, f"identity {endpoint.identity} is out of range")
+    for labels in filter(None, (endpoint.labels, endpoint.all_labels)):
+        Labels.parse(labels)
+
+
+def _check_network(_: Path, network: Network) -> None:
+    _require(_NETWORK_ID.fullmatch(network.id) is not None, f"{shorten(network.id)} is no network's id")
+    if network.subnet:
+        IPv4Network(network.subnet)
+
+
+def _check_node(path: Path, node: Node) -> None:
+    _require(bool(node.name), "the node has no name")
+    _require(IPv4Network(node.pool).prefixlen <= 29, f"pool {node.pool} is smaller than a /29")
+    _require(node.last_endpoint_id >= 0 and 0 <= node.lease < 1 << 63, "a number is out of range")
+    if node.last_address:
+        IPv4Address(node.last_address)
+    if node.version > VERSION:
+        # Fields may be added, never change their meaning: what is known here can be used.
+        logger.warning("checkpoint {} was written by a newer version ({})", path, node.version)
+
+
+def _require(right: bool, reason: str) -> None:
+    if not right:
+        raise CheckpointDamaged(reason)
+
+
+# --- reading
+
+Check = Callable[[Path, T], None]
+
+
+def _read_all(directory: Path, kind: type[T], check: Check[T]) -> Iterator[T]:
     for path in sorted(directory.glob("*.json")):
-        record = _read(path, kind)
+        record = _read(path, kind, check)
         if record is not None:
             yield record
 
 
-def _read(path: Path, kind: type[T]) -> T | None:
+def _read(path: Path, kind: type[T], check: Check[T]) -> T | None:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        record = msgspec.json.decode(path.read_bytes(), type=kind)
+        check(path, record)
+        return record
     except FileNotFoundError:
         return None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        logger.error("checkpoint {} is damaged ({}); kept as {}", path, error, set_aside(path))
+    except OSError as error:
+        logger.error("checkpoint {} can not be read: {}", path, error.strerror)
         return None
+    except (msgspec.DecodeError, HoldfastError, ValueError) as error:
+        _report(path, error)
+        return None
+
+
+def _report(path: Path, error: Exception) -> None:
+    try:
+        kept = set_aside(path)
+    except OSError as problem:
+        logger.error("checkpoint {} is damaged ({}) and stays in place: {}", path, error, problem.strerror)
+        return
+    logger.error("checkpoint {} is damaged ({}); kept as {}", path, error, kept)

@@ -8,7 +8,8 @@ AgentError
 ├── PoolExhausted      no address is left in the node's pool
 ├── AddressTaken       an address that was asked for belongs to another endpoint
 ├── EndpointNotFound   an endpoint number that this host does not have
-└── EndpointRefused    an endpoint that can not be made as it was asked for
+├── EndpointRefused    an endpoint that can not be made as it was asked for
+└── CheckpointDamaged  a record in the state directory that this agent can not have written
 """
 
 from __future__ import annotations
@@ -46,3 +47,7 @@ class EndpointNotFound(AgentError):
 
 class EndpointRefused(AgentError):
     """Raised when an endpoint can not be made from what was given."""
+
+
+class CheckpointDamaged(AgentError):
+    """Raised for a checkpoint's record that must not be used; its text says what is wrong with it."""

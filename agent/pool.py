@@ -38,6 +38,16 @@ class Pool:
         """Undo `exclude`."""
         self._excluded.discard(subnet)
 
+    def resume_after(self, address: IPv4Address) -> None:
+        """Go on behind an address that was handed out before a restart."""
+        if self._first <= int(address) < self._last:
+            self._next = int(address) + 1
+
+    @property
+    def last(self) -> IPv4Address:
+        """Return the address that rotation reached last; a checkpoint keeps it."""
+        return IPv4Address(self._next - 1 if self._next > self._first else self._last)
+
     @property
     def router(self) -> IPv4Address:
         """Return the node's own address inside the pool."""
@@ -59,8 +69,10 @@ class Pool:
             if candidate not in self._users and not any(candidate in each for each in self._excluded):
                 self._users[candidate] = user
                 return candidate
+        assigned = f"; the engine assigns those of {', '.join(map(str, self._excluded))}"
         raise PoolExhausted(
-            f"no free address in pool {self.network}: all {self.capacity} are in use",
+            f"no free address in pool {self.network}: {self.used} of {self.capacity} are in use"
+            f"{assigned if self._excluded else ''}",
             hint="remove endpoints or configure a larger ipv4-range",
         )
 
