@@ -15,13 +15,16 @@ from typing import Any
 
 import pytest
 
-from tests.engine.test_agent_flows import DIRECTIONS, PROTOCOLS, element, passes, rule
 from tests.support.agent import ETCD_PORT, POOL
 from tests.support.host import run, wait_for
-from tests.support.places import PORTS, Neighbour, Place
+from tests.support.places import PORTS, Neighbour, Place, passes
+from tests.support.rules import element, rule
 from tests.support.site import Site
 from tests.support.traffic import TCP, UDP, serving
 from tests.support.vectors import Entry, etcd_dump
+
+PROTOCOLS = ("TCP", "UDP", "ICMP")
+DIRECTIONS = ("ingress", "egress")
 
 VECTORS = "with-external-vm.txt"
 NUMBER = 4242
