@@ -109,19 +109,24 @@ static __always_inline bool ct_reopens(struct __sk_buff *ctx, const struct ct_en
 	return flow_opens_tcp(ctx) && (entry->rx_closing || entry->tx_closing);
 }
 
+static __always_inline void ct_turn(struct __sk_buff *ctx, struct ipv4_ct_tuple *key)
+{
+	ct_reverse(key);
+	flow_set(ctx, reply, flow_get(ctx, reply) ^ 1);
+}
+
 /* ct_find_either looks a packet up in its own direction and as a reply; flow.reply says which it was. */
 static __always_inline struct ct_entry *ct_find_either(struct __sk_buff *ctx, struct ipv4_ct_tuple *key)
 {
 	struct ct_entry *entry;
 
-	flow_set(ctx, reply, !flow_opens_tcp(ctx) && bpf_ntohs(key->sport) < bpf_ntohs(key->dport));
-	if (flow_get(ctx, reply))
-		ct_reverse(key);
+	flow_set(ctx, reply, 0);
+	if (!flow_opens_tcp(ctx) && bpf_ntohs(key->sport) < bpf_ntohs(key->dport))
+		ct_turn(ctx, key);
 	entry = ct_find(ctx, key, is_tcp(ctx));
 	if (entry || flow_opens_tcp(ctx))
 		return entry;
-	flow_set(ctx, reply, !flow_get(ctx, reply));
-	ct_reverse(key);
+	ct_turn(ctx, key);
 	return ct_find(ctx, key, is_tcp(ctx));
 }
 
@@ -169,19 +174,17 @@ static __always_inline __u32 ct_timeout(struct __sk_buff *ctx, const struct ct_e
 }
 
 /* ct_follow moves the TCP state on.  A reset closes both ways; packets that still come (a forged reset
- * ends nothing) keep the entry alive for the short timeout each. */
+ * ends nothing) keep the entry alive for the short timeout each.  In arithmetic, not in branches, because
+ * each of those is a way more for the verifier. */
 static __always_inline void ct_follow(struct __sk_buff *ctx, struct ct_entry *entry, enum direction dir)
 {
-	__u8 flags = flow_get(ctx, tcp_flags);
+	__u32 flags = flow_get(ctx, tcp_flags);
+	__u32 reset = flags / TCP_RST & 1;
+	__u32 ends = (flags / TCP_FIN & 1) | reset;
 
-	if (!(flags & TCP_SYN) && !entry->seen_non_syn)
-		entry->seen_non_syn = 1;
-	if (likely(!(flags & (TCP_FIN | TCP_RST))))
-		return;
-	if (dir == INGRESS || flow_get(ctx, tcp_flags) & TCP_RST)
-		entry->rx_closing = 1;
-	if (dir == EGRESS || flow_get(ctx, tcp_flags) & TCP_RST)
-		entry->tx_closing = 1;
+	entry->seen_non_syn |= ~flags / TCP_SYN & 1;
+	entry->rx_closing |= dir == INGRESS ? ends : reset;
+	entry->tx_closing |= dir == EGRESS ? ends : reset;
 }
 
 /* ct_report decides whether this packet is worth a trace event, and remembers that it was. */
@@ -212,13 +215,9 @@ static __always_inline void ct_account(struct ct_entry *entry, enum direction di
 /* ct_update carries a packet into its entry. */
 static __always_inline void ct_update(struct __sk_buff *ctx, struct ct_entry *entry, enum direction dir)
 {
-	__u32 lifetime;
-
 	ct_account(entry, dir, ctx->len);
 	ct_follow(ctx, entry, dir);
-	lifetime = flow_get(ctx, now) + ct_timeout(ctx, entry);
-	if (entry->lifetime != lifetime)
-		entry->lifetime = lifetime;
+	entry->lifetime = flow_get(ctx, now) + ct_timeout(ctx, entry);
 	ct_report(ctx, entry, dir);
 }
 

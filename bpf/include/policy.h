@@ -75,12 +75,16 @@ SEPARATE int judge_by_policy(struct __sk_buff *ctx, __u32 direction, __u32 remot
 	enum policy_match match;
 	int ret = policy_decide(ctx, remote, direction, &match);
 
-	if (unlikely(ret < 0) && flow_get(ctx, state) == CT_ESTABLISHED && ct_is_reply(ctx, direction)) {
+	if (likely(ret == 0)) {
+		if (flow_get(ctx, state) == CT_NEW)
+			notify_verdict(ctx, remote, direction, 0, match);
+		return 0;
+	}
+	if (flow_get(ctx, state) == CT_ESTABLISHED && ct_is_reply(ctx, direction)) {
 		flow_set(ctx, state, CT_REPLY);
 		return 0;
 	}
-	if (unlikely(ret < 0 || flow_get(ctx, state) == CT_NEW))
-		notify_verdict(ctx, remote, direction, ret, match);
+	notify_verdict(ctx, remote, direction, ret, match);
 	return ret;
 }
 
@@ -102,10 +106,10 @@ static __always_inline int judge(struct __sk_buff *ctx, const struct addresses *
 			return 0;
 		return ct_create(ctx, dir, dir == EGRESS ? own_identity : remote);
 	}
-	if (dir == EGRESS && entry->from_stack)
-		flow_mark(ctx, FLOW_FROM_STACK);
-	if (dir == INGRESS && flow_get(ctx, traits) & FLOW_VIA_STACK && !entry->from_stack)
-		entry->from_stack = 1;
+	if (dir == EGRESS)
+		flow_mark(ctx, entry->from_stack * FLOW_FROM_STACK);
+	else
+		entry->from_stack |= flow_get(ctx, traits) / FLOW_VIA_STACK & 1;
 	ct_update(ctx, entry, dir);
 	return 0;
 }
