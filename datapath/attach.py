@@ -94,7 +94,7 @@ class Attacher:
         """Remove our filters and, when nobody else has any, the hooks themselves."""
         for hook in Hook:
             await self.detach(ifindex, hook)
-        if not await self.filters(ifindex):
+        if not [message for hook in Hook for message in await self._dump(ifindex, hook)]:
             with contextlib.suppress(AttachError):  # there were no hooks
                 await self._netlink.request(
                     f"remove clsact of device {ifindex}",

@@ -89,6 +89,18 @@ async def test_filters_of_others_stay(netns: Netns, attacher: Attacher, host: La
     assert "clsact" in netns.run("tc", "qdisc", "show", "dev", DEVICE)
 
 
+async def test_hooks_stay_for_filters_of_another_kind(netns: Netns, attacher: Attacher, host: Lab) -> None:
+    device = index(netns)
+    netns.run("tc", "qdisc", "add", "dev", DEVICE, "clsact")
+    theirs = ("protocol", "ip", "pref", "50", "u32", "match", "u32", "0", "0", "flowid", "1:1")
+    netns.run("tc", "filter", "add", "dev", DEVICE, "egress", *theirs)
+    before = shown(netns, "egress")
+    assert "u32" in before
+    await attacher.attach(device, Hook.EGRESS, host.programs[1]["to_endpoint"], "to_endpoint")
+    await attacher.release(device)
+    assert shown(netns, "egress") == before
+
+
 async def test_release_leaves_nothing_of_ours(netns: Netns, attacher: Attacher, host: Lab) -> None:
     device = index(netns)
     for hook in Hook:
