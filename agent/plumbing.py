@@ -3,14 +3,15 @@
 
 An endpoint that is connected has, in this order: a policy map (empty at first: everything is denied), a
 veth pair, its programs on the host side, its place in the endpoint map and a host route.  A new identity
-is a reload of the programs, which replaces them without a gap.  Everything is idempotent: a restarted
+is one word that the running programs read.  Everything is idempotent: a restarted
 agent runs through the same code and finds most of it in place.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,11 +29,16 @@ from datapath.records import ENDPOINT_IS_HOST, LxcEntry
 from datapath.routes import EndpointRoute, Routes
 from policy.model import PolicyEntry, PolicyKey
 
+# Several changes of one start come within milliseconds; a refresh comes after half an hour and looks again.
+TRUSTED_S = 60.0
+
 
 class Programs(Protocol):
     """Loads and attaches an endpoint's programs (agent.programs)."""
 
     async def load(self, endpoint: Endpoint, ifindex: int, policy_map: PolicyMap) -> None: ...
+
+    def set_identity(self, endpoint_id: int, identity: int) -> None: ...
 
     async def attached(self, ifindex: int) -> bool: ...
 
@@ -47,6 +53,21 @@ class Place:
     mtu: int
     node_ip: str
     pool: str
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What was put into the kernel for an endpoint, and until when (monotonic s) nobody looks again."""
+
+    ifindex: int
+    identity: int
+    ipv4: str
+    mac: str
+    trusted_until: float
+
+    def stands(self, endpoint: Endpoint) -> bool:
+        same = (self.ipv4, self.mac) == (endpoint.ipv4, endpoint.mac)
+        return same and time.monotonic() < self.trusted_until
 
 
 class PolicyMapStore:
@@ -107,8 +128,7 @@ class EndpointTarget:
         self._lxc = lxc
         self._policy_maps = policy_maps
         self._programs = programs
-        # endpoint id → (address, what its programs were loaded with)
-        self._loaded: dict[int, tuple[str, tuple[int, int]]] = {}
+        self._placed: dict[int, Placed] = {}
 
     async def update(self, items: Sequence[tuple[int, Endpoint]]) -> Mapping[int, Exception]:
         failed: dict[int, Exception] = {}
@@ -125,9 +145,9 @@ class EndpointTarget:
     async def delete(self, keys: Sequence[int]) -> Mapping[int, Exception]:
         failed: dict[int, Exception] = {}
         for endpoint_id in keys:
-            address, _ = self._loaded.get(endpoint_id, ("", (0, 0)))
+            placed = self._placed.get(endpoint_id)
             try:
-                await self._disconnect(endpoint_id, address, "")
+                await self._disconnect(endpoint_id, placed.ipv4 if placed else "", "")
             except (HoldfastError, OSError) as error:
                 failed[endpoint_id] = error
         return failed
@@ -153,6 +173,11 @@ class EndpointTarget:
         return removed
 
     async def _connect(self, endpoint: Endpoint) -> None:
+        """Put an endpoint in place; what was put or looked at a moment ago only gets its identity."""
+        placed = self._placed.get(endpoint.id)
+        if placed is not None and placed.stands(endpoint):
+            self._identify(endpoint, placed)
+            return
         policy_map = self._policy_maps.get(endpoint.id)
         device = await self._device(endpoint)
         await self._load(endpoint, device, policy_map)
@@ -161,11 +186,20 @@ class EndpointTarget:
         await self._routes.upsert(
             EndpointRoute(endpoint.ipv4, device.index, endpoint.mac, self._place.node_ip)
         )
+        identity = endpoint.enforced_identity
+        self._placed[endpoint.id] = Placed(
+            device.index, identity, endpoint.ipv4, endpoint.mac, time.monotonic() + TRUSTED_S
+        )
+
+    def _identify(self, endpoint: Endpoint, placed: Placed) -> None:
+        if placed.identity != endpoint.enforced_identity:
+            self._programs.set_identity(endpoint.id, endpoint.enforced_identity)
+            self._placed[endpoint.id] = replace(placed, identity=endpoint.enforced_identity)
 
     async def _device(self, endpoint: Endpoint) -> Device:
         """Return the host side of the pair; a lost pair can only be made again before it was handed over."""
         device = await self._devices.find(endpoint.interface)
-        if device is not None and (endpoint.handed_over or endpoint.id in self._loaded):
+        if device is not None and (endpoint.handed_over or endpoint.id in self._placed):
             return device
         if endpoint.handed_over:
             raise DeviceError(
@@ -178,10 +212,11 @@ class EndpointTarget:
         return pair.host
 
     async def _load(self, endpoint: Endpoint, device: Device, policy_map: PolicyMap) -> None:
-        wanted = (endpoint.enforced_identity, device.index)
-        _, loaded = self._loaded.get(endpoint.id, ("", (0, 0)))
-        if loaded == wanted and await self._programs.attached(device.index):
-            return
+        placed = self._placed.get(endpoint.id)
+        if placed is not None and placed.ifindex == device.index:
+            self._identify(endpoint, placed)
+            if await self._programs.attached(device.index):
+                return
         try:
             with metrics.ENDPOINT_REGENERATION_SECONDS.labels("bpfLoadProg", "success").time():
                 await self._programs.load(endpoint, device.index, policy_map)
@@ -189,7 +224,6 @@ class EndpointTarget:
             metrics.ENDPOINT_REGENERATIONS.labels("fail").inc()
             raise
         metrics.ENDPOINT_REGENERATIONS.labels("success").inc()
-        self._loaded[endpoint.id] = (endpoint.ipv4, wanted)
 
     async def _disconnect(self, endpoint_id: int, address: str, interface: str) -> None:
         """Take everything away; what is not there is fine."""
@@ -200,7 +234,7 @@ class EndpointTarget:
         if not await self._devices.delete(interface or host_name(endpoint_id)):
             logger.debug("endpoint {}: no interface to delete", endpoint_id)
         self._policy_maps.remove(endpoint_id)
-        self._loaded.pop(endpoint_id, None)
+        self._placed.pop(endpoint_id, None)
 
 
 def _raise_first(failed: Mapping[Any, DatapathError]) -> None:

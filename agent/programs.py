@@ -18,7 +18,7 @@ from datapath.attach import Attacher, Hook, attach_endpoint, remove_policy
 from datapath.bpffs import ensure_bpffs, raise_memlock
 from datapath.constants import Aggregation, DatapathOptions, EndpointConstants, netdev_constants
 from datapath.handle import MapHandle
-from datapath.loader import ENDPOINT_OBJECT, NETDEV_OBJECT, POLICY_MAP, Template
+from datapath.loader import ENDPOINT_OBJECT, NETDEV_OBJECT, POLICY_MAP, IdentityCell, Template
 from datapath.maps import CtMap, EventsLost, IpcacheMap, LxcMap, MetricsMap, MonitorFlag, PolicyMap, TunnelMap
 from datapath.mapspec import MapCatalogue, open_or_create
 from datapath.netlink import Netlink
@@ -88,6 +88,7 @@ class HostPrograms:
         self._endpoint = Template.read(objects / ENDPOINT_OBJECT)
         self._netdev = Template.read(objects / NETDEV_OBJECT)
         self._on_devices: dict[int, str] = {}
+        self._cells: dict[int, IdentityCell] = {}
 
     @classmethod
     def open(cls, config: Config) -> HostPrograms:
@@ -120,6 +121,12 @@ class HostPrograms:
         maps = self.maps.by_name() | {POLICY_MAP: policy_map.fd}
         with await asyncio.to_thread(self._endpoint.load, constants, maps) as programs:
             await attach_endpoint(self._attacher, ifindex, endpoint.id, programs, self.maps.call_policy.fd)
+            self._forget_cell(endpoint.id)
+            self._cells[endpoint.id] = programs.take_identity()
+
+    def set_identity(self, endpoint_id: int, identity: int) -> None:
+        """Give an endpoint's running programs another identity.  Raises MapError; KeyError if not loaded."""
+        self._cells[endpoint_id].set(identity)
 
     async def attached(self, ifindex: int) -> bool:
         """True when both of our filters are on a device."""
@@ -127,7 +134,13 @@ class HostPrograms:
 
     def unload(self, endpoint_id: int) -> None:
         """Make an endpoint unreachable for tail calls; its filters go with its device."""
+        self._forget_cell(endpoint_id)
         remove_policy(self.maps.call_policy.fd, endpoint_id)
+
+    def _forget_cell(self, endpoint_id: int) -> None:
+        cell = self._cells.pop(endpoint_id, None)
+        if cell is not None:
+            cell.close()
 
     # --- agent.keeper.NetdevPrograms
 

@@ -28,7 +28,6 @@ CONFIG = Layout(
         Field("ipv6", ADDRESS),
         Field("gateway", ADDRESS),
         Field("endpoint_id", U32),
-        Field("identity", U32),
         Field("ifindex", U32),
         Field("aggregation", U32),
         Field("payload_length", U32),
@@ -72,7 +71,10 @@ class DatapathOptions:
 
 @dataclass(frozen=True)
 class EndpointConstants:
-    """What the programs of one endpoint know; `ifindex` and `host_mac` are the host-side veth's."""
+    """What the programs of one endpoint know; `ifindex` and `host_mac` are the host-side veth's.
+
+    `identity` is only where they begin: `datapath.loader.IdentityCell` changes it while they run.
+    """
 
     endpoint_id: int
     identity: int
@@ -114,7 +116,6 @@ def _pack(constants: EndpointConstants) -> bytes:
         _address(constants.ipv6),
         _address(constants.gateway),
         constants.endpoint_id,
-        constants.identity,
         constants.ifindex,
         int(options.aggregation),
         options.payload_length,

@@ -43,6 +43,7 @@ _SIGNATURES = {
     "bpf_map__key_size": ("u", "o"),
     "bpf_map__value_size": ("u", "o"),
     "bpf_map__is_internal": ("b", "o"),
+    "bpf_map__fd": ("i", "o"),
     "bpf_map__reuse_fd": ("i", "oi"),
     "bpf_map__set_initial_value": ("i", "ooz"),
     "bpf_program__name": ("s", "o"),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from datapath.libbpf import checked, explain, library, opened
 ENDPOINT_OBJECT, NETDEV_OBJECT = "endpoint.o", "netdev.o"
 POLICY_MAP = "cilium_policy"  # in objects; user space gives the endpoint's own cilium_policy_<id>
 _CONFIG_SECTION = ".rodata.config"
+_IDENTITY_SECTION = ".data.identity"
 _BTF_KIND_STRUCT = 4
 
 
@@ -52,11 +54,39 @@ class _BtfMember(ctypes.Structure):
     _fields_ = (("name_off", ctypes.c_uint32), ("type", ctypes.c_uint32), ("offset", ctypes.c_uint32))
 
 
+class IdentityCell:
+    """The word that running programs read their endpoint's identity from; owns its descriptor."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def set(self, identity: int) -> None:
+        """Give the endpoint another identity, from the next packet on.  Raises MapError."""
+        syscall.map_update(self._fd, bytes(4), _word(identity), _IDENTITY_SECTION)
+
+    def close(self) -> None:
+        """Close the descriptor; the programs keep the word.  Closing twice is harmless."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
 class Programs:
-    """Loaded programs by name; this owns the descriptors, and what they are attached to keeps them alive."""
+    """Loaded programs by name; this owns the descriptors, and what they are attached to keeps them alive.
+
+    An endpoint's programs have an identity cell, which `take_identity` hands over to the caller.
+    """
 
     def __init__(self, fds: dict[str, int]) -> None:
         self._fds = fds
+        self._identity: IdentityCell | None = None
+
+    def take_identity(self) -> IdentityCell:
+        """Return the cell, the caller's from now on.  Raises LoadError for programs without one."""
+        if self._identity is None:
+            raise LoadError("these programs are of no endpoint: they have no identity")
+        cell, self._identity = self._identity, None
+        return cell
 
     def __getitem__(self, name: str) -> int:
         return self._fds[name]
@@ -76,6 +106,8 @@ class Programs:
         """Close every descriptor; closing twice is harmless."""
         while self._fds:
             os.close(self._fds.popitem()[1])
+        if self._identity is not None:
+            self.take_identity().close()
 
 
 @dataclass(frozen=True)
@@ -117,19 +149,22 @@ class Template:
         """
         values = constants.pack()
         try:
-            return self._load(values, maps)
+            return self._load(values, constants.identity, maps)
         except OSError as error:
             owner = f" for endpoint {constants.endpoint_id}" if constants.endpoint_id else ""
             what = f"load {self.name}.o{owner}"
-            raise explain(what, lambda: self._load(values, maps).close(), error) from error
+            raise explain(
+                what, lambda: self._load(values, constants.identity, maps).close(), error
+            ) from error
 
-    def _load(self, values: bytes, maps: Mapping[str, int]) -> Programs:
+    def _load(self, values: bytes, identity: int, maps: Mapping[str, int]) -> Programs:
         with self._open() as handle:
             for pointer, name in _maps(handle):
                 _give_map(pointer, name, maps)
-            _write_constants(handle, values)
+            _write_section(handle, _CONFIG_SECTION, values)
+            cell = _write_identity(handle, identity)
             checked(library().bpf_object__load(handle))
-            return _take_programs(handle)
+            return _take_programs(handle, cell)
 
     @contextmanager
     def _open(self) -> Iterator[int]:
@@ -167,21 +202,39 @@ def _give_map(pointer: int, name: str, maps: Mapping[str, int]) -> None:
     checked(lib.bpf_map__reuse_fd(pointer, maps[name]))
 
 
-def _write_constants(handle: int, values: bytes) -> None:
+def _write_section(handle: int, section: str, values: bytes) -> int:
     lib = library()
-    pointer = opened(lib.bpf_object__find_map_by_name(handle, _CONFIG_SECTION.encode()))
+    pointer = opened(lib.bpf_object__find_map_by_name(handle, section.encode()))
     checked(lib.bpf_map__set_initial_value(pointer, values, len(values)))
+    return int(pointer)
 
 
-def _take_programs(handle: int) -> Programs:
+def _write_identity(handle: int, identity: int) -> int:
+    """Write where an endpoint's programs begin; return the map, 0 for an object that has none."""
+    if not library().bpf_object__find_map_by_name(handle, _IDENTITY_SECTION.encode()):
+        return 0
+    return _write_section(handle, _IDENTITY_SECTION, _word(identity))
+
+
+def _word(number: int) -> bytes:
+    return number.to_bytes(4, sys.byteorder)
+
+
+def _take_programs(handle: int, cell: int) -> Programs:
     """Duplicate the descriptors: the object's own close with it."""
     lib, fds = library(), Programs({})
+    if cell:
+        fds._identity = IdentityCell(_duplicate(lib.bpf_map__fd(cell)))
     pointer = lib.bpf_object__next_program(handle, None)
     while pointer:
         name = lib.bpf_program__name(pointer).decode()
-        fds._fds[name] = fcntl.fcntl(lib.bpf_program__fd(pointer), fcntl.F_DUPFD_CLOEXEC, 3)
+        fds._fds[name] = _duplicate(lib.bpf_program__fd(pointer))
         pointer = lib.bpf_object__next_program(handle, pointer)
     return fds
+
+
+def _duplicate(fd: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
 
 
 def _config_offsets(handle: int) -> dict[str, int]:
