@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from datapath import constants, loader
+from datapath import constants, loader, testrun
 from datapath.constants import CONFIG, DatapathOptions, EndpointConstants, netdev_constants
 from datapath.errors import LoadError
 from datapath.layouts import U8, Field, Layout
 from datapath.loader import ENDPOINT_OBJECT, NETDEV_OBJECT, POLICY_MAP, Template
-from datapath.testrun import ACT_OK
+from datapath.testrun import ACT_OK, ACT_REDIRECT, ACT_SHOT
 from tests.support import frames
-from tests.support.bpflab import EGRESS, lab, template
+from tests.support.bpflab import EGRESS, INGRESS, lab, template
 
 CONSTANTS = EndpointConstants(1, 301, 1, IPv4Address("10.0.0.1"), "02:00:00:00:00:01")
 
@@ -34,19 +34,68 @@ def test_the_constants_table_equals_the_objects() -> None:
 def test_an_object_of_another_version_is_named_with_its_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     other = Layout("config", (*CONFIG.fields[:-1], Field("surprise", U8), Field("more", U8)))
     monkeypatch.setattr(loader, "CONFIG", other)
-    with pytest.raises(LoadError, match=r"surprise is at None, expected 95.*different versions"):
+    with pytest.raises(LoadError, match=r"surprise is at None, expected 91.*different versions"):
         template(ENDPOINT_OBJECT).check()
 
 
-def test_loading_leaves_nothing_open_but_the_programs() -> None:
+def test_loading_leaves_nothing_open_but_the_programs_and_their_identity() -> None:
     with lab(1) as host:
         made = template(ENDPOINT_OBJECT)
         maps = host.fds | {POLICY_MAP: host.policies[1].fd}
         before = open_descriptors()
         with made.load(CONSTANTS, maps) as programs:
             assert set(programs) == {"from_endpoint", "policy_ingress", "to_endpoint"}
-            assert open_descriptors() == before + 3
+            assert open_descriptors() == before + 4
         assert open_descriptors() == before
+
+
+def test_running_programs_take_another_identity_at_once() -> None:
+    """The sender's identity stands in the connection that its packet begins."""
+    with lab(1) as host:
+        host.allow(1, EGRESS)
+        maps = host.fds | {POLICY_MAP: host.policies[1].fd}
+        seen = []
+        with template(ENDPOINT_OBJECT).load(CONSTANTS, maps) as programs:
+            cell = programs.take_identity()
+            for port, identity in ((4000, CONSTANTS.identity), (4001, 70_000)):
+                cell.set(identity)
+                testrun.run(programs["from_endpoint"], frames.udp("10.0.0.1", "192.0.2.7", port, 53))
+                seen += [
+                    entry.source_identity
+                    for key, entry in host.connections().items()
+                    if key.source_port == port
+                ]
+            cell.close()
+    assert seen == [CONSTANTS.identity, 70_000]
+
+
+def test_the_hosts_own_programs_have_no_identity() -> None:
+    with (
+        lab(1) as host,
+        template(NETDEV_OBJECT).load(netdev_constants(DatapathOptions()), host.fds) as programs,
+        pytest.raises(LoadError, match="of no endpoint"),
+    ):
+        programs.take_identity()
+
+
+def test_an_identity_changes_under_running_programs() -> None:
+    with lab(1, 2) as host:
+        maps = host.fds | {POLICY_MAP: host.policies[1].fd}
+        with template(ENDPOINT_OBJECT).load(CONSTANTS, maps) as programs:
+            cell = programs.take_identity()
+            host.programs[1].close()
+            host.programs[1] = programs
+            host.allow(1, EGRESS)
+            host.allow(2, INGRESS, 900)
+            frame = frames.udp("10.0.0.1", "10.0.0.2", 4000, 53)
+            assert host.send(1, frame).verdict == ACT_SHOT
+            cell.set(900)
+            assert host.send(1, frame).verdict == ACT_REDIRECT
+            cell.set(901)
+            assert host.send(1, frame).verdict == ACT_SHOT
+            cell.close()
+        with pytest.raises(LoadError, match="of no endpoint"):
+            programs.take_identity()
 
 
 def test_a_missing_map_is_named() -> None:
