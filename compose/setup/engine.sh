@@ -10,6 +10,9 @@
 . "$(dirname "$0")/lib.sh"
 
 OWN_SOCKET=unix://$ENGINE_DIR/docker.sock
+# The private host's name, and so its node's: another directory is another host.
+PRIVATE_NAME=holdfast-ci
+[ -z "${HOLDFAST_ENGINE_DIR:-}" ] || PRIVATE_NAME=holdfast-$(printf '%s' "$ENGINE_DIR" | cksum | cut -d' ' -f1)
 
 answers() { DOCKER_HOST=$1 docker version >/dev/null 2>&1; }
 
@@ -56,11 +59,11 @@ start_private() {
     stop_private
     mkdir -p "$ENGINE_DIR"
     say "starting dockerd in a private host (CI is set): log $ENGINE_DIR/dockerd.log"
-    "$SETUP/private_host.sh" start "$ENGINE_DIR/host" holdfast-ci --uplink
+    "$SETUP/private_host.sh" start "$ENGINE_DIR/host" "$PRIVATE_NAME" --uplink
     rm -rf "$ENGINE_DIR/exec" "$ENGINE_DIR/dockerd.pid"
     setsid "$SETUP/private_host.sh" exec "$ENGINE_DIR/host" dockerd \
         --data-root "$ENGINE_DIR/data" --exec-root "$ENGINE_DIR/exec" --pidfile "$ENGINE_DIR/dockerd.pid" \
-        --host "$OWN_SOCKET" --cgroup-parent /holdfast-ci >>"$ENGINE_DIR/dockerd.log" 2>&1 </dev/null &
+        --host "$OWN_SOCKET" --cgroup-parent "/$PRIVATE_NAME" >>"$ENGINE_DIR/dockerd.log" 2>&1 </dev/null &
     wait_until 60 "the docker engine" answers "$OWN_SOCKET"
 }
 

@@ -90,9 +90,9 @@ enter() {
 
 stop() {
     local dir=$1 name
-    end_process "$dir/pid"
-    end_process "$dir/uplink.pid"
     name=$(cat "$dir/name" 2>/dev/null) || return 0
+    end_process "$dir/pid" "$name"
+    end_process "$dir/uplink.pid" "/run/netns/$name"
     ip netns del "$name" 2>/dev/null || true
     find /sys/fs/cgroup -depth -type d -path "*/$name/*" -exec rmdir {} \; 2>/dev/null || true
     find /sys/fs/cgroup -depth -type d -name "$name" -exec rmdir {} \; 2>/dev/null || true
@@ -100,15 +100,17 @@ stop() {
 }
 
 # SIGKILL, because the first process of a pid namespace ignores the polite ones; then wait until it is gone.
+# After a reboot the number may be somebody else's: only a process whose command line has the word $2 is meant.
 end_process() {
     local pid
     pid=$(cat "$1" 2>/dev/null) || return 0
+    rm -f "$1"
+    tr '\0' '\n' 2>/dev/null <"/proc/$pid/cmdline" | grep -qFx -- "$2" || return 0
     kill -KILL "$pid" 2>/dev/null || true
     for _ in $(seq 200); do
         [ -e "/proc/$pid" ] || break
         sleep 0.05
     done
-    rm -f "$1"
 }
 
 command=${1:-}
