@@ -7,6 +7,7 @@ Used by tests/engine and tests/chaos; needs root.
 
 from __future__ import annotations
 
+import base64
 import json
 import signal
 import sys
@@ -63,8 +64,8 @@ class AgentHost(DockerHost):
 
     def keys(self, prefix: str) -> dict[str, str]:
         """Return key → value below a prefix."""
-        lines = self.etcdctl("get", "--prefix", prefix).splitlines()
-        return dict(zip(lines[::2], lines[1::2], strict=True))
+        found = json.loads(self.etcdctl("get", "--prefix", prefix, "-w", "json")).get("kvs", [])
+        return {_text(each["key"]): _text(each.get("value", "")) for each in found}
 
     # --- agent
 
@@ -172,6 +173,10 @@ class AgentHost(DockerHost):
     def inside(self, name: str, *command: str, check: bool = True, timeout: float = 30.0) -> Any:
         """Run a command in a container."""
         return self.engine.docker("exec", name, *command, check=check, timeout=timeout)
+
+
+def _text(encoded: str) -> str:
+    return base64.b64decode(encoded).decode()
 
 
 def prepare(host: AgentHost) -> None:

@@ -30,16 +30,16 @@ class Monitor:
     def lines(self) -> list[str]:
         return self._process.output().splitlines()
 
-    def waits_for(self, *words: str) -> str:
-        """Return the first line that holds all `words`, once it is there."""
+    def waits_for(self, *words: str, after: int = 0) -> str:
+        """Return the first line beyond the first `after` that holds all `words`, once it is there."""
 
         def found() -> list[str]:
-            return [line for line in self.lines() if all(word in line for word in words)]
+            return [line for line in self.lines()[after:] if all(word in line for word in words)]
 
         try:
             wait_for(lambda: bool(found()), f"monitor line with {words}", seconds=5)
         except AssertionError as error:
-            raise AssertionError(f"{error}; it said:\n" + "\n".join(self.lines()[-30:])) from error
+            raise AssertionError(f"{error}; it said:\n" + "\n".join(self.lines()[after:])) from error
         return found()[0]
 
     def stop(self) -> None:

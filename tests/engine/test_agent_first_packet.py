@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From `docker run` on, policy is in force: a client that sends from its first instruction.
+
+The client is the first process of its container and sends to everybody at once: numbered UDP packets and
+TCP SYNs.  Each start has labels that nobody had before, so its identity is new to the cluster, to the
+ip→identity table and to every policy map.  `PacketTap` counts what reaches a peer below its own stack.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from socket import inet_aton
+
+import pytest
+
+from tests.support.engine import WORKLOAD_IMAGE
+from tests.support.host import unique_name
+from tests.support.places import PORTS, PacketTap, Place
+from tests.support.rules import Rule, element, rule
+from tests.support.site import Site
+
+STARTS = 4
+UDP, TCP = 17, 6
+FIRST_WORDS = b"packet 0"
+SPEAKER = {"matchLabels": {"app": "speaker"}}
+
+# Nothing is imported but the socket itself: the first packet leaves as early as an interpreter can.
+CLIENT = f"""
+import _socket, sys
+addresses = sys.argv[1:]
+datagrams = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM, 0)
+streams = []
+for number in range(300):
+    for address in addresses:
+        try:
+            datagrams.sendto(b'packet %d' % number, (address, {PORTS[0]}))
+        except OSError:
+            pass
+        if number < 20:
+            stream = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM, 0)
+            stream.setblocking(False)
+            stream.connect_ex((address, {PORTS[0]}))
+            streams.append(stream)
+"""
+ASKS_ONCE = f"""
+import _socket, sys
+stream = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM, 0)
+stream.connect((sys.argv[1], {PORTS[0]}))
+stream.send(b'x')
+print(stream.recv(100).decode())
+"""
+
+
+@contextlib.contextmanager
+def tapped(*places: Place) -> Iterator[list[PacketTap]]:
+    with contextlib.ExitStack() as stack:
+        taps = [PacketTap(place) for place in places]
+        for tap in taps:
+            stack.callback(tap.close)
+        yield taps
+
+
+def speak(site: Site, script: str, *addresses: str) -> str:
+    """Run a client with labels of its own to its end; return the first word that it printed."""
+    unheard_of = unique_name("speaker")
+    labels = ("-l", "app=speaker", "-l", f"env={unheard_of}")
+    command = ("python3", "-S", "-E", "-c", script, *addresses)
+    done = site.host.engine.docker("run", "--rm", "--network", "holdfast", *labels, WORKLOAD_IMAGE, *command)
+    return done.stdout.partition(" ")[0]
+
+
+def of_speaker(site: Site, packets: list[bytes]) -> list[bytes]:
+    """Leave out what the containers of other tests may still say to each other."""
+    others = {inet_aton(place.address) for place in (site.client, site.other, site.server, site.far)}
+    return [packet for packet in packets if packet[12:16] not in others]
+
+
+def protocols(packets: list[bytes]) -> set[int]:
+    """ICMP is left out: a speaker that has ended refuses the answers."""
+    return {packet[9] for packet in packets} & {UDP, TCP}
+
+
+@pytest.mark.parametrize("start", range(STARTS))
+@pytest.mark.parametrize("direction", ["ingress", "egress"])
+def test_not_one_denied_packet_passes(site: Site, direction: str, start: int) -> None:
+    """`server` (and, for egress, `world`) is denied, `other` is not: that one proves that it was sent."""
+    with site.policy(*closing(site, direction)), tapped(site.server, site.world, site.other) as taps:
+        speak(site, CLIENT, site.server.address, site.world.address, site.other.address)
+        at_server, at_world, at_other = (of_speaker(site, tap.packets()) for tap in taps)
+        assert protocols(at_other) == {UDP, TCP}
+        assert at_server == []
+        if direction == "egress":
+            assert at_world == []
+        else:
+            assert protocols(at_world) == {UDP, TCP}
+
+
+def closing(site: Site, direction: str) -> list[Rule]:
+    """Rules by which a speaker reaches `other` but not `server`."""
+    if direction == "ingress":
+        return [
+            rule(site.server, "ingress", element("ingress", endpoints=[{"matchLabels": {"app": "client"}}]))
+        ]
+    to_other = element("egress", endpoints=[{"matchLabels": {"app": "other"}}])
+    return [{"endpointSelector": SPEAKER, "egress": [to_other]}]
+
+
+@pytest.mark.parametrize("start", range(STARTS))
+def test_first_packet_of_the_allowed_arrives(site: Site, start: int) -> None:
+    """Both sides are enforced and name the other: nothing is lost while a new identity spreads."""
+    rules = [
+        rule(site.server, "ingress", element("ingress", endpoints=[SPEAKER])),
+        {
+            "endpointSelector": SPEAKER,
+            "egress": [element("egress", endpoints=[{"matchLabels": {"app": "server"}}])],
+        },
+    ]
+    with site.policy(*rules), tapped(site.server) as (tap,):
+        seen = speak(site, ASKS_ONCE, site.server.address)
+        syns = [packet for packet in tap.packets() if packet[9] == TCP and packet[33] == 0x02]
+        assert packets_from(seen, syns) == 1
+        speak(site, CLIENT, site.server.address)
+        assert any(packet.endswith(FIRST_WORDS) for packet in tap.packets())
+
+
+def packets_from(address: str, packets: list[bytes]) -> int:
+    """Return how many of these come from an address: one SYN means that connect worked the first time."""
+    return sum(packet[12:16] == inet_aton(address) for packet in packets)
