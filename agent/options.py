@@ -258,8 +258,8 @@ OPTIONS: tuple[Option, ...] = (
         "allow-localhost",
         Type.TEXT,
         "auto",
-        "Whether this host may always reach its endpoints: always (auto means that), or as policy says",
-        choices=("auto", "always", "policy"),
+        "Whether this host may reach its endpoints: as policy says (auto means that; there is no always yet)",
+        choices=("auto", "policy"),
         section=_POLICY,
     ),
     Option(

@@ -22,7 +22,7 @@ from loguru import logger
 from datapath.errors import DeviceError
 from datapath.namespace import inside, open_namespace
 from datapath.netlink import Message, Netlink, errno_of
-from datapath.sysctl import Sysctls, needed_by_endpoint, useful_to_endpoint
+from datapath.sysctl import Sysctls, needed_by_endpoint, quiet_in_ipv6, useful_to_endpoint
 
 HOST_PREFIX = "lxc0"  # every name below starts so: ids are 16 bits in five hex digits
 DEVICE_PATTERN = f"{HOST_PREFIX}*"  # for nft; iptables says "lxc0+"
@@ -128,6 +128,7 @@ class Devices:
 
     def _set_useful(self, name: str) -> None:
         """Write settings that an endpoint can do without; where /proc/sys is read-only, say so once."""
+        self._sysctls.try_all(quiet_in_ipv6(name))
         refused = self._sysctls.try_all(useful_to_endpoint(name))
         if refused and not self._warned:
             self._warned = True

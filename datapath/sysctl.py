@@ -91,3 +91,12 @@ def useful_to_endpoint(device: str) -> dict[str, str]:
         f"{base}/accept_redirects": "0",
         f"{base}/send_redirects": "0",
     }
+
+
+def quiet_in_ipv6(device: str) -> dict[str, str]:
+    """Keep the kernel's own IPv6 announcements off the host side of a pair.
+
+    Endpoints have no IPv6 addresses yet, so each announcement would count as a dropped packet.  A host
+    without IPv6 has no such setting, and needs none.
+    """
+    return {f"net/ipv6/conf/{device}/disable_ipv6": "1"}
