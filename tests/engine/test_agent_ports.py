@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.host import wait_for
 from tests.support.places import PORTS, Place
-from tests.support.rules import element, rule
+from tests.support.rules import Rule, element, rule
 from tests.support.site import Site
 
 FIRST, SECOND = PORTS
@@ -75,13 +75,11 @@ def test_published_ports_are_reached_from_everywhere(site: Site, shop: Place, wh
         ("hairpin", {"entities": ["host"]}),
     ],
 )
-def test_policy_judges_the_real_client(site: Site, shop: Place, who: str, peers: dict[str, object]) -> None:
-    everybody = places(site, shop)
+def test_policy_judges_the_real_client(site: Site, shop: Place, who: str, peers: Rule) -> None:
+    identities = {"world": "world", "container": "container"}  # all others are the host
     with site.policy(rule(shop, "ingress", element("ingress", **peers))):
-        for name, (place, address, seen) in everybody.items():
-            allowed = name == who or (
-                "host" in peers.get("entities", ()) and name not in ("world", "container")
-            )
+        for name, (place, address, seen) in places(site, shop).items():
+            allowed = identities.get(name) == identities.get(who)
             assert place.asks("TCP", address, EVERYWHERE) == (seen if allowed else None), name
 
 

@@ -164,7 +164,7 @@ class AgentHost(DockerHost):
             WORKLOAD_IMAGE,
             *command,
         )
-        return self.endpoint_of(name)["status"]["networking"]["addressing"][0]["ipv4"]
+        return str(self.endpoint_of(name)["status"]["networking"]["addressing"][0]["ipv4"])
 
     def endpoint_of(self, name: str) -> Any:
         """Return the endpoint of a container as the API shows it."""
