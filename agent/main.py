@@ -15,11 +15,14 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 from loguru import logger
 
-from agent.api.server import ApiServer
+from agent.api.errors import Conflict
+from agent.api.server import ApiServer, refuse_if_alive
 from agent.configuration import load_config
 from agent.events import EventPump
 from agent.gate import Gates
@@ -35,6 +38,8 @@ from core.waiting import waiting
 from prestart.handover import Handover
 
 EXIT_CONFIG = 2
+
+T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,39 +66,64 @@ async def run(config: Config) -> None:
     events = EventPump(_queue_size(config))
     process = AgentProcess(config, supervisor, events.hub)
     server = ApiServer(process, config["socket-path"], config["prometheus-serve-addr"])
-    supervisor.start("api", server.run)
-    gates = Gates(Handover.read(os.environ))
-    building = asyncio.create_task(_build(process, config, events, gates), name="build")
+    starting = asyncio.create_task(_start(process, server, config, events), name="start")
     try:
         await ended.wait()
         logger.info("asked to stop; what is in the kernel stays in force")
     finally:
-        building.cancel()
-        await asyncio.wait({building})
+        starting.cancel()
+        await asyncio.wait({starting})
         await supervisor.stop()
         await _close(process.parts, events)
 
 
-async def _build(process: AgentProcess, config: Config, events: EventPump, gates: Gates) -> None:
-    """Build and start the parts, trying again for as long as the host lacks something."""
+async def _start(process: AgentProcess, server: ApiServer, config: Config, events: EventPump) -> None:
+    """Serve the API, then build and start the parts."""
+    await _alone(config["socket-path"])
+    process.supervisor.start("api", server.run)
+    programs = await _patiently(process, lambda: asyncio.to_thread(HostPrograms.open, config))
+    events.attach(programs.maps.ring, programs.maps.monitor, programs.maps.lost)
+    gates = Gates(Handover.read(os.environ))
+
+    async def build_and_start() -> Parts:
+        parts = await build(config, events, programs, gates)
+        start(parts, process.supervisor)
+        return parts
+
+    process.parts = await _patiently(process, build_and_start)
+
+
+async def _patiently(process: AgentProcess, step: Callable[[], Awaitable[T]]) -> T:
+    """Try a step again for as long as the host lacks something; status says what."""
     backoff = Backoff(base=1.0, cap=30.0)
-    programs: HostPrograms | None = None
-    while process.parts is None:
+    while True:
         try:
-            if programs is None:
-                programs = await asyncio.to_thread(HostPrograms.open, config)
-                maps = programs.maps
-                events.attach(maps.ring, maps.monitor, maps.lost)
-            parts = await build(config, events, programs, gates)
+            return await step()
         except (HoldfastError, OSError) as error:
             process.trouble = str(error)
             logger.error("the agent can not start yet: {}", error)
-            with waiting("this host", "start") as wait:
+        except Exception as error:  # noqa: BLE001 - the rim: nobody else would say that the start has failed
+            process.trouble = f"{type(error).__name__}: {error}"
+            logger.opt(exception=error).error("the agent can not start yet: {}", process.trouble)
+        with waiting("this host", "start") as wait:
+            wait.note = process.trouble
+            await asyncio.sleep(backoff.next())
+
+
+async def _alone(path: Path) -> None:
+    """Return once no other agent serves the socket: two would fight over everything that a host has once."""
+    backoff = Backoff(base=0.5, cap=10.0)
+    said = ""
+    with waiting(f"the agent that serves {path}", "its end") as wait:
+        while True:
+            try:
+                return await asyncio.to_thread(refuse_if_alive, path)
+            except Conflict as error:
                 wait.note = str(error)
-                await asyncio.sleep(backoff.next())
-            continue
-        start(parts, process.supervisor)
-        process.parts = parts
+                if said != wait.note:
+                    logger.error("this agent does nothing for now: {}", error)
+                said = wait.note
+            await asyncio.sleep(backoff.next())
 
 
 async def _close(parts: Parts | None, events: EventPump) -> None:

@@ -268,10 +268,10 @@ async def build(config: Config, events: EventPump, programs: HostPrograms, gates
 
 def start(parts: Parts, supervisor: Supervisor) -> None:
     """Restore what the checkpoint knows and start every task."""
-    metrics.REGISTRY.register(MapCollector(parts.programs.maps))
     restored = parts.endpoints.restore()
     if parts.driver is not None:
         parts.driver.restore()
+    metrics.REGISTRY.register(MapCollector(parts.programs.maps))
     logger.info("{} endpoints restored, pool {}, node {}", restored, parts.node.pool, parts.node.name)
     for name, main in _tasks(parts).items():
         supervisor.start(name, main)

@@ -8,9 +8,11 @@ is attached stays when the agent ends.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from agent.endpoint import Endpoint
 from core.options import Config
@@ -25,6 +27,13 @@ from datapath.netlink import Netlink
 from datapath.ring import EventRing
 
 GLOBALS_BELOW = Path("tc/globals")
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+Opened = TypeVar("Opened", bound=_Closable)
 
 
 @dataclass(frozen=True)
@@ -46,19 +55,28 @@ class HostMaps:
     @classmethod
     def open(cls, catalogue: MapCatalogue, root: Path) -> HostMaps:
         """Open or create every map.  Raises LayoutMismatch with all differences of the first that differs."""
-        return cls(
-            lxc=LxcMap.open(catalogue.lxc, root),
-            ipcache=IpcacheMap.open(catalogue.ipcache, root),
-            ct_tcp=CtMap.open(catalogue.ct(tcp=True), root),
-            ct_any=CtMap.open(catalogue.ct(tcp=False), root),
-            metrics=MetricsMap.open(catalogue.metrics, root),
-            tunnel=TunnelMap.open(catalogue.tunnel, root),
-            monitor=MonitorFlag.open(catalogue.monitor, root),
-            call_policy=open_or_create(catalogue.call_policy, root),
-            fragments=open_or_create(catalogue.fragments4, root),
-            lost=EventsLost.open(catalogue.events_lost, root),
-            ring=EventRing.create(),
-        )
+        with contextlib.ExitStack() as stack:
+
+            def held(opened: Opened) -> Opened:
+                stack.callback(opened.close)
+                return opened
+
+            maps = cls(
+                lxc=held(LxcMap.open(catalogue.lxc, root)),
+                ipcache=held(IpcacheMap.open(catalogue.ipcache, root)),
+                ct_tcp=held(CtMap.open(catalogue.ct(tcp=True), root)),
+                ct_any=held(CtMap.open(catalogue.ct(tcp=False), root)),
+                metrics=held(MetricsMap.open(catalogue.metrics, root)),
+                tunnel=held(TunnelMap.open(catalogue.tunnel, root)),
+                monitor=held(MonitorFlag.open(catalogue.monitor, root)),
+                call_policy=held(open_or_create(catalogue.call_policy, root)),
+                fragments=held(open_or_create(catalogue.fragments4, root)),
+                lost=held(EventsLost.open(catalogue.events_lost, root)),
+                ring=EventRing.create(),
+            )
+            # An attempt that fails is repeated for as long as it takes: it must leave nothing open.
+            stack.pop_all()
+            return maps
 
     def by_name(self) -> dict[str, int]:
         """Return descriptors by the names that the objects use."""
@@ -76,7 +94,7 @@ class HostPrograms:
         catalogue: MapCatalogue,
         root: Path,
         maps: HostMaps,
-        objects: Path,
+        templates: tuple[Template, Template],
         options: DatapathOptions,
         netlink: Netlink,
     ) -> None:
@@ -85,8 +103,7 @@ class HostPrograms:
         self.maps = maps
         self._options = options
         self._attacher = Attacher(netlink)
-        self._endpoint = Template.read(objects / ENDPOINT_OBJECT)
-        self._netdev = Template.read(objects / NETDEV_OBJECT)
+        self._endpoint, self._netdev = templates
         self._on_devices: dict[int, str] = {}
         self._cells: dict[int, IdentityCell] = {}
 
@@ -103,8 +120,10 @@ class HostPrograms:
             policy_max=config["bpf-policy-map-max"],
             fragments_max=config["bpf-fragments-map-max"],
         )
+        objects = object_dir(config)
+        templates = Template.read(objects / ENDPOINT_OBJECT), Template.read(objects / NETDEV_OBJECT)
         maps = HostMaps.open(catalogue, root)
-        return cls(catalogue, root, maps, object_dir(config), options_of(config), Netlink())
+        return cls(catalogue, root, maps, templates, options_of(config), Netlink())
 
     # --- agent.plumbing.Programs
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from agent.endpoint import Endpoint, State
 from agent.endpoints import Event
 from agent.parts import Parts
 from core import metrics, waiting
-from core.errors import HoldfastError
+from core.errors import HoldfastError, shorten
 from core.reconciler import Kind, Reconciler
 from core.table import Table
 from identity.labels import Labels
@@ -25,6 +26,8 @@ from kvstore.watcher import staleness
 if TYPE_CHECKING:
     from agent.process import AgentProcess
 
+# Records in etcd that status shows; a thousand of them have one cause more often than a thousand.
+IGNORED_SHOWN = 10
 OK, WARNING, FAILURE, DISABLED = "Ok", "Warning", "Failure", "Disabled"
 
 
@@ -62,6 +65,11 @@ def status(process: AgentProcess) -> models.Status:
         tables=[_table(table) for table in _tables(parts)],
         waits=_waits(),
         unmanaged=_unmanaged(parts),
+        ignored=len(ignored_records(parts)),
+        ignored_records=[
+            models.IgnoredRecord(key=shorten(key), error=error)
+            for key, error in itertools.islice(ignored_records(parts).items(), IGNORED_SHOWN)
+        ],
     )
 
 
@@ -212,6 +220,11 @@ def _waits() -> list[models.WaitInfo]:
         )
         for each in waiting.current()
     ]
+
+
+def ignored_records(parts: Parts) -> dict[str, str]:
+    """Return key → why, of the records in etcd that can not be used."""
+    return {**parts.identities.ignored, **parts.ip_sink.ignored, **parts.node_sink.ignored}
 
 
 def _unmanaged(parts: Parts) -> list[models.Unmanaged]:
@@ -437,11 +450,7 @@ def subsystems(parts: Parts) -> dict[str, Any]:
             each.prefix: {"state": each.state.value, "revision": each.revision, "error": each.error}
             for each in parts.followers
         },
-        "ignored-records": {
-            **parts.identities.ignored,
-            **parts.ip_sink.ignored,
-            **parts.node_sink.ignored,
-        },
+        "ignored-records": ignored_records(parts),
         "leader": parts.election.is_leader,
     }
 

@@ -88,6 +88,13 @@ class Unmanaged(Model, frozen=True, kw_only=True):
     reason: str
 
 
+class IgnoredRecord(Model, frozen=True, kw_only=True):
+    """A record in etcd that can not be used; what was good of its key before stays in force."""
+
+    key: str
+    error: str
+
+
 class MonitorInfo(Model, frozen=True, kw_only=True):
     """The event stream: listeners now, events seen and lost since the start."""
 
@@ -120,6 +127,8 @@ class Status(Model, frozen=True, kw_only=True):
     tables: list[TableInfo] = []
     waits: list[WaitInfo] = []
     unmanaged: list[Unmanaged] = []
+    ignored: int = 0  # records in etcd that can not be used
+    ignored_records: list[IgnoredRecord] = []  # the first of them
     maps: list[MapInfo] = []
 
 

@@ -78,7 +78,7 @@ async def _running(app: web.Application) -> AsyncIterator[web.AppRunner]:
 
 @contextlib.asynccontextmanager
 async def _on_socket(app: web.Application, path: Path) -> AsyncIterator[None]:
-    _refuse_if_alive(path)
+    refuse_if_alive(path)
     async with _running(app) as runner:
         listening = _bind(path)
         inode = os.stat(path).st_ino
@@ -99,7 +99,8 @@ async def _on_port(app: web.Application, address: str) -> AsyncIterator[None]:
         yield
 
 
-def _refuse_if_alive(path: Path) -> None:
+def refuse_if_alive(path: Path) -> None:
+    """Raise Conflict when a living agent has the socket."""
     with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
         probe.settimeout(1.0)
         probe.connect(os.fspath(path))

@@ -76,6 +76,7 @@ def lines(found: Json, verbose: bool) -> Iterator[str]:
         yield line("Waiting", f"{duration(wait['seconds'])} for {wait['subject']} ({wait['purpose']}){note}")
     for refused in found["policy-errors"]:
         yield line("Policy refused", f"{refused['name']} from {refused['origin']}: {refused['error']}")
+    yield from ignored(found)
     yield from dead_controllers(found["controllers"])
     yield from unmanaged(found["unmanaged"], verbose)
     if verbose:
@@ -139,6 +140,14 @@ def maps(all_: list[Json]) -> str:
     errors = sum(each["errors"] for each in all_)
     text = f"{len(all_)}, fullest {fullest['name']} {fullest['pressure']:.0%}"
     return text + (f", {plural(errors, 'write')} failed" if errors else "")
+
+
+def ignored(found: Json) -> Iterator[str]:
+    """Say which records in etcd can not be used."""
+    if found.get("ignored"):
+        yield line("Records ignored", f"{found['ignored']} in etcd can not be used:")
+        for each in found["ignored-records"]:
+            yield f"  {each['key']}: {each['error']}"
 
 
 def unmanaged(all_: list[Json], verbose: bool) -> Iterator[str]:
