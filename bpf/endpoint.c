@@ -131,6 +131,8 @@ static __always_inline int ingress_from_stack(struct __sk_buff *ctx, enum family
 
 	if (ret < 0)
 		return ret;
+	if (is_forged(ctx, &ends.source, family))
+		return -DROP_INVALID_SOURCE;
 	ret = l3_parse_l4(ctx, family);
 	if (ret < 0)
 		return ret;

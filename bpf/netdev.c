@@ -19,11 +19,6 @@ static __always_inline __u32 identity_from_wire(const union address *ip, enum fa
 	return identity == IDENTITY_HOST ? IDENTITY_WORLD : identity;
 }
 
-static __always_inline bool is_workload(const struct endpoint_info *endpoint)
-{
-	return endpoint && !(endpoint->flags & ENDPOINT_IS_HOST);
-}
-
 /* enter delivers a packet to the endpoint it is for; TC_ACT_OK leaves it to the stack. */
 static __always_inline int enter(struct __sk_buff *ctx, enum family family, struct parties *who)
 {

@@ -30,7 +30,7 @@ class IpcacheEntry(NamedTuple):
 
 
 class PolicyKey(NamedTuple):
-    """What a policy entry speaks of; 0 means any.  ICMP types stand in `dport` as type << 8."""
+    """What a policy entry speaks of; 0 means any.  ICMP types stand in `dport`."""
 
     identity: int
     dport: int

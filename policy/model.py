@@ -46,7 +46,7 @@ class Enforcement(NamedTuple):
 
 
 class Transport(NamedTuple):
-    """A destination port (host order) and IP protocol; an ICMP type stands in `port` as type << 8."""
+    """A destination port (host order) and IP protocol; an ICMP type stands in `port`."""
 
     port: int
     protocol: int

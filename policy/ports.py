@@ -106,4 +106,4 @@ def _icmp(place: Place) -> Transport:
         raise place.error("type is missing", hint="a number from 0 to 255, as 8 for echo requests")
     number = given["type"].number(0, MAX_ICMP_TYPE, "ICMP type")
     family = given["family"].choice(FAMILIES, "family") if "family" in given else "IPv4"
-    return Transport(number << 8, FAMILIES[family])
+    return Transport(number, FAMILIES[family])

@@ -22,3 +22,18 @@ static __always_inline const struct endpoint_info *endpoint_of(const union addre
 
 	return bpf_map_lookup_elem(&cilium_lxc, &key);
 }
+
+static __always_inline bool is_workload(const struct endpoint_info *endpoint)
+{
+	return endpoint && !(endpoint->flags & ENDPOINT_IS_HOST);
+}
+
+/* is_forged says that a packet from the stack claims the address of an endpoint of this host, but did not
+ * come in by that endpoint's device, where its address was checked: by a bridge, say, or a device that
+ * nobody watches.  What an endpoint sends to a published port comes back this way, and is not. */
+static __always_inline bool is_forged(struct __sk_buff *ctx, const union address *source, enum family family)
+{
+	const struct endpoint_info *claimed = endpoint_of(source, family);
+
+	return is_workload(claimed) && claimed->ifindex != ctx->ingress_ifindex;
+}

@@ -113,13 +113,8 @@ def row(found: PolicyCounters, names: Mapping[int, str]) -> tuple[object, ...]:
 
 
 def port(dport: int, protocol: int) -> str:
-    """Return ``80/TCP``, ``ANY``, or an ICMP type, which stands in the upper half of the port."""
-    name = protocol_name(protocol)
-    if protocol == 0 and dport == 0:
-        return "ANY"
-    if name.startswith("ICMP"):
-        return f"{dport >> 8}/{name}"
-    return f"{dport}/{name}"
+    """Return ``80/TCP``, ``8/ICMP`` (a type), or ``ANY``."""
+    return "ANY" if protocol == dport == 0 else f"{dport}/{protocol_name(protocol)}"
 
 
 def as_json(found: PolicyCounters) -> Json:

@@ -58,7 +58,7 @@ def fill(pins: Path) -> None:
         PolicyMap.of(373, CATALOGUE, pins),
         (PolicyKey(13465, 80, 6, 0), PolicyEntry(False, 0)),
         (PolicyKey(0, 0, 0, 1), PolicyEntry(False, 0)),
-        (PolicyKey(2, 8 << 8, 1, 0), PolicyEntry(True, 0)),
+        (PolicyKey(2, 8, 1, 0), PolicyEntry(True, 0)),
     )
     tcp = CtKey("10.50.0.9", "10.50.0.8", 40000, 80, 6, 0)
     udp = CtKey("10.50.0.9", "10.50.0.8", 40000, 53, 17, 1)

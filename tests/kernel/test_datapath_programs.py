@@ -79,7 +79,7 @@ def test_a_local_packet_is_addressed_to_the_receiver_and_one_hop_older(host: Lab
             frames.SCTP,
             99,
         ),
-        (frames.echo(A, B, 7), frames.ICMP, frames.ECHO << 8),
+        (frames.echo(A, B, 7), frames.ICMP, frames.ECHO),
     ],
     ids=["tcp", "udp", "sctp", "icmp"],
 )
@@ -405,7 +405,7 @@ def test_the_host_needs_permission_too(host: Lab) -> None:
 def test_what_came_through_the_stack_is_answered_there(host: Lab) -> None:
     """As a published port: endpoint 2 asked the host, which translated to endpoint 1."""
     host.allow(1, INGRESS, identity(2))
-    assert host.deliver(1, frames.tcp(B, A, 4000, 80)).verdict == ACT_OK
+    assert host.deliver(1, frames.tcp(B, A, 4000, 80), arrived_by=LOOPBACK).verdict == ACT_OK
     assert host.connections()[CtKey(B, A, 4000, 80, frames.TCP, 1)].bits & FROM_STACK
     answer = host.send(1, frames.tcp(A, B, 80, 4000, SYN | ACK))
     assert answer.verdict == ACT_OK  # not redirected to endpoint 2, though it is local
@@ -415,8 +415,17 @@ def test_what_came_through_the_stack_is_answered_there(host: Lab) -> None:
 def test_an_error_about_what_came_through_the_stack_goes_back_there(host: Lab) -> None:
     host.allow(1, INGRESS, identity(2))
     request = frames.udp(B, A, 4000, 80)
-    host.deliver(1, request)
+    host.deliver(1, request, arrived_by=LOOPBACK)
     assert host.send(1, frames.icmp_error(A, B, request)).verdict == ACT_OK
+
+
+@pytest.mark.parametrize("arrived_by", [0, LOOPBACK + 1], ids=["the host itself", "another device"])
+def test_nobody_else_speaks_with_an_endpoints_address(host: Lab, arrived_by: int) -> None:
+    """A container on a bridge that nobody watches, or a machine on a wire, may write any source address."""
+    host.allow(1, INGRESS, identity(2))
+    assert host.deliver(1, frames.tcp(B, A, 4000, 80), arrived_by=arrived_by).verdict == ACT_SHOT
+    assert host.dropped() == {(132, 1): 1}
+    assert host.connections() == {}
 
 
 def test_only_replies_are_marked_against_masquerading(host: Lab) -> None:

@@ -21,7 +21,7 @@ from tests.support.traffic import TCP, UDP, ask, connected, seen_by_server, serv
 A, B = address(1), address(2)
 PORT = 8080
 PROTOCOLS = {"tcp": (6, TCP), "udp": (17, UDP)}
-ECHO = 8 << 8
+ECHO = 8
 
 
 @pytest.fixture

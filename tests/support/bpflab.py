@@ -132,9 +132,12 @@ class Lab:
         """Hand a frame to the program that meets what endpoint `number` sends."""
         return testrun.run(self.programs[number]["from_endpoint"], frame, **context)  # type: ignore[arg-type]
 
-    def deliver(self, number: int, frame: bytes) -> testrun.Outcome:
-        """Hand a frame to the program that meets what the host's stack sends to endpoint `number`."""
-        return testrun.run(self.programs[number]["to_endpoint"], frame)
+    def deliver(self, number: int, frame: bytes, *, arrived_by: int = 0) -> testrun.Outcome:
+        """Hand a frame to the program that meets what the host's stack sends to endpoint `number`.
+
+        `arrived_by` is the device that the stack got it from; every endpoint's is LOOPBACK here.
+        """
+        return testrun.run(self.programs[number]["to_endpoint"], frame, ifindex=arrived_by)
 
     def receive(self, frame: bytes) -> testrun.Outcome:
         """Hand a frame to the program on the host's device."""

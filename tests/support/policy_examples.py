@@ -74,5 +74,4 @@ def _labels(text: str) -> Labels:
 
 def _transport(text: str) -> Transport:
     number, _, protocol = text.partition("/")
-    shift = 8 if protocol == "ICMP" else 0
-    return Transport(int(number) << shift, _PROTOCOLS[protocol])
+    return Transport(int(number), _PROTOCOLS[protocol])

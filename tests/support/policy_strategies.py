@@ -25,7 +25,7 @@ TRANSPORTS = (
     Transport(53, UDP),
     Transport(80, SCTP),
     Transport(0, ICMP),  # echo reply: port 0, and yet not "any port"
-    Transport(8 << 8, ICMP),
+    Transport(8, ICMP),
 )
 # One that no rule names.
 OTHER_TRANSPORT = Transport(4242, TCP)

@@ -169,8 +169,8 @@ def test_ports() -> None:
 def test_icmp() -> None:
     fields = [{"type": 8}, {"family": "IPv6", "type": "128"}, {"family": "IPv4", "type": 0}]
     assert ingress(icmps=[{"fields": fields}]).transports == (
-        Transport(8 << 8, ICMP),
-        Transport(128 << 8, ICMPV6),
+        Transport(8, ICMP),
+        Transport(128, ICMPV6),
         Transport(0, ICMP),
     )
 
