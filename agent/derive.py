@@ -9,7 +9,7 @@ things go engine → policy maps → ip→identity table, and old things the oth
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from loguru import logger
 
@@ -27,7 +27,7 @@ from identity.local import LocalIdentities, prefix_labels
 
 
 class Derivations:
-    """Follows identities and policies; implements `agent.endpoints.Kernel`."""
+    """Follows identities and policies; implements `agent.kernel.Kernel`."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class Derivations:
             if prefix not in self._prefixes.entries():
                 self.local.release(prefix)
 
-    # --- agent.endpoints.Kernel
+    # --- agent.kernel.Kernel
 
     def endpoint_identified(self, endpoint: Endpoint, labels: Labels) -> None:
         """Enforce an endpoint's identity and policy, and tell this host's other endpoints who it is."""
@@ -167,21 +167,26 @@ class Derivations:
             return Status(Kind.DONE)
         return await self._firewall.settled(endpoints)
 
-    async def settled(self, endpoint_id: int) -> Status:
+    async def interface_settled(self, endpoint_id: int) -> Status:
+        """Wait for the interface of an endpoint alone."""
+        return _worst([await each.settled(endpoint_id) for each in self._reconcilers])
+
+    async def settled(self, endpoint: Endpoint) -> Status:
         """Wait for the interface, the policy map and the address of an endpoint; the first error wins."""
-        worst = Status(Kind.DONE)
-        for reconciler in self._reconcilers:
-            status = await reconciler.settled(endpoint_id)
-            worst = status if worst.kind is not Kind.ERROR else worst
+        outcomes = [await self.interface_settled(endpoint.id)]
         if self.policy_maps.is_open:
-            status = await self.policy_maps.reconciler.settled(endpoint_id)
-            worst = status if worst.kind is not Kind.ERROR else worst
+            outcomes.append(await self.policy_maps.reconciler.settled(endpoint.id))
         if self._ipcache is not None:
-            await self._ipcache.wait_idle()
-        return worst
+            # Its own address only: the table may have 100 000 others under way.
+            outcomes.append(await self._ipcache.settled(f"{endpoint.ipv4}/32"))
+        return _worst(outcomes)
 
     def status(self, endpoint_id: int) -> Status:
         """Return what `settled` would, without waiting."""
         statuses = [reconciler.status(endpoint_id) for reconciler in self._reconcilers]
         statuses.append(self.policy_maps.reconciler.status(endpoint_id))
         return next((each for each in statuses if each.kind is not Kind.DONE), Status(Kind.DONE))
+
+
+def _worst(outcomes: Sequence[Status]) -> Status:
+    return next((each for each in outcomes if each.kind is Kind.ERROR), Status(Kind.DONE))

@@ -172,7 +172,9 @@ async def build(config: Config, events: EventPump, programs: HostPrograms, gates
         table, pool, checkpoint, allocator, LabelFilter(config["labels"]), derivations
     )
     manager_slot.append(endpoints)
-    endpoints.last_id = node.last_endpoint_id
+    endpoints.store.last_id = node.last_endpoint_id
+    if node.last_address:
+        pool.resume_after(IPv4Address(node.last_address))
 
     conntrack = Conntrack((programs.maps.ct_tcp, programs.maps.ct_any))
     place = Place(programs.root, config["mtu"] or host.mtu, str(host.node_ip), node.pool)
@@ -366,6 +368,7 @@ async def _checkpoint(parts: Parts) -> None:
     written: list[str] = []
     while True:
         await asyncio.sleep(CHECKPOINT_S)
+        parts.endpoints.store.save_unsaved()
         now = node_now(parts)
         if now != parts.node:
             parts.node = now
@@ -383,7 +386,8 @@ def node_now(parts: Parts) -> Node:
     return Node(
         name=parts.node.name,
         pool=parts.node.pool,
-        last_endpoint_id=parts.endpoints.last_id,
+        last_endpoint_id=parts.endpoints.store.last_id,
+        last_address=str(parts.pool.last),
         local_identities=parts.local.numbers(),
         lease=parts.session.lease_id,
     )
@@ -391,7 +395,7 @@ def node_now(parts: Parts) -> Node:
 
 def _renumbered(slot: list[EndpointManager], labels: Labels, old: int, new: int) -> None:
     for manager in slot:
-        asyncio.get_running_loop().create_task(manager.renumber(labels, new), name=f"renumber:{old}→{new}")
+        manager.renumber(labels, new)
 
 
 def _node(config: Config, checkpoint: Checkpoint, host: HostView) -> Node:
@@ -414,6 +418,7 @@ def _node_record(known: Node | None, name: str, pool: str) -> Node:
         name,
         pool,
         last_endpoint_id=known.last_endpoint_id,
+        last_address=known.last_address,
         local_identities=known.local_identities,
         lease=known.lease,
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.api import models
 from agent.endpoint import Endpoint, State
-from agent.endpoints import Event
+from agent.history import Event
 from agent.parts import Parts
 from core import metrics, waiting
 from core.errors import HoldfastError, shorten

@@ -101,11 +101,12 @@ class Reconciler(Generic[K, V]):
 
     def status(self, key: K) -> Status:
         """Return the status of one key; a key nobody wants and nothing holds counts as done."""
+        if key in self._subscription or key in self._in_work:
+            # Also after a failure: whoever changed the key waits for the outcome of that change.
+            return Status(Kind.PENDING)
         failure = self._failures.get(key)
         if failure is not None:
             return Status(Kind.ERROR, failure.error, failure.since)
-        if key in self._subscription or key in self._in_work:
-            return Status(Kind.PENDING)
         return Status(Kind.DONE)
 
     @property
