@@ -31,7 +31,7 @@ from loguru import logger
 from agent.checkpoint import Checkpoint, Network
 from agent.endpoint import Endpoint
 from agent.endpoints import EndpointManager
-from agent.engine import DRIVER, Engine
+from agent.engine import DRIVER, Engine, EngineNetwork
 from agent.errors import AgentError, DriverError, EngineError, UnknownNetwork
 from agent.ports import parse_portmap, taken_ports
 from core import metrics
@@ -42,6 +42,8 @@ CONTAINER_PREFIX = "eth"
 BODY_LIMIT = 4 << 20
 # The whole of a driver call; the engine itself gives up after 30 s or more and shows less of a reason.
 CALL_TIMEOUT_S = 20.0
+# When the agent ends, a call under way gets this long; the engine asks the next agent again.
+SHUTDOWN_S = 2.0
 
 Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -82,23 +84,24 @@ class Driver:
         """Serve until cancelled."""
         app = web.Application(client_max_size=BODY_LIMIT)
         app.router.add_post("/{method}", self._dispatch)
-        runner = web.AppRunner(app, access_log=None)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
         await runner.setup()
+        inode = 0
         try:
-            await _listen(runner, self.socket_path)
+            inode = await _listen(runner, self.socket_path)
             logger.info("network driver {} listens on {}", DRIVER, self.socket_path)
             await asyncio.Event().wait()
         finally:
             await runner.cleanup()
-            with contextlib.suppress(FileNotFoundError):
-                self.socket_path.unlink()
+            _unlink(self.socket_path, inode)
 
     async def _dispatch(self, request: web.Request) -> web.Response:
         method = request.match_info["method"]
         started = time.perf_counter()
         answer = await self._call(method, await request.read())
         seconds = time.perf_counter() - started
-        metrics.DRIVER_SECONDS.labels(method.removeprefix("NetworkDriver.")).observe(seconds)
+        known = method if method in self._handlers else "unknown"
+        metrics.DRIVER_SECONDS.labels(known.removeprefix("NetworkDriver.")).observe(seconds)
         logger.debug("driver call {} took {:.1f} ms", method, seconds * 1000)
         return web.json_response(answer)
 
@@ -115,6 +118,9 @@ class Driver:
             return self._refuse(method, f"{method} was not done within {CALL_TIMEOUT_S:g} s")
         except (HoldfastError, ValueError, OSError) as error:
             return self._refuse(method, str(error))
+        except Exception as error:  # noqa: BLE001 - the rim: the engine shows no reason for a bare 500
+            logger.opt(exception=error).error("driver call {} met a mistake of ours", method)
+            return self._refuse(method, f"{type(error).__name__}: {error}")
 
     @staticmethod
     def _refuse(method: str, reason: str) -> dict[str, Any]:
@@ -129,26 +135,12 @@ class Driver:
 
     async def _create_network(self, call: dict[str, Any]) -> dict[str, Any]:
         network_id = _text(call, "NetworkID")
-        subnet = self._accepted_subnet(call)
+        subnet = _accepted_subnet(call, self.endpoints.pool.network)
         network = Network(network_id, "", subnet)
         await asyncio.to_thread(self._checkpoint.save_network, network)
         self._remember(network)
         logger.info("network {} created{}", network_id[:12], f" with subnet {subnet}" if subnet else "")
         return {}
-
-    def _accepted_subnet(self, call: dict[str, Any]) -> str:
-        pools = [str(each.get("Pool", "")) for each in call.get("IPv4Data") or []]
-        for pool in pools:
-            network = ip_network(pool)
-            if network.prefixlen == 0:
-                continue  # the null IPAM driver: addresses are ours to give
-            if not isinstance(network, IPv4Network) or not network.subnet_of(self.endpoints.pool.network):
-                raise DriverError(
-                    f"subnet {pool} is not inside this node's pool {self.endpoints.pool.network}",
-                    hint="type: docker network create -d holdfast --ipam-driver null NAME",
-                )
-            return pool
-        return ""
 
     async def _delete_network(self, call: dict[str, Any]) -> dict[str, Any]:
         network_id = _text(call, "NetworkID")
@@ -170,9 +162,7 @@ class Driver:
             return known
         found = await self._ask_engine(network_id)
         if found is not None:
-            await asyncio.to_thread(self._checkpoint.save_network, found)
-            self._remember(found)
-            return found
+            return await self._learn(found)
         if known is not None:
             return known
         raise UnknownNetwork(
@@ -180,16 +170,27 @@ class Driver:
             hint="remove it and create it again with: holdfast network create NAME",
         )
 
-    async def _ask_engine(self, network_id: str) -> Network | None:
+    async def _ask_engine(self, network_id: str) -> EngineNetwork | None:
         try:
             found = await self.engine.network(network_id)
         except EngineError as error:
             logger.warning("network {} can not be looked up: {}", network_id[:12], error)
             return None
-        if found is None or found.driver != DRIVER:
-            return None
+        return found if found is not None and found.driver == DRIVER else None
+
+    async def learn_networks(self) -> None:
+        """Take the networks that the engine has and the checkpoint lacks.  Raises EngineError."""
+        for found in await self.engine.networks():
+            known = self.networks.get(found.id)
+            if known is None or known.name != found.name:
+                await self._learn(found)
+
+    async def _learn(self, found: EngineNetwork) -> Network:
         subnet = found.subnet if found.subnet not in ("", "0.0.0.0/0") else ""
-        return Network(found.id, found.name, subnet)
+        network = Network(found.id, found.name, subnet)
+        await asyncio.to_thread(self._checkpoint.save_network, network)
+        self._remember(network)
+        return network
 
     # --- endpoints
 
@@ -242,14 +243,18 @@ class Driver:
         if not container_id:
             raise EngineError(f"engine endpoint {endpoint.engine_endpoint_id[:12]} has no container yet")
         container = await self.engine.container(container_id)
-        labels = container.labels if container is not None else {}
-        await self.endpoints.identify(endpoint.id, container_id, name, labels, network.name)
+        if container is None:
+            # Without its labels it would get the identity of a container that has none.
+            raise EngineError(f"the engine does not list container {container_id[:12]} ({shorten(name)})")
+        await self.endpoints.identify(endpoint.id, container_id, name, container.labels, network.name)
 
     async def _program_external(self, call: dict[str, Any]) -> dict[str, Any]:
         endpoint = self._endpoint(call)
         others = (each for _, each in self.endpoints.table.items() if each.id != endpoint.id)
         taken = taken_ports(port for each in others for port in each.ports)
-        await self.endpoints.publish(endpoint.id, parse_portmap(call.get("Options") or {}, taken))
+        # From the choice to the record there is no pause: two containers never choose the same port.
+        ports = parse_portmap(call.get("Options") or {}, taken, endpoint.ports)
+        await self.endpoints.publish(endpoint.id, ports)
         return {}
 
     async def _revoke_external(self, call: dict[str, Any]) -> dict[str, Any]:
@@ -282,6 +287,22 @@ class Driver:
         return endpoint
 
 
+def _accepted_subnet(call: dict[str, Any], node_pool: IPv4Network) -> str:
+    """Return the subnet that the engine's own IPAM assigns from, or nothing for the null driver.  Pure."""
+    for each in call.get("IPv4Data") or []:
+        pool = str(each.get("Pool", ""))
+        network = ip_network(pool)
+        if network.prefixlen == 0:
+            continue  # the null IPAM driver: addresses are ours to give
+        if not isinstance(network, IPv4Network) or not network.subnet_of(node_pool):
+            raise DriverError(
+                f"subnet {pool} is not inside this node's pool {node_pool}",
+                hint="type: docker network create -d holdfast --ipam-driver null NAME",
+            )
+        return pool
+    return ""
+
+
 def _text(call: dict[str, Any], key: str) -> str:
     value = call.get(key)
     if not isinstance(value, str) or not value:
@@ -297,11 +318,22 @@ async def _nothing(_: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-async def _listen(runner: web.AppRunner, path: Path) -> None:
-    """Listen under a temporary name and rename: the engine never sees a socket nobody answers."""
+async def _listen(runner: web.AppRunner, path: Path) -> int:
+    """Listen under a temporary name and rename: the engine never sees a socket nobody answers.
+
+    Returns the inode, by which `_unlink` knows our socket again.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     await web.UnixSite(runner, str(temporary)).start()
     os.chmod(temporary, 0o660)
     os.replace(temporary, path)
+    return path.stat().st_ino
+
+
+def _unlink(path: Path, inode: int) -> None:
+    """Remove our socket; the one of an agent that has taken over meanwhile stays."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_ino == inode:
+            path.unlink()

@@ -4,18 +4,20 @@
 Asynchronous and small: the docker SDK costs 20 MB and blocks.  Every answer is checked for its type,
 because what it holds (labels, names) was chosen by whoever starts containers.
 
-Inside a network driver call only `network` and `container_labels` may be used: `/containers/<id>/json` of
+Inside a network driver call only `network` and `container` may be used: `/containers/<id>/json` of
 a starting container blocks until the driver has answered.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
+from aiohttp.http_exceptions import HttpProcessingError
 
 from agent.errors import EngineError
 from core.errors import shorten
@@ -24,6 +26,12 @@ API = "http://engine/v1.40"  # docker 19.03; newer engines still speak it down t
 FALLBACK_API = "http://engine"  # an engine that dropped 1.40 answers unversioned paths with its own version
 ANSWER_TIMEOUT_S = 10.0
 DRIVER = "holdfast"
+
+
+T = TypeVar("T")
+
+# A line or header that is too long is none of aiohttp's client errors.
+_TROUBLE = (aiohttp.ClientError, HttpProcessingError, TimeoutError, ValueError, OSError)
 
 
 class EngineNetwork(msgspec.Struct, frozen=True):
@@ -63,34 +71,37 @@ class Engine:
     async def version(self) -> str:
         """Return the engine's version and settle which API path it takes."""
         answer = await self._get_at(FALLBACK_API, "/version")
-        minimum = str(answer.get("MinAPIVersion", "1.12"))
+        minimum, version = self._read(_versions, answer, "/version")
         self._base = API if _version_tuple(minimum) <= (1, 40) else FALLBACK_API
-        return str(answer.get("Version", "unknown"))
+        return version
 
     async def network(self, network_id: str) -> EngineNetwork | None:
         """Return one network with its endpoints, or None when the engine does not have it."""
+        path = f"/networks/{quote(network_id, safe='')}"
         try:
-            return _network(await self._get(f"/networks/{network_id}"))
+            return self._read(_network, await self._get(path), path)
         except _NotFound:
             return None
 
     async def networks(self) -> list[EngineNetwork]:
         """Return every network of our driver, with endpoints."""
         query = json.dumps({"driver": [DRIVER]})
-        found = await self._get("/networks", {"filters": query})
-        ids = [str(each["Id"]) for each in found if each.get("Driver") == DRIVER]
-        networks = [await self.network(each) for each in ids]
+        listed = self._read(_networks, await self._get("/networks", {"filters": query}), "/networks")
+        # The list leaves the members of each network out.
+        networks = [await self.network(each.id) for each in listed if each.driver == DRIVER]
         return [network for network in networks if network is not None]
 
     async def container(self, container_id: str) -> EngineContainer | None:
         """Return one container from the list (safe inside driver calls), or None."""
         query = json.dumps({"id": [container_id]})
-        found = await self._get("/containers/json", {"all": "1", "filters": query})
-        return _container(found[0]) if found else None
+        path = "/containers/json"
+        found = self._read(_containers, await self._get(path, {"all": "1", "filters": query}), path)
+        return next((each for each in found if each.id == container_id), None)
 
     async def containers(self) -> list[EngineContainer]:
         """Return every container, running or not."""
-        return [_container(each) for each in await self._get("/containers/json", {"all": "1"})]
+        path = "/containers/json"
+        return self._read(_containers, await self._get(path, {"all": "1"}), path)
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """Yield container and network events from now on; ends (EngineError) when the engine goes."""
@@ -104,9 +115,19 @@ class Engine:
                     event = json.loads(line)
                     if isinstance(event, dict):
                         yield event
-        except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
+        except _TROUBLE as error:
             raise EngineError(f"event stream of engine {self.socket_path} broke: {error}") from error
         raise EngineError(f"event stream of engine {self.socket_path} ended")
+
+    def _read(self, parse: Callable[[Any], T], answer: Any, path: str) -> T:
+        """Return what `parse` makes of an answer; EngineError for one of another shape."""
+        try:
+            return parse(answer)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise EngineError(
+                f"engine {self.socket_path} answered {path} with something else than expected: "
+                f"{shorten(answer)} ({type(error).__name__} {error})"
+            ) from error
 
     async def _get(self, path: str, query: dict[str, str] | None = None) -> Any:
         return await self._get_at(self._base, path, query)
@@ -122,7 +143,7 @@ class Engine:
                         f"engine {self.socket_path} answered {response.status} to {path}: {shorten(body)}"
                     )
                 return json.loads(body)
-        except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
+        except _TROUBLE as error:
             raise EngineError(
                 f"engine {self.socket_path} did not answer {path}: {type(error).__name__} {error}",
                 hint="is the container engine running?",
@@ -145,6 +166,18 @@ class _NotFound(EngineError):
 def _version_tuple(text: str) -> tuple[int, int]:
     major, _, minor = text.partition(".")
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (1, 12)
+
+
+def _versions(data: Any) -> tuple[str, str]:
+    return str(data.get("MinAPIVersion", "1.12")), str(data.get("Version", "unknown"))
+
+
+def _networks(data: Any) -> list[EngineNetwork]:
+    return [_network(each) for each in data]
+
+
+def _containers(data: Any) -> list[EngineContainer]:
+    return [_container(each) for each in data or []]
 
 
 def _network(data: Any) -> EngineNetwork:

@@ -34,6 +34,7 @@ SETTLE_S = 0.3
 # A container of ours that the engine does not show: it may be starting, or the engine itself may be.
 COLLECT_AFTER_S = 60.0
 
+RUNNING = frozenset({"running", "paused", "restarting"})
 RELEVANT = frozenset({"start", "die", "destroy", "connect", "disconnect", "rename", "create", "unpause"})
 
 
@@ -58,6 +59,7 @@ class EngineWatch:
         self._endpoints = endpoints
         self._driver = driver
         self._gone_since: dict[int, float] = {}
+        self._compared: set[int] = set()  # endpoints whose labels were looked at in this life
         self._changed = asyncio.Event()
 
     async def run(self) -> None:
@@ -74,6 +76,7 @@ class EngineWatch:
 
     async def _connect(self, backoff: Backoff) -> None:
         self.view.version = await self._engine.version()
+        await self._driver.learn_networks()
         reader = asyncio.create_task(self._read_events(), name="engine-events")
         # A reader that ends (with the engine's error) wakes the lister, which then has nothing to wait for.
         reader.add_done_callback(lambda _: self._changed.set())
@@ -105,23 +108,49 @@ class EngineWatch:
     async def refresh(self) -> None:
         """List once and act on it.  Raises EngineError; nothing is deleted then."""
         containers = await self._engine.containers()
-        running = {each.id: each for each in containers if each.state in ("running", "paused", "restarting")}
+        running = {each.id: each for each in containers if each.state in RUNNING}
         self.view.containers = len(running)
         self.view.unmanaged = unmanaged(running, set(self._driver.networks))
         self.view.listed_at = time.time()
         self.view.error = ""
-        alive = {endpoint_id for each in running.values() for endpoint_id in each.endpoints.values()}
-        for _, endpoint in list(self._endpoints.table.items()):
-            if endpoint.engine_endpoint_id:
-                await self._check(endpoint, endpoint.engine_endpoint_id in alive)
+        # One that is starting is "created" and has its endpoint already.
+        alive = {
+            endpoint_id: each
+            for each in containers
+            if each.state in RUNNING or each.state == "created"
+            for endpoint_id in each.endpoints.values()
+        }
+        managed = [each for _, each in self._endpoints.table.items() if each.engine_endpoint_id]
+        present = {each.id for each in managed}
+        self._gone_since = {number: at for number, at in self._gone_since.items() if number in present}
+        self._compared &= present
+        for endpoint in managed:
+            await self._check(endpoint, alive.get(endpoint.engine_endpoint_id))
         self.first_list.set()
 
-    async def _check(self, endpoint: Endpoint, alive: bool) -> None:
-        if alive:
-            self._gone_since.pop(endpoint.id, None)
-            if endpoint.connected and not endpoint.identity:
-                await self._identify(endpoint)
-            return
+    async def _check(self, endpoint: Endpoint, container: EngineContainer | None) -> None:
+        try:
+            if container is None:
+                await self._collect(endpoint)
+            else:
+                self._gone_since.pop(endpoint.id, None)
+                await self._compare(endpoint, container)
+        except AgentError as error:
+            logger.warning("endpoint {}: {}", endpoint.id, error)
+
+    async def _compare(self, endpoint: Endpoint, container: EngineContainer) -> None:
+        """Give an endpoint the identity it lacks.
+
+        Labels of a container never change, but what of them counts may have with the configuration: so
+        each endpoint is compared once in the life of the agent.  A name changes at any time.
+        """
+        known = endpoint.id in self._compared and container.name == endpoint.container_name
+        if endpoint.connected and not (endpoint.identity and known):
+            await self._driver.identify(endpoint)
+            self._compared.add(endpoint.id)
+
+    async def _collect(self, endpoint: Endpoint) -> None:
+        """Remove an endpoint whose container has been gone for the grace."""
         since = self._gone_since.setdefault(endpoint.id, time.monotonic())
         if time.monotonic() - since < COLLECT_AFTER_S:
             return
@@ -133,12 +162,6 @@ class EngineWatch:
         )
         await self._endpoints.delete(endpoint.id)
         self._gone_since.pop(endpoint.id, None)
-
-    async def _identify(self, endpoint: Endpoint) -> None:
-        try:
-            await self._driver.identify(endpoint)
-        except AgentError as error:
-            logger.warning("endpoint {} has still no identity: {}", endpoint.id, error)
 
 
 def unmanaged(running: Mapping[str, EngineContainer], networks: set[str]) -> dict[str, str]:

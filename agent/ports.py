@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from ipaddress import IPv4Address, ip_address
 from typing import Any
 
@@ -25,10 +25,11 @@ EPHEMERAL = (32768, 60999)
 Taken = Collection[tuple[int, str, int]]
 
 
-def parse_portmap(options: Mapping[str, Any], taken: Taken) -> tuple[Port, ...]:
+def parse_portmap(options: Mapping[str, Any], taken: Taken, present: Sequence[Port] = ()) -> tuple[Port, ...]:
     """Return the ports to publish; `taken` holds (protocol, host address, port) in use on this host.
 
-    Raises DriverError that names the binding for what can not be published.
+    A call that comes again (an engine that restarted) keeps what it chose before: `present`.  Raises
+    DriverError that names the binding for what can not be published.
     """
     bindings = options.get(PORTMAP) or []
     if not isinstance(bindings, list):
@@ -36,7 +37,7 @@ def parse_portmap(options: Mapping[str, Any], taken: Taken) -> tuple[Port, ...]:
     used = set(taken)
     ports: list[Port] = []
     for binding in bindings:
-        port = _parse_binding(binding, used)
+        port = _parse_binding(binding, used, present)
         if port is None:
             continue
         used.add((port.protocol, port.host_ip, port.host_port))
@@ -44,14 +45,15 @@ def parse_portmap(options: Mapping[str, Any], taken: Taken) -> tuple[Port, ...]:
     return tuple(ports)
 
 
-def _parse_binding(binding: Any, used: set[tuple[int, str, int]]) -> Port | None:
+def _parse_binding(binding: Any, used: set[tuple[int, str, int]], present: Sequence[Port]) -> Port | None:
     try:
         protocol, container_port = int(binding["Proto"]), int(binding["Port"])
         low, high = int(binding.get("HostPort") or 0), int(binding.get("HostPortEnd") or 0)
         host_ip = str(binding.get("HostIP") or "")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DriverError(f"port binding {binding!r} can not be read: {error}") from error
-    if protocol not in PROTOCOLS or not 0 < container_port < 65536:
+    in_range = 0 < container_port < 65536 and 0 <= low < 65536 and 0 <= high < 65536
+    if protocol not in PROTOCOLS or not in_range:
         raise DriverError(f"port binding {binding!r}: protocol or port is out of range")
     if host_ip and not _is_ipv4(host_ip):
         return None  # the engine sends a second, IPv6 binding for -p without an address
@@ -61,22 +63,26 @@ def _parse_binding(binding: Any, used: set[tuple[int, str, int]]) -> Port | None
             f"{host_ip} is not an address of this host: port {low or 'any'}/{PROTOCOLS[protocol]} "
             "can not be published on it"
         )
-    chosen = _choose(protocol, host_ip, low, max(low, high), used)
+    wanted = range(low, max(low, high) + 1) if low else range(EPHEMERAL[0], EPHEMERAL[1] + 1)
+    for kept in present:
+        same = (kept.protocol, kept.container_port, kept.host_ip) == (protocol, container_port, host_ip)
+        if same and kept.host_port in wanted and (protocol, host_ip, kept.host_port) not in used:
+            return kept
+    chosen = _choose(protocol, host_ip, wanted, used)
     return Port(protocol, container_port, chosen, chosen, host_ip)
 
 
-def _choose(protocol: int, host_ip: str, low: int, high: int, used: set[tuple[int, str, int]]) -> int:
+def _choose(protocol: int, host_ip: str, wanted: range, used: set[tuple[int, str, int]]) -> int:
     # A binding without an address takes the port on every address.
     in_use = {
         port for number, ip, port in used if number == protocol and (not ip or not host_ip or ip == host_ip)
     }
-    for candidate in range(low, high + 1) if low else range(EPHEMERAL[0], EPHEMERAL[1] + 1):
+    for candidate in wanted:
         if candidate not in in_use and _is_free(protocol, host_ip, candidate):
             return candidate
-    name = PROTOCOLS[protocol]
-    wanted = f"{low}" if low == high else f"{low}-{high}"
+    ports = f"{wanted[0]}" if len(wanted) == 1 else f"{wanted[0]}-{wanted[-1]}"
     raise DriverError(
-        f"host port {wanted if low else 'any'}/{name} is in use by a container or a service of the host",
+        f"host port {ports}/{PROTOCOLS[protocol]} is in use by a container or a service of the host",
         hint="stop what uses it or choose another host port",
     )
 

@@ -142,7 +142,8 @@ def test_a_newer_version_adds_fields(tmp_path: Path) -> None:
     (tmp_path / "node.json").write_text(json.dumps(node))
     assert checkpoint.endpoints() == [made(7)]
     found = checkpoint.node()
-    assert found is not None and (found.name, found.version) == ("n", 9)
+    assert found is not None
+    assert (found.name, found.version) == ("n", 9)
 
 
 @pytest.mark.parametrize(
