@@ -21,7 +21,6 @@ from datapath.format import Described, describe
 from datapath.maps import EventsLost, MonitorFlag
 from datapath.ring import EventRing
 
-
 # Decoding and describing takes 25 µs an event: the loop gets its turn every 10 ms.
 AT_ONCE = 400
 

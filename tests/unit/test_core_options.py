@@ -68,10 +68,10 @@ def test_an_error_names_option_value_and_origin(arguments: list[tuple[str, str]]
 def test_a_duplicate_or_unknown_option_in_a_file_is_named_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "agent.yaml"
     file.write_text("debug: true\ndebug: false\n")
-    with pytest.raises(OptionError, match="duplicate option 'debug' from file .* line 2"):
+    with pytest.raises(OptionError, match=r"duplicate option 'debug' from file .* line 2"):
         load(OPTIONS, config_file=file)
     file.write_text("debug: true\nnonsense: 1\n")
-    with pytest.raises(OptionError, match="unknown option 'nonsense' from file .* line 2"):
+    with pytest.raises(OptionError, match=r"unknown option 'nonsense' from file .* line 2"):
         load(OPTIONS, config_file=file)
 
 
