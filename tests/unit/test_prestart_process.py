@@ -122,7 +122,10 @@ def test_command_that_can_not_be_started_is_named(tmp_path: Path, command: str, 
 
 def test_agent_inherits_neither_blocked_nor_ignored_signals(tmp_path: Path) -> None:
     result = run(tmp_path, command=("/bin/grep", "-E", "^Sig(Blk|Ign)", "/proc/self/status"))
-    assert [int(line.split()[1], 16) for line in result.stdout.splitlines()] == [0, 0]
+    found = [int(line.split()[1], 16) for line in result.stdout.splitlines()]
+    # Signals 32 and 33 are the C library's own: whoever starts the test may leave them ignored, nobody can
+    # change that.
+    assert [each & ~(0b11 << 31) for each in found] == [0, 0]
 
 
 def test_gate_start_holds_the_process_until_its_slot(tmp_path: Path) -> None:
