@@ -59,6 +59,8 @@ class Driver:
         self.engine = engine
         self.networks: dict[str, Network] = {}
         self._checkpoint = checkpoint
+        # The engine's key of a container's namespace → endpoint id.  What is gone is taken over.
+        self._sandboxes: dict[str, int] = {}
         self._handlers: dict[str, Handler] = {
             "NetworkDriver.GetCapabilities": self._capabilities,
             "NetworkDriver.CreateNetwork": self._create_network,
@@ -215,13 +217,32 @@ class Driver:
         return {"Interface": answer}
 
     async def _join(self, call: dict[str, Any]) -> dict[str, Any]:
-        endpoint = await self.endpoints.connect(self._endpoint(call).id)
+        endpoint = self._endpoint(call)
+        self._take_sandbox(str(call.get("SandboxKey") or ""), endpoint)
+        endpoint = await self.endpoints.connect(endpoint.id)
         return {
             "InterfaceName": {"SrcName": endpoint.peer, "DstPrefix": CONTAINER_PREFIX},
             "Gateway": GATEWAY,
             "StaticRoutes": [{"Destination": f"{GATEWAY}/32", "RouteType": 1, "NextHop": ""}],
             "DisableGatewayService": True,
         }
+
+    def _take_sandbox(self, sandbox: str, endpoint: Endpoint) -> None:
+        """Raise DriverError for a container that has an interface of ours: it has one default route.
+
+        Answers of a second interface's address would leave by the first and be dropped there.
+        """
+        number = self._sandboxes.setdefault(sandbox, endpoint.id) if sandbox else endpoint.id
+        first = self.endpoints.table.get(number)
+        if number == endpoint.id:
+            return
+        if first is None or not first.connected:
+            self._sandboxes[sandbox] = endpoint.id
+            return
+        raise DriverError(
+            f"container {first.container_name or first.ipv4} is on a network of Holdfast already",
+            hint="one is enough: labels and policy, not networks, keep containers apart",
+        )
 
     async def _oper_info(self, call: dict[str, Any]) -> dict[str, Any]:
         endpoint = self._endpoint(call)
@@ -266,6 +287,7 @@ class Driver:
     async def _leave(self, call: dict[str, Any]) -> dict[str, Any]:
         endpoint = self.endpoints.by_engine_id(_text(call, "EndpointID"))
         if endpoint is not None:
+            self._sandboxes = {key: each for key, each in self._sandboxes.items() if each != endpoint.id}
             await self.endpoints.disconnect(endpoint.id)
         return {}
 

@@ -12,6 +12,7 @@ from ipaddress import IPv4Address
 
 import msgspec
 
+PROTOCOL_NAMES = {6: "tcp", 17: "udp", 132: "sctp"}  # of ports that can be published
 ENDPOINT_ID_MAX = 65535  # the key of cilium_call_policy; 0 is never an endpoint
 
 
@@ -34,6 +35,16 @@ class Port(msgspec.Struct, frozen=True, omit_defaults=True):
     host_port: int
     host_port_end: int
     host_ip: str = ""
+
+    def __str__(self) -> str:
+        """Return it as `docker ps` writes one."""
+        spread = self.host_port_end - self.host_port
+        host = f"{self.host_ip or '0.0.0.0'}:{_span(self.host_port, spread)}"
+        return f"{host}->{_span(self.container_port, spread)}/{PROTOCOL_NAMES[self.protocol]}"
+
+
+def _span(first: int, spread: int) -> str:
+    return f"{first}-{first + spread}" if spread else f"{first}"
 
 
 class Endpoint(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):

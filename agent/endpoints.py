@@ -169,15 +169,14 @@ class EndpointManager:
         network: str,
     ) -> Endpoint:
         """Take a container's labels, allocate its identity and put its policy into the kernel."""
-        everything, relevant = container_labels(self._filter, name, labels, network)
         self._connected(endpoint_id)
-        self.store.change(
-            endpoint_id,
-            container_id=container_id,
-            container_name=name,
-            all_labels=everything.serialized,
-            handed_over=True,
-        )
+        self.store.change(endpoint_id, container_id=container_id, container_name=name, handed_over=True)
+        try:
+            everything, relevant = container_labels(self._filter, name, labels, network)
+        except EndpointRefused as error:
+            self._histories.note(endpoint_id, State.WAITING_FOR_IDENTITY, str(error), ok=False)
+            raise
+        self.store.change(endpoint_id, all_labels=everything.serialized)
         return await self.set_labels(endpoint_id, relevant)
 
     async def handed_over(self, endpoint_id: int, name: str, labels: Labels) -> Endpoint:

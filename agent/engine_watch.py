@@ -165,10 +165,13 @@ class EngineWatch:
 
 
 def unmanaged(running: Mapping[str, EngineContainer], networks: set[str]) -> dict[str, str]:
-    """Return the running containers that no network of ours reaches, with the reason.  Pure."""
+    """Return the running containers with traffic that policy does not see, with the reason.  Pure."""
     result: dict[str, str] = {}
     for container in running.values():
         if networks.intersection(container.endpoints):
+            if networks.issuperset(container.endpoints):
+                continue
+            result[container.name] = "is also on another network of docker's: what goes there has no policy"
             continue
         mode = container.network_mode
         if mode == "host":

@@ -14,11 +14,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from ipaddress import IPv4Address, ip_address
 from typing import Any
 
-from agent.endpoint import Port
+from agent.endpoint import PROTOCOL_NAMES, Port
 from agent.errors import DriverError
 
 PORTMAP = "com.docker.network.portmap"
-PROTOCOLS = {6: "tcp", 17: "udp", 132: "sctp"}
 # Where the engine leaves the choice to us: the range that Linux and the engine itself use.
 EPHEMERAL = (32768, 60999)
 
@@ -53,14 +52,14 @@ def _parse_binding(binding: Any, used: set[tuple[int, str, int]], present: Seque
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DriverError(f"port binding {binding!r} can not be read: {error}") from error
     in_range = 0 < container_port < 65536 and 0 <= low < 65536 and 0 <= high < 65536
-    if protocol not in PROTOCOLS or not in_range:
+    if protocol not in PROTOCOL_NAMES or not in_range:
         raise DriverError(f"port binding {binding!r}: protocol or port is out of range")
     if host_ip and not _is_ipv4(host_ip):
         return None  # the engine sends a second, IPv6 binding for -p without an address
     host_ip = "" if host_ip == "0.0.0.0" else host_ip
     if host_ip and not _is_of_this_host(host_ip):
         raise DriverError(
-            f"{host_ip} is not an address of this host: port {low or 'any'}/{PROTOCOLS[protocol]} "
+            f"{host_ip} is not an address of this host: port {low or 'any'}/{PROTOCOL_NAMES[protocol]} "
             "can not be published on it"
         )
     wanted = range(low, max(low, high) + 1) if low else range(EPHEMERAL[0], EPHEMERAL[1] + 1)
@@ -82,7 +81,7 @@ def _choose(protocol: int, host_ip: str, wanted: range, used: set[tuple[int, str
             return candidate
     ports = f"{wanted[0]}" if len(wanted) == 1 else f"{wanted[0]}-{wanted[-1]}"
     raise DriverError(
-        f"host port {ports}/{PROTOCOLS[protocol]} is in use by a container or a service of the host",
+        f"host port {ports}/{PROTOCOL_NAMES[protocol]} is in use by a container or a service of the host",
         hint="stop what uses it or choose another host port",
     )
 

@@ -200,7 +200,14 @@ def _reconcilers(parts: Parts) -> list[Reconciler[Any, Any]]:
 
 
 def _tables(parts: Parts) -> list[Table[Any, Any]]:
-    return [parts.endpoints.table, parts.identities.table, parts.policies, parts.addresses, parts.nodes]
+    return [
+        parts.endpoints.table,
+        parts.identities.table,
+        parts.documents,
+        parts.policies,
+        parts.addresses,
+        parts.nodes,
+    ]
 
 
 def _table(table: Table[Any, Any]) -> models.TableInfo:
@@ -261,6 +268,7 @@ def endpoint(parts: Parts, each: Endpoint) -> models.Endpoint:
                 interface_name=each.interface,
                 mac=each.mac,
                 host_mac=each.node_mac,
+                published_ports=[str(port) for port in each.ports],
             ),
             policy=_policy(parts, each),
             external_identifiers=models.ExternalIdentifiers(

@@ -178,6 +178,8 @@ class EndpointNetworking(Model, frozen=True, kw_only=True):
     interface_index: int = 0
     mac: str = ""
     host_mac: str = ""
+    # As `docker ps` writes them ("0.0.0.0:8080->80/tcp"): the engine does not show a remote driver's.
+    published_ports: list[str] = []
 
 
 class EndpointPolicy(Model, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from tests.support.host import wait_for
 from tests.support.places import PORTS, Place
 from tests.support.rules import Rule, element, rule
 from tests.support.site import Site
+from tests.support.traffic import UDP, ask, connected, serving
 
 FIRST, SECOND = PORTS
 ROUTER = "10.50.0.1"  # what containers see of the host's loopback, and of themselves by a published port
@@ -60,6 +62,45 @@ def test_published_ports_are_reached_from_everywhere(site: Site, shop: Place, wh
     by_loopback = address == LOOPBACK
     assert place.asks("TCP", address, OF_LOOPBACK) == (seen if by_loopback else None)
     assert place.asks("TCP", address, OF_CARD) == (None if by_loopback else seen)
+
+
+def test_published_ports_are_shown(site: Site, shop: Place) -> None:
+    """The engine shows none for a network driver, not even those that the driver chose."""
+    card = site.host.address
+    assert published_by(site, shop) == {
+        f"0.0.0.0:{EVERYWHERE}->{FIRST}/tcp",
+        f"{LOOPBACK}:{OF_LOOPBACK}->{FIRST}/tcp",
+        f"{card}:{OF_CARD}->{FIRST}/tcp",
+        *(f"0.0.0.0:{OF_RANGE + each}->{FIRST + each}/tcp" for each in (0, 1)),
+        f"0.0.0.0:{DATAGRAM}->{FIRST}/udp",
+    }
+
+
+def test_port_that_was_chosen_for_the_container_is_told_and_works(site: Site) -> None:
+    with site.container("chosen", options=["--publish", str(FIRST)]) as chosen:
+        (shown,) = published_by(site, chosen)
+        port = int(shown.partition("->")[0].rpartition(":")[2])
+        assert site.world.asks("TCP", site.host.address, port) == site.world.address
+
+
+def published_by(site: Site, place: Place) -> set[str]:
+    return set(site.host.endpoint_of(place.name)["status"]["networking"]["published-ports"])
+
+
+def test_client_that_never_pauses_follows_the_port_to_the_next_container(site: Site) -> None:
+    """One UDP socket of the world, two containers that publish the port one after the other."""
+    with connected(site.world.netns, site.host.address, 5301, UDP) as client:
+        for name in ("earlier", "later"):
+            with site.container(name, options=["--publish", f"5301:{FIRST}/udp"]):
+                assert ask(client) == site.world.address
+
+
+def test_ports_follow_a_restarted_container(site: Site) -> None:
+    with site.container("again", options=["--publish", f"8091:{FIRST}"], serve=False):
+        site.host.engine.docker("restart", "-t", "1", "again")
+        inside = site.netns_of("again")
+        with contextlib.closing(inside), serving(inside, FIRST):
+            assert site.world.asks("TCP", site.host.address, 8091) == site.world.address
 
 
 # --- policy sees the real client

@@ -180,3 +180,36 @@ def test_containers_elsewhere_are_said_to_be_unmanaged(site: Site) -> None:
 
 def unmanaged(site: Site) -> dict[str, str]:
     return {each["name"]: each["reason"] for each in site.status()["unmanaged"]}
+
+
+def test_container_with_one_leg_elsewhere_is_said_to_be_so(site: Site) -> None:
+    """What it sends by docker's bridge meets no policy: the operator must know."""
+    docker = site.host.engine.docker
+    with site.container("two-legs") as place:
+        docker("network", "connect", "bridge", place.name)
+        wait_for(lambda: "another network of docker's" in unmanaged(site).get(place.name, ""), "it in status")
+        docker("network", "disconnect", "bridge", place.name)
+        wait_for(lambda: not unmanaged(site), "none in status")
+
+
+def test_second_network_is_refused_by_name(site: Site) -> None:
+    docker = site.host.engine.docker
+    site.host.network("second")
+    try:
+        done = docker("network", "connect", "second", "client", check=False)
+        assert "container client is on a network of Holdfast already" in done.stderr
+        assert site.client.asks("TCP", site.server.address) == site.client.address
+    finally:
+        docker("network", "rm", "second")
+
+
+def test_malformed_label_is_named_and_the_container_stays_shut(site: Site) -> None:
+    """docker lets a label hold `;`, by which it could pass for another label."""
+    with site.container("evil", labels={"app": "a;k8s:role=admin"}) as evil:
+        endpoint = site.host.api(f"/v1/endpoint/ipv4:{evil.address}")
+        assert endpoint["status"]["state"] == "waiting-for-identity"
+        messages = [line["message"] for line in endpoint["status"]["log"]]
+        assert any("label container:app is a;k8s:role=admin" in message for message in messages), messages
+        assert evil.asks("TCP", site.server.address) is None
+        assert site.client.asks("TCP", evil.address) is None
+    assert site.client.asks("TCP", site.server.address) is not None
