@@ -13,7 +13,9 @@ Used by: kvstore.client (one prefix), kvstore.session (many single keys on one s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 
 import grpc.aio
@@ -73,9 +75,11 @@ class WatchStream:
         self.subject = subject
         self._transport = transport
         self._idle = idle
-        self._hang = hang
         self._probe_key = b""
         self._peer, self._call = transport.open_stream(WATCH)
+        # gRPC takes one message at a time, and the watchdog writes too.
+        self._writing = asyncio.Lock()
+        self._watchdog = _Watchdog(hang, (self.ask_progress, self._probe), self._call.cancel)
 
     async def __aenter__(self) -> WatchStream:
         return self
@@ -83,6 +87,7 @@ class WatchStream:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._watchdog.stop()
         self._call.cancel()
 
     async def create(self, key: str, start_revision: int, *, prefix: bool = False, watch_id: int = 0) -> None:
@@ -116,55 +121,53 @@ class WatchStream:
         After `idle` seconds (the stream's own unless given) without one, progress is asked for.
         """
         while True:
-            response = await self._read_or_ask(jittered(idle or self._idle))
+            self._watchdog.listen(idle or self._idle)
+            try:
+                response = await self._receive()
+            finally:
+                self._watchdog.rest()
             if response.watch_id != PROBE_ID:
                 return response
             if response.created and not response.canceled:
                 await self.cancel(PROBE_ID)
                 return WatchResponse(header=response.header, watch_id=-1)
 
-    async def _read_or_ask(self, idle: float) -> WatchResponse:
-        """Read one message; on silence ask for progress, then for a probe, then give the peer up."""
-        reading = asyncio.ensure_future(self._call.read())
+    async def _receive(self) -> WatchResponse:
         try:
-            for patience, ask in (
-                (idle, self.ask_progress),
-                (self._hang / 2, self._probe),
-                (self._hang / 2, None),
-            ):
-                done, _ = await asyncio.wait((reading,), timeout=patience)
-                if done:
-                    return self._received(reading)
-                if ask is not None:
-                    await ask()
-            raise self._lost(f"no sign of life for {idle + self._hang:.0f} s")
-        finally:
-            reading.cancel()
+            response = await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            if self._watchdog.verdict:
+                raise self._lost(self._watchdog.verdict) from error
+            typed = translate(error, "watch", self.subject, self._peer.target)
+            raise self._transport.noted(self._peer, typed) from error
+        except asyncio.CancelledError as error:
+            raise self._closed_or_cancelled() from error
+        if not isinstance(response, WatchResponse):
+            raise self._lost(self._watchdog.verdict or "the server ended the stream")
+        return response
 
     async def _probe(self) -> None:
         """Ask for a watch of a single key that this user may read; its events are dropped."""
         request = WatchCreateRequest(key=self._probe_key, watch_id=PROBE_ID)
         await self._write(WatchRequest(create_request=request))
 
-    def _received(self, reading: asyncio.Future[object]) -> WatchResponse:
-        try:
-            response = reading.result()
-        except grpc.aio.AioRpcError as error:
-            typed = translate(error, "watch", self.subject, self._peer.target)
-            raise self._transport.noted(self._peer, typed) from error
-        except asyncio.CancelledError as error:
-            raise self._lost("the stream was closed") from error
-        if not isinstance(response, WatchResponse):
-            raise self._lost("the server ended the stream")
-        return response
-
     async def _write(self, request: WatchRequest) -> None:
         try:
-            await self._call.write(request)
+            async with self._writing:
+                await self._call.write(request)
         except grpc.aio.AioRpcError as error:
             raise self._lost(error.details() or error.code().name) from error
         except asyncio.InvalidStateError as error:
             raise self._lost("the stream has ended") from error
+        except asyncio.CancelledError as error:
+            raise self._closed_or_cancelled() from error
+
+    def _closed_or_cancelled(self) -> BaseException:
+        """Tell the end of the stream (by the watchdog, or with its channel) from the end of this task."""
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            return asyncio.CancelledError()
+        return self._lost(self._watchdog.verdict or "the stream was closed")
 
     def _lost(self, reason: str) -> KvstoreError:
         error = Unavailable(f"watch {self.subject}", self._peer.target, reason)
@@ -182,6 +185,74 @@ class WatchStream:
         if "compacted" in reason:
             raise Compacted(key, start_revision, 0, reason)
         raise self._lost(reason or "the server canceled the watch")
+
+
+class _Watchdog:
+    """Measures silence while somebody reads: asks, asks otherwise, then gives the stream up.
+
+    After the patience given to `listen` the first question goes out, after half of `hang` the next, and
+    after the other half `give_up` is called and `verdict` says why.  One timer for the stream's whole life,
+    which looks at the clock when it fires: a message costs no timer of its own.
+    Owner: the loop's thread.
+    """
+
+    def __init__(
+        self, hang: float, questions: Sequence[Callable[[], Awaitable[None]]], give_up: Callable[[], object]
+    ) -> None:
+        self.verdict = ""
+        self._hang = hang
+        self._questions = questions
+        self._give_up = give_up
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._asking: asyncio.Task[None] | None = None
+        self._wanted = 0.0
+        self._patience = 0.0
+        self._since: float | None = None
+        self._asked = 0
+
+    def listen(self, patience: float) -> None:
+        """Somebody waits for a message from now on."""
+        self._since = self._loop.time()
+        if patience != self._wanted or self._timer is None:
+            self._wanted, self._patience = patience, jittered(patience)
+            self._set(self._since + self._patience)
+
+    def rest(self) -> None:
+        """A message came, or nobody waits any more."""
+        self._since = None
+        self._asked = 0
+
+    def stop(self) -> None:
+        """The stream is over."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._asking is not None:
+            self._asking.cancel()
+
+    def _set(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(when, self._look)
+
+    def _look(self) -> None:
+        """The timer fired: ask if it has been quiet for long enough, else look again when it may be."""
+        now = self._loop.time()
+        due = (now if self._since is None else self._since) + self._patience
+        if not self._asked and due > now:
+            self._set(due)
+        elif self._asked == len(self._questions):
+            self.verdict = f"no sign of life for {self._patience + self._hang:.0f} s"
+            self._give_up()
+        else:
+            self._asking = self._loop.create_task(self._ask(self._questions[self._asked]))
+            self._asked += 1
+            self._set(now + self._hang / len(self._questions))
+
+    async def _ask(self, question: Callable[[], Awaitable[None]]) -> None:
+        with contextlib.suppress(KvstoreError):  # whoever reads meets the same trouble
+            await question()
 
 
 def event_from_wire(event: PbEvent) -> Event:
