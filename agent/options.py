@@ -152,14 +152,6 @@ OPTIONS: tuple[Option, ...] = (
         section=_IDENTITY,
     ),
     Option(
-        "identity-change-grace-period",
-        Type.DURATION,
-        5.0,
-        "How long an endpoint keeps its old identity after a change, so that other nodes learn the new one",
-        low=0,
-        section=_IDENTITY,
-    ),
-    Option(
         "identity-gc-interval",
         Type.DURATION,
         900.0,
@@ -236,13 +228,6 @@ OPTIONS: tuple[Option, ...] = (
         Type.PATH,
         Path("/run/docker/plugins/holdfast.sock"),
         "Unix socket of the network driver; the file's name is the driver's name",
-        section=_ENGINE,
-    ),
-    Option(
-        "docker-network",
-        Type.TEXT,
-        "holdfast",
-        "Network that is created in the engine when it is missing; empty creates none",
         section=_ENGINE,
     ),
     # --- policy

@@ -14,6 +14,7 @@ ip→identity table does: an address must never move to a number that no map all
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -53,6 +54,7 @@ class PolicyMaps:
         self._changes: dict[int, MapChange | None] = {}
         self._revision = 0
         self.opened = asyncio.Event()
+        self.waiting_since = time.monotonic()
         self.reconciler: Reconciler[int, int] = Reconciler("policy-maps", self.table, self)
 
     @property

@@ -100,12 +100,19 @@ def _overall(parts: Parts) -> models.Component:
     if parts.keeper.error:
         return models.Component(state=WARNING, msg=parts.keeper.error)
     if not parts.policy_maps.is_open:
-        return models.Component(
-            state=WARNING,
-            msg="policies and identities are not complete yet; the last known state is enforced",
-        )
+        return _incomplete(parts)
     sentence = parts.reconcilers["endpoints"].sentence
     return models.Component(state=OK, msg=f"{len(parts.endpoints.table)} endpoints; last: {sentence}")
+
+
+def _incomplete(parts: Parts) -> models.Component:
+    """Policies or identities are not listed yet; after allocator-list-timeout that is a failure, and goes on."""
+    waited = time.monotonic() - parts.policy_maps.waiting_since
+    late = waited > parts.config["allocator-list-timeout"]
+    return models.Component(
+        state=FAILURE if late else WARNING,
+        msg=f"policies and identities are not complete after {waited:.0f} s; the last known state is enforced",
+    )
 
 
 def _kvstore(parts: Parts) -> models.Component:

@@ -91,7 +91,7 @@ class Reconciler(Generic[K, V]):
         self.refresh_s = refresh_s
         self.prune_s = prune_s
         self.pruned_total = 0
-        self.sentence = "not started"
+        self.sentence = "nothing to write yet"
         self._subscription = table.subscribe()
         self._in_work: set[K] = set()
         self._failures: dict[K, _Failure] = {}
