@@ -41,8 +41,9 @@ from agent.host import HostView, look, node_name
 from agent.keeper import Keeper
 from agent.nodes import follow_nodes
 from agent.plumbing import EndpointTarget, Place, PolicyMapStore
-from agent.policies import PolicyDirectory, PolicyKeys, PolicyTable, Refusals
+from agent.policies import DocumentTable, PolicyNames, PolicyTable, Refusals, new_documents, new_policies
 from agent.policy_maps import PolicyMaps
+from agent.policy_sources import PolicyDirectory, PolicyKeys
 from agent.pool import Pool, automatic_network
 from agent.programs import HostPrograms
 from core import metrics
@@ -100,7 +101,9 @@ class Parts:
     identities: IdentityCache
     local: LocalIdentities
     allocator: Allocator
+    documents: DocumentTable
     policies: PolicyTable
+    policy_names: PolicyNames
     refusals: Refusals
     directory: PolicyDirectory
     policy_keys: PolicyKeys
@@ -148,8 +151,8 @@ async def build(config: Config, events: EventPump, programs: HostPrograms, gates
     local.restore(node.local_identities)
     identities.local.mark_in_sync()
 
-    policies: PolicyTable = Table("policies", ("directory", "kvstore"))
-    refusals = Refusals()
+    documents, policies, refusals = new_documents(), new_policies(), Refusals()
+    policy_names = PolicyNames(documents, policies, refusals)
     engine = PolicyEngine(limit=config["bpf-policy-map-max"], mode=EnforcementMode(config["enable-policy"]))
     policy_store = PolicyMapStore(programs.catalogue, programs.root)
     policy_maps = PolicyMaps(engine, policy_store)
@@ -208,7 +211,7 @@ async def build(config: Config, events: EventPump, programs: HostPrograms, gates
         sinks.node_name,
         grace=config["kvstore-missing-grace-period"],
     )
-    policy_keys = PolicyKeys(policies, refusals, config["kvstore-missing-grace-period"])
+    policy_keys = PolicyKeys(documents, refusals, config["kvstore-missing-grace-period"])
     return Parts(
         config=config,
         node=node,
@@ -222,9 +225,11 @@ async def build(config: Config, events: EventPump, programs: HostPrograms, gates
         identities=identities,
         local=local,
         allocator=allocator,
+        documents=documents,
         policies=policies,
+        policy_names=policy_names,
         refusals=refusals,
-        directory=PolicyDirectory(Path(config["policy-dir"]), policies, refusals),
+        directory=PolicyDirectory(Path(config["policy-dir"]), documents, policy_names, refusals),
         policy_keys=policy_keys,
         policy_maps=policy_maps,
         policy_store=policy_store,
@@ -293,6 +298,7 @@ def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
     tasks["identities to policy"] = parts.derivations.follow_identities
     tasks["policies to policy"] = parts.derivations.follow_policies
     tasks["policy directory"] = parts.directory.run
+    tasks["policy names"] = parts.policy_names.run
     held = parts.gates.behind_connect
     tasks["kvstore session"] = held(partial(_session, parts))
     tasks["kvstore roles"] = held(parts.role_session.run)
@@ -357,7 +363,7 @@ async def _restored(parts: Parts) -> None:
 async def _expire(parts: Parts) -> None:
     while True:
         await asyncio.sleep(jittered(EXPIRE_S))
-        ended = len(parts.identities.expire()) + len(parts.policy_keys.expire())
+        ended = len(parts.identities.expire()) + len(parts.policy_keys.source.expire())
         ended += len(parts.ip_sink.source.expire()) + len(parts.node_sink.source.expire())
         if ended:
             logger.warning("{} records stayed missing in etcd for their whole grace: removed", ended)

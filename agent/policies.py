@@ -1,40 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where policies come from: a directory of this host, and `holdfast/policies/v1/…` in etcd.
+"""From documents to policies in force: which document owns which name, and what was refused.
 
-Both feed one table (name → policy).  A document that is refused changes nothing: the last good one of that
-file or key stays in force, and the refusal is shown in status until it is mended.  The same name in both
-places is an error; the one that was in force first keeps its place.
+    directory, holdfast/policies/v1/ ──▶ documents (origin → policies) ──▶ policies (name → policy)
+
+Both sources (`agent.policy_sources`) feed the table of documents, with the mechanism that every table has:
+a relist that lacks a document keeps it for a grace.  A document is taken whole or not at all.  The same name
+in two documents is an error; the one that was in force first keeps its place, and the other takes it over
+as soon as the name is free.
 """
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from loguru import logger
 
 from core import metrics
-from core.backoff import jittered
 from core.errors import HoldfastError, shorten
-from core.files import write_atomic
-from core.table import Source, Table
-from kvstore import schema
-from policy.errors import PolicyError
-from policy.language import parse_policies
+from core.table import Table
+from policy.errors import PolicyNameError
 from policy.model import Policy
 
 DIRECTORY = "directory"
 KVSTORE = "kvstore"
-SUFFIXES = (".yaml", ".yml", ".json")
-# The directory is small; a look at names, sizes and times costs 50 µs.
-SCAN_S = 2.0
 
 PolicyTable = Table[str, Policy]
+Document = tuple[Policy, ...]
+DocumentTable = Table[str, Document]
+
+# Kinds of refusal; one origin may have both.
+TEXT, NAME = "text", "name"
+
+
+def new_policies() -> PolicyTable:
+    return Table("policies", (DIRECTORY, KVSTORE))
+
+
+def new_documents() -> DocumentTable:
+    return Table("policy-documents", (DIRECTORY, KVSTORE))
 
 
 @dataclass(frozen=True)
@@ -48,192 +53,116 @@ class Refusal:
 
 
 class Refusals:
-    """What was refused, by origin; the first screen of a person who asks why nothing changed."""
+    """What was refused; the first screen of a person who asks why nothing changed."""
 
     def __init__(self) -> None:
-        self._by_origin: dict[str, Refusal] = {}
+        self._found: dict[tuple[str, str], Refusal] = {}
 
-    def add(self, name: str, origin: str, error: HoldfastError) -> None:
-        known = self._by_origin.get(origin)
+    def add(self, name: str, origin: str, error: HoldfastError, kind: str = TEXT) -> None:
+        known = self._found.get((origin, kind))
         if known is not None and known.error == str(error):
             return
         metrics.POLICY_IMPORT_ERRORS.inc()
         logger.error("policy from {} is refused, the last good one stays in force: {}", origin, error)
-        self._by_origin[origin] = Refusal(name, origin, str(error), time.time())
+        self._found[origin, kind] = Refusal(name, origin, str(error), time.time())
 
-    def clear(self, origin: str) -> None:
-        self._by_origin.pop(origin, None)
+    def clear(self, origin: str, kind: str) -> None:
+        self._found.pop((origin, kind), None)
+
+    def origins(self, kind: str) -> list[str]:
+        return [origin for origin, each in self._found if each == kind]
 
     def all(self) -> list[Refusal]:
-        return list(self._by_origin.values())
+        return list(self._found.values())
 
 
-class _Documents:
-    """Documents of one source: which names each origin (file, key) put into the table."""
+class PolicyNames:
+    """Keeps the table of policies equal to the documents; owner of both directions of name and origin."""
 
-    def __init__(self, table: PolicyTable, source: str, refusals: Refusals) -> None:
-        self.refusals = refusals
-        self._table = table
-        self._source: Source[str, Policy] = table.source(source)
-        self._others = [each for each in table.sources if each.name != source]
-        self._names: dict[str, tuple[str, ...]] = {}
+    def __init__(self, documents: DocumentTable, policies: PolicyTable, refusals: Refusals) -> None:
+        self._documents = documents
+        self._policies = policies
+        self._refusals = refusals
+        self._changes = documents.subscribe()
+        self._holder: dict[str, str] = {}  # name → origin
+        self._names: dict[str, tuple[str, ...]] = {}  # origin → names
+        self._source_of: dict[str, str] = {}  # origin → source
+        self._blocked: dict[str, None] = {}  # origins that wait for a name, longest first
 
-    def put(self, origin: str, text: str, default_name: str = "") -> None:
-        """Take a document; a PolicyError is recorded and leaves what the origin gave before."""
-        try:
-            policies = parse_policies(text, origin, name=default_name)
-            self._check_names(origin, policies)
-        except PolicyError as error:
-            self.refusals.add(default_name or origin, origin, error)
-            return
-        self.refusals.clear(origin)
-        names = tuple(policy.name for policy in policies)
-        for policy in policies:
-            self._source.upsert(policy.name, policy)
-        for name in set(self._names.get(origin, ())) - set(names):
-            self._source.delete(name)
-        self._names[origin] = names
-
-    def drop(self, origin: str) -> None:
-        self.refusals.clear(origin)
-        for name in self._names.pop(origin, ()):
-            self._source.delete(name)
-
-    def origins(self) -> Iterable[str]:
-        return tuple(self._names)
-
-    def mark_in_sync(self) -> None:
-        self._source.mark_in_sync()
-
-    def _check_names(self, origin: str, policies: Iterable[Policy]) -> None:
-        for policy in policies:
-            for other in self._others:
-                if policy.name in other.entries():
-                    raise PolicyError(
-                        f"policy {shorten(policy.name)} exists already, "
-                        f"from {other.entries()[policy.name].origin}",
-                        hint="delete one of the two or rename it",
-                    )
-            for known, names in self._names.items():
-                if known != origin and policy.name in names:
-                    raise PolicyError(f"policy {shorten(policy.name)} exists already, from {known}")
-
-
-class PolicyDirectory:
-    """Watches one directory; `rescan` may be called at any time."""
-
-    def __init__(self, directory: Path, table: PolicyTable, refusals: Refusals) -> None:
-        self.directory = directory
-        self._documents = _Documents(table, DIRECTORY, refusals)
-        self._seen: dict[Path, tuple[int, int, int]] = {}
+    def holder(self, name: str) -> str | None:
+        """Return the origin whose policy of this name is in force."""
+        return self._holder.get(name)
 
     async def run(self) -> None:
-        """Scan until cancelled."""
+        """Follow the documents until cancelled."""
         while True:
-            self.rescan()
-            self._documents.mark_in_sync()
-            await asyncio.sleep(jittered(SCAN_S))
+            self.settle()
+            await self._changes.wait()
 
-    def rescan(self) -> None:
-        """Take what is new, drop what is gone.  A directory that can not be read deletes nothing."""
-        try:
-            present = {path: _stamp(path) for path in self._files()}
-        except FileNotFoundError:
-            present = {}
-        except OSError as error:
-            logger.error("policy directory {} can not be read: {}", self.directory, error.strerror)
+    def settle(self) -> None:
+        """Take every change of the documents into the policies, now."""
+        changed = self._changes.take()
+        # What goes frees its names for what comes: a document may have moved.
+        for origin in changed:
+            if origin not in self._documents:
+                self._drop(origin)
+        for origin in changed:
+            self._take(origin)
+        self._retry_blocked()
+        for source in self._documents.sources:
+            if source.in_sync:
+                self._policies.source(source.name).mark_in_sync()
+
+    def _retry_blocked(self) -> None:
+        waiting = -1
+        while waiting != len(self._blocked):
+            waiting = len(self._blocked)
+            for origin in list(self._blocked):
+                self._take(origin)
+
+    def _take(self, origin: str) -> None:
+        document = self._documents.get(origin)
+        if document is None:
             return
-        for path, stamp in present.items():
-            if self._seen.get(path) != stamp:
-                self._read(path)
-        for path in self._seen.keys() - present.keys():
-            self._documents.drop(f"file {path}")
-        self._seen = present
-
-    def path_of(self, name: str) -> Path:
-        """Return the file that `write` uses for a policy: readable where the name allows it."""
-        safe = "".join(each if each.isalnum() or each in "-_" else "_" for each in name)[:64]
-        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-        return self.directory / (f"{safe}.yaml" if safe == name else f"{safe}-{digest}.yaml")
-
-    def write(self, name: str, text: str) -> Path:
-        """Write one document, in a thread if need be; the caller has parsed it before and rescans."""
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self.path_of(name)
-        write_atomic(path, text.encode())
-        return path
-
-    def remove(self, name: str) -> Path | None:
-        """Remove the file of one policy; None when there is none."""
-        path = self.path_of(name)
-        if not path.exists():
-            return None
-        path.unlink()
-        self.rescan()
-        return path
-
-    def _files(self) -> list[Path]:
-        with os.scandir(self.directory) as entries:
-            return sorted(
-                Path(each.path) for each in entries if each.name.endswith(SUFFIXES) and each.is_file()
-            )
-
-    def _read(self, path: Path) -> None:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            self._documents.refusals.add(
-                path.name, f"file {path}", PolicyError(f"it can not be read: {error}")
-            )
+        taken = self._taken(origin, document)
+        if taken:
+            self._blocked.setdefault(origin)
+            self._refusals.add(taken[0], origin, self._conflict(origin, taken[0]), NAME)
             return
-        self._documents.put(f"file {path}", text, path.stem)
+        self._blocked.pop(origin, None)
+        self._refusals.clear(origin, NAME)
+        self._put(origin, document)
 
+    def _put(self, origin: str, document: Document) -> None:
+        owner = self._documents.owner(origin) or DIRECTORY
+        source = self._policies.source(owner)
+        self._source_of[origin] = owner
+        names = tuple(policy.name for policy in document)
+        self._release(origin, keep=names)
+        for policy in document:
+            self._holder[policy.name] = origin
+            source.upsert(policy.name, policy)
+        self._names[origin] = names
 
-class PolicyKeys:
-    """The kvstore sink of `holdfast/policies/v1/`: a relist that lacks a policy keeps it for `grace` s."""
+    def _drop(self, origin: str) -> None:
+        self._release(origin)
+        self._names.pop(origin, None)
+        self._source_of.pop(origin, None)
+        self._blocked.pop(origin, None)
+        for kind in (TEXT, NAME):
+            self._refusals.clear(origin, kind)
 
-    def __init__(self, table: PolicyTable, refusals: Refusals, grace: float) -> None:
-        self._documents = _Documents(table, KVSTORE, refusals)
-        self._grace = grace
-        self._missing: dict[str, float] = {}
+    def _release(self, origin: str, keep: Sequence[str] = ()) -> None:
+        for name in self._names.get(origin, ()):
+            if name not in keep:
+                del self._holder[name]
+                self._policies.source(self._source_of[origin]).delete(name)
 
-    def listed(self, items: Mapping[str, bytes], revision: int) -> None:
-        now = time.monotonic()
-        for key in self._documents.origins():
-            if key not in items:
-                self._missing.setdefault(key, now + self._grace)
-        for key, value in items.items():
-            self.put(key, value)
+    def _taken(self, origin: str, document: Document) -> list[str]:
+        return [each.name for each in document if self._holder.get(each.name, origin) != origin]
 
-    def put(self, key: str, value: bytes) -> None:
-        self._missing.pop(key, None)
-        try:
-            name, text = schema.parse_policy(key, value)
-        except HoldfastError as error:
-            self._documents.refusals.add(key, key, error)
-            return
-        self._documents.put(key, text, name)
-
-    def deleted(self, key: str) -> None:
-        self._missing.pop(key, None)
-        self._documents.drop(key)
-
-    def in_sync(self) -> None:
-        self._documents.mark_in_sync()
-
-    def expire(self) -> list[str]:
-        """Drop what relists lacked for longer than the grace; return the keys."""
-        now = time.monotonic()
-        ended = [key for key, deadline in self._missing.items() if deadline <= now]
-        for key in ended:
-            self.deleted(key)
-        return ended
-
-    @property
-    def missing(self) -> int:
-        return len(self._missing)
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size, status.st_ino
+    def _conflict(self, origin: str, name: str) -> PolicyNameError:
+        return PolicyNameError(
+            f"{origin}: policy {shorten(name)} exists already, from {self._holder[name]}",
+            hint="delete one of the two or rename it",
+        )

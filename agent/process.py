@@ -160,9 +160,9 @@ class AgentProcess:
     async def put_policy(self, name: str, text: str) -> models.PolicyChange:
         parts = self._built()
         for policy in parse_policies(text, "policy apply --local", name=name):
-            owner = parts.policies.owner(policy.name)
-            if owner == "kvstore":
-                raise Conflict(f"policy {policy.name} exists in etcd", hint="delete it there first")
+            holder = parts.policy_names.holder(policy.name)
+            if holder is not None and holder != parts.directory.origin_of(name):
+                raise Conflict(f"policy {policy.name} exists already, from {holder}", hint="delete it there")
         path = await asyncio.to_thread(parts.directory.write, name, text)
         parts.directory.rescan()
         return await self._changed(parts, name, str(path))
