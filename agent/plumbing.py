@@ -77,6 +77,15 @@ class PolicyMapStore:
         self._catalogue = catalogue
         self._root = root
         self._open: dict[int, PolicyMap] = {}
+        # Maps that went with their interface: a late change of policy must not make them anew.
+        self._removed: set[int] = set()
+
+    def make(self, endpoint_id: int, *, empty: bool) -> PolicyMap:
+        """Return the map for an interface; `empty` for a new one, which must not inherit what it allows."""
+        self._removed.discard(endpoint_id)
+        if empty:
+            self.replace(endpoint_id, {})
+        return self.get(endpoint_id)
 
     def get(self, endpoint_id: int) -> PolicyMap:
         """Return the endpoint's map, opened or created and pinned.  Raises DatapathError."""
@@ -89,16 +98,21 @@ class PolicyMapStore:
         self, endpoint_id: int, upserts: Mapping[PolicyKey, PolicyEntry], deletes: set[PolicyKey]
     ) -> None:
         """Write upserts first, then deletes; raises DatapathError."""
+        if endpoint_id in self._removed:
+            return
         _raise_first(self.get(endpoint_id).apply(upserts.items(), deletes).failed)
 
     def replace(self, endpoint_id: int, wanted: Mapping[PolicyKey, PolicyEntry]) -> int:
         """Make the map hold exactly `wanted`; return how many entries differed."""
+        if endpoint_id in self._removed:
+            return 0
         change = self.get(endpoint_id).sync(wanted.items())
         _raise_first(change.failed)
         return change.written + change.deleted
 
     def remove(self, endpoint_id: int) -> None:
         """Close and unpin a map; its programs must be gone."""
+        self._removed.add(endpoint_id)
         found = self._open.pop(endpoint_id, None)
         if found is not None:
             found.close()
@@ -178,7 +192,8 @@ class EndpointTarget:
         if placed is not None and placed.stands(endpoint):
             self._identify(endpoint, placed)
             return
-        policy_map = self._policy_maps.get(endpoint.id)
+        new = placed is None and not endpoint.handed_over
+        policy_map = self._policy_maps.make(endpoint.id, empty=new)
         device = await self._device(endpoint)
         await self._load(endpoint, device, policy_map)
         entry = LxcEntry(device.index, endpoint.id, 0, endpoint.mac, endpoint.node_mac)
