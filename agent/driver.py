@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from ipaddress import IPv4Interface, IPv4Network, ip_network
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from typing import Any
 from aiohttp import web
 from loguru import logger
 
+from agent import calls
 from agent.checkpoint import Checkpoint, Network
 from agent.endpoint import Endpoint
 from agent.endpoints import EndpointManager
@@ -45,7 +45,8 @@ CALL_TIMEOUT_S = 20.0
 # When the agent ends, a call under way gets this long; the engine asks the next agent again.
 SHUTDOWN_S = 2.0
 
-Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+Answer = dict[str, Any]
+Handler = Callable[[Any], Awaitable[Answer]]
 
 
 class Driver:
@@ -61,20 +62,20 @@ class Driver:
         self._checkpoint = checkpoint
         # The engine's key of a container's namespace → endpoint id.  What is gone is taken over.
         self._sandboxes: dict[str, int] = {}
-        self._handlers: dict[str, Handler] = {
-            "NetworkDriver.GetCapabilities": self._capabilities,
-            "NetworkDriver.CreateNetwork": self._create_network,
-            "NetworkDriver.DeleteNetwork": self._delete_network,
-            "NetworkDriver.CreateEndpoint": self._create_endpoint,
-            "NetworkDriver.DeleteEndpoint": self._delete_endpoint,
-            "NetworkDriver.Join": self._join,
-            "NetworkDriver.Leave": self._leave,
-            "NetworkDriver.EndpointOperInfo": self._oper_info,
-            "NetworkDriver.ProgramExternalConnectivity": self._program_external,
-            "NetworkDriver.RevokeExternalConnectivity": self._revoke_external,
-            "NetworkDriver.DiscoverNew": _nothing,
-            "NetworkDriver.DiscoverDelete": _nothing,
-            "Plugin.Activate": _activate,
+        self._handlers: dict[str, tuple[type[calls.Call], Handler]] = {
+            "NetworkDriver.GetCapabilities": (calls.Call, self._capabilities),
+            "NetworkDriver.CreateNetwork": (calls.CreateNetwork, self._create_network),
+            "NetworkDriver.DeleteNetwork": (calls.NetworkCall, self._delete_network),
+            "NetworkDriver.CreateEndpoint": (calls.CreateEndpoint, self._create_endpoint),
+            "NetworkDriver.DeleteEndpoint": (calls.EndpointCall, self._delete_endpoint),
+            "NetworkDriver.Join": (calls.Join, self._join),
+            "NetworkDriver.Leave": (calls.EndpointCall, self._leave),
+            "NetworkDriver.EndpointOperInfo": (calls.EndpointCall, self._oper_info),
+            "NetworkDriver.ProgramExternalConnectivity": (calls.ProgramExternal, self._program_external),
+            "NetworkDriver.RevokeExternalConnectivity": (calls.EndpointCall, self._revoke_external),
+            "NetworkDriver.DiscoverNew": (calls.Call, _nothing),
+            "NetworkDriver.DiscoverDelete": (calls.Call, _nothing),
+            "Plugin.Activate": (calls.Call, _activate),
         }
 
     def restore(self) -> None:
@@ -107,15 +108,14 @@ class Driver:
         logger.debug("driver call {} took {:.1f} ms", method, seconds * 1000)
         return web.json_response(answer)
 
-    async def _call(self, method: str, body: bytes) -> dict[str, Any]:
-        handler = self._handlers.get(method)
-        if handler is None:
+    async def _call(self, method: str, body: bytes) -> Answer:
+        known = self._handlers.get(method)
+        if known is None:
             return {"Err": f"holdfast: network driver method {shorten(method)} is not supported"}
+        kind, handler = known
         try:
-            arguments = json.loads(body) if body.strip() else {}
-            if not isinstance(arguments, dict):
-                raise DriverError(f"the body of {method} is not a JSON object")
-            return await asyncio.wait_for(handler(arguments), CALL_TIMEOUT_S)
+            call = calls.decode(method, body, kind)
+            return await asyncio.wait_for(handler(call), CALL_TIMEOUT_S)
         except TimeoutError:
             return self._refuse(method, f"{method} was not done within {CALL_TIMEOUT_S:g} s")
         except (HoldfastError, ValueError, OSError) as error:
@@ -125,31 +125,29 @@ class Driver:
             return self._refuse(method, f"{type(error).__name__}: {error}")
 
     @staticmethod
-    def _refuse(method: str, reason: str) -> dict[str, Any]:
+    def _refuse(method: str, reason: str) -> Answer:
         logger.error("driver call {} failed: {}", method, reason)
         return {"Err": f"holdfast: {reason}"}
 
     # --- networks
 
     @staticmethod
-    async def _capabilities(_: dict[str, Any]) -> dict[str, Any]:
+    async def _capabilities(_: calls.Call) -> Answer:
         return {"Scope": "local", "ConnectivityScope": "global"}
 
-    async def _create_network(self, call: dict[str, Any]) -> dict[str, Any]:
-        network_id = _text(call, "NetworkID")
-        subnet = _accepted_subnet(call, self.endpoints.pool.network)
-        network = Network(network_id, "", subnet)
+    async def _create_network(self, call: calls.CreateNetwork) -> Answer:
+        subnet = _accepted_subnet([each.pool for each in call.pools or ()], self.endpoints.pool.network)
+        network = Network(call.network_id, "", subnet)
         await asyncio.to_thread(self._checkpoint.save_network, network)
         self._remember(network)
-        logger.info("network {} created{}", network_id[:12], f" with subnet {subnet}" if subnet else "")
+        logger.info("network {} created{}", network.id[:12], f" with subnet {subnet}" if subnet else "")
         return {}
 
-    async def _delete_network(self, call: dict[str, Any]) -> dict[str, Any]:
-        network_id = _text(call, "NetworkID")
-        network = self.networks.pop(network_id, None)
+    async def _delete_network(self, call: calls.NetworkCall) -> Answer:
+        network = self.networks.pop(call.network_id, None)
         if network is not None and network.subnet:
             self.endpoints.pool.include(IPv4Network(network.subnet))
-        await asyncio.to_thread(self._checkpoint.drop_network, network_id)
+        await asyncio.to_thread(self._checkpoint.drop_network, call.network_id)
         return {}
 
     def _remember(self, network: Network) -> None:
@@ -196,29 +194,26 @@ class Driver:
 
     # --- endpoints
 
-    async def _create_endpoint(self, call: dict[str, Any]) -> dict[str, Any]:
-        network_id, engine_id = _text(call, "NetworkID"), _text(call, "EndpointID")
-        if network_id not in self.networks:
-            await self._network(network_id)
-        interface = call.get("Interface") or {}
-        given = str(interface.get("Address") or "")
-        address = IPv4Interface(given).ip if given else None
+    async def _create_endpoint(self, call: calls.CreateEndpoint) -> Answer:
+        if call.network_id not in self.networks:
+            await self._network(call.network_id)
+        given = call.interface or calls.Interface()
         endpoint = await self.endpoints.create(
-            network_id=network_id,
-            engine_id=engine_id,
-            address=address,
-            mac=str(interface.get("MacAddress") or ""),
+            network_id=call.network_id,
+            engine_id=call.endpoint_id,
+            address=IPv4Interface(given.address).ip if given.address else None,
+            mac=given.mac_address,
         )
         answer: dict[str, str] = {}
-        if not given:
+        if not given.address:
             answer["Address"] = f"{endpoint.ipv4}/32"
-        if not interface.get("MacAddress"):
+        if not given.mac_address:
             answer["MacAddress"] = endpoint.mac
         return {"Interface": answer}
 
-    async def _join(self, call: dict[str, Any]) -> dict[str, Any]:
+    async def _join(self, call: calls.Join) -> Answer:
         endpoint = self._endpoint(call)
-        self._take_sandbox(str(call.get("SandboxKey") or ""), endpoint)
+        self._take_sandbox(call.sandbox_key or "", endpoint)
         endpoint = await self.endpoints.connect(endpoint.id)
         return {
             "InterfaceName": {"SrcName": endpoint.peer, "DstPrefix": CONTAINER_PREFIX},
@@ -244,7 +239,7 @@ class Driver:
             hint="one is enough: labels and policy, not networks, keep containers apart",
         )
 
-    async def _oper_info(self, call: dict[str, Any]) -> dict[str, Any]:
+    async def _oper_info(self, call: calls.EndpointCall) -> Answer:
         endpoint = self._endpoint(call)
         try:
             await self.identify(endpoint)
@@ -269,50 +264,48 @@ class Driver:
             raise EngineError(f"the engine does not list container {container_id[:12]} ({shorten(name)})")
         await self.endpoints.identify(endpoint.id, container_id, name, container.labels, network.name)
 
-    async def _program_external(self, call: dict[str, Any]) -> dict[str, Any]:
+    async def _program_external(self, call: calls.ProgramExternal) -> Answer:
         endpoint = self._endpoint(call)
         others = (each for _, each in self.endpoints.table.items() if each.id != endpoint.id)
         taken = taken_ports(port for each in others for port in each.ports)
         # From the choice to the record there is no pause: two containers never choose the same port.
-        ports = parse_portmap(call.get("Options") or {}, taken, endpoint.ports)
+        ports = parse_portmap(call.options or {}, taken, endpoint.ports)
         await self.endpoints.publish(endpoint.id, ports)
         return {}
 
-    async def _revoke_external(self, call: dict[str, Any]) -> dict[str, Any]:
-        endpoint = self.endpoints.by_engine_id(_text(call, "EndpointID"))
+    async def _revoke_external(self, call: calls.EndpointCall) -> Answer:
+        endpoint = self.endpoints.by_engine_id(call.endpoint_id)
         if endpoint is not None:
             await self.endpoints.publish(endpoint.id, ())
         return {}
 
-    async def _leave(self, call: dict[str, Any]) -> dict[str, Any]:
-        endpoint = self.endpoints.by_engine_id(_text(call, "EndpointID"))
+    async def _leave(self, call: calls.EndpointCall) -> Answer:
+        endpoint = self.endpoints.by_engine_id(call.endpoint_id)
         if endpoint is not None:
             self._sandboxes = {key: each for key, each in self._sandboxes.items() if each != endpoint.id}
             await self.endpoints.disconnect(endpoint.id)
         return {}
 
-    async def _delete_endpoint(self, call: dict[str, Any]) -> dict[str, Any]:
-        endpoint = self.endpoints.by_engine_id(_text(call, "EndpointID"))
+    async def _delete_endpoint(self, call: calls.EndpointCall) -> Answer:
+        endpoint = self.endpoints.by_engine_id(call.endpoint_id)
         if endpoint is not None:
             await self.endpoints.delete(endpoint.id)
         return {}
 
-    def _endpoint(self, call: dict[str, Any]) -> Endpoint:
-        engine_id = _text(call, "EndpointID")
-        endpoint = self.endpoints.by_engine_id(engine_id)
+    def _endpoint(self, call: calls.EndpointCall) -> Endpoint:
+        endpoint = self.endpoints.by_engine_id(call.endpoint_id)
         if endpoint is None:
             raise DriverError(
-                f"engine endpoint {shorten(engine_id, 12)} of network "
-                f"{shorten(_text(call, 'NetworkID'), 12)} is not known on this host",
+                f"engine endpoint {call.endpoint_id[:12]} of network {call.network_id[:12]} "
+                "is not known on this host",
                 hint="stop the container and start it again",
             )
         return endpoint
 
 
-def _accepted_subnet(call: dict[str, Any], node_pool: IPv4Network) -> str:
+def _accepted_subnet(pools: Iterable[str], node_pool: IPv4Network) -> str:
     """Return the subnet that the engine's own IPAM assigns from, or nothing for the null driver.  Pure."""
-    for each in call.get("IPv4Data") or []:
-        pool = str(each.get("Pool", ""))
+    for pool in pools:
         network = ip_network(pool)
         if network.prefixlen == 0:
             continue  # the null IPAM driver: addresses are ours to give
@@ -325,18 +318,11 @@ def _accepted_subnet(call: dict[str, Any], node_pool: IPv4Network) -> str:
     return ""
 
 
-def _text(call: dict[str, Any], key: str) -> str:
-    value = call.get(key)
-    if not isinstance(value, str) or not value:
-        raise DriverError(f"the engine's call lacks {key}: {shorten(call)}")
-    return value
-
-
-async def _activate(_: dict[str, Any]) -> dict[str, Any]:
+async def _activate(_: calls.Call) -> Answer:
     return {"Implements": ["NetworkDriver"]}
 
 
-async def _nothing(_: dict[str, Any]) -> dict[str, Any]:
+async def _nothing(_: calls.Call) -> Answer:
     return {}
 
 

@@ -27,6 +27,7 @@ from agent.trace import trace
 from core import log, metrics
 from core.options import Config
 from core.supervisor import Supervisor
+from datapath.namespace import is_namespace
 from identity.labels import CONTAINER, Labels
 from policy.language import parse_policies
 
@@ -98,8 +99,8 @@ class AgentProcess:
         labels = Labels.of(request.labels, source=CONTAINER)
         if not len(labels):
             raise BadRequest("an endpoint needs labels: without them it has no identity")
-        if not os.path.exists(request.netns):
-            raise BadRequest(f"network namespace {request.netns!r} does not exist on this host")
+        if not is_namespace(Path(request.netns)):
+            raise BadRequest(f"{request.netns!r} is no network namespace of this host")
         address = IPv4Address(request.ipv4) if request.ipv4 else None
         made = await parts.endpoints.create(endpoint_id=endpoint, address=address, netns=request.netns)
         try:

@@ -7,7 +7,7 @@ import sys
 
 from agent.ipcache import Record
 from core.table import Source
-from identity.numbers import HOST, REMOTE_NODE
+from identity.numbers import FIRST_ALLOCATED, HOST, REMOTE_NODE, is_global
 from kvstore import schema
 from kvstore.errors import RecordError
 from kvstore.sink import TableSink
@@ -17,6 +17,8 @@ def ip_entry(key: str, value: bytes) -> tuple[str, Record]:
     """Return (prefix, record) of an ip/v1 entry; what another node calls `host` is a remote node to us."""
     space, prefix = schema.parse_ip_key(key)
     found = schema.parse_ip(key, value)
+    if not (is_global(found.identity) or 0 < found.identity < FIRST_ALLOCATED):
+        raise RecordError(key, f"identity {found.identity} is not one that several hosts can speak of")
     identity = REMOTE_NODE if found.identity == HOST else found.identity
     host_ip, metadata = sys.intern(found.host_ip), found.metadata
     return with_length(prefix), Record(identity, host_ip, found.key, metadata, sys.intern(space))
@@ -50,6 +52,7 @@ class IpSink(TableSink[str, Record]):
         super().__init__(source, ip_entry, ip_prefix, grace=grace)
 
     def deleted(self, key: str) -> None:
+        self.ignored.pop(key, None)
         try:
             space, prefix = schema.parse_ip_key(key)
         except RecordError:

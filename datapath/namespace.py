@@ -32,6 +32,14 @@ def enter(netns: int) -> None:
         raise DeviceError(f"network namespace can not be entered: {reason}")
 
 
+def is_namespace(path: Path) -> bool:
+    """True when a namespace is at `path`: all of them are in one file system of the kernel's own."""
+    try:
+        return path.stat().st_dev == Path("/proc/self/ns/net").stat().st_dev
+    except OSError:
+        return False
+
+
 def open_namespace(path: Path) -> int:
     """Return a descriptor of the namespace at `path`.  Raises DeviceError."""
     try:
