@@ -7,6 +7,7 @@ Bodies, errors and timing are `wire`'s business; what things mean is the agent's
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from ipaddress import IPv4Address
 
@@ -89,7 +90,8 @@ class Handlers:
         if hub.listeners >= MAX_LISTENERS:
             raise NotReady(f"{MAX_LISTENERS} monitors are listening already", hint="end one of them")
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-        with hub.listen(wanted) as listener:
+        # A client that goes between the look and the write is how a monitor ends, not an error.
+        with contextlib.suppress(ConnectionError), hub.listen(wanted) as listener:
             await response.prepare(request)
             while not hub.closed and not _gone(request):
                 await _send(response, listener)

@@ -170,5 +170,9 @@ def new_site(hub: Hub) -> Iterator[Site]:
         host = stack.enter_context(AgentHost("hfs"))
         host.address = hub.join(host)
         prepare(host)
-        host.start_agent()
-        yield Site(host, hub, stack)
+        agent = host.start_agent()
+        made = Site(host, hub, stack)
+        yield made
+        died = {each["name"]: each["error"] for each in made.status()["controllers"] if each["restarts"]}
+        assert not died, f"tasks of the agent died: {died}"
+        assert "Traceback" not in agent.output(), agent.output()[-6000:]
