@@ -83,14 +83,19 @@ class AgentHost(DockerHost):
 
     def start_agent(self, **options: str) -> Process:
         """Start the agent and wait until its status is good."""
+        started = self.launch_agent(**options)
+        try:
+            wait_for(self.healthy, "healthy agent", seconds=60)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{started.output()[-6000:]}") from error
+        return started
+
+    def launch_agent(self, **options: str) -> Process:
+        """Start the agent without waiting for anything."""
         given = self.options() | {name.replace("_", "-"): value for name, value in options.items()}
         arguments = [part for name, value in given.items() for part in (f"--{name}", value)]
         environment = {"PYTHONPATH": str(REPO), "PYTHONDONTWRITEBYTECODE": "1"}
         self.agent = self.popen(sys.executable, "-m", "agent", *arguments, environment=environment)
-        try:
-            wait_for(self.healthy, "healthy agent", seconds=60)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.agent.output()[-6000:]}") from error
         return self.agent
 
     def healthy(self) -> bool:

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A host in bad order: a pinned map of another layout, a second agent, a pool that is full.
+
+One host of its own with the smallest pool there may be; its tests run in their order.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.agent import AgentHost, prepare
+from tests.support.engine import WORKLOAD_IMAGE
+from tests.support.host import REPO, Hub, wait_for
+from tests.support.stream import POLICY, Flows
+
+SMALL = "10.50.0.0/29"
+CAPACITY = 5  # eight addresses less network, router and broadcast
+PINS = "/sys/fs/bpf/tc/globals"
+PIN = f"{PINS}/cilium_ipcache"
+
+
+@pytest.fixture(scope="module")
+def small(hub: Hub) -> Iterator[AgentHost]:
+    with AgentHost("hfp") as host:
+        host.address = hub.join(host)
+        prepare(host)
+        (host.policies / "server.yaml").write_text(POLICY)
+        host.start_agent(ipv4_range=SMALL)
+        host.network()
+        wait_for(lambda: len(host.api("/v1/policy")["policies"]) == 1, "policy in force")
+        yield host
+
+
+@pytest.fixture(scope="module")
+def flows(small: AgentHost) -> Flows:
+    """A live stream that is allowed and datagrams that are denied, between three containers."""
+    return Flows(small)
+
+
+def test_full_pool_is_named_and_takes_the_next_one_when_there_is_room(small: AgentHost, flows: Flows) -> None:
+    used = small.api("/v1/healthz")["ipam"]["used"]
+    for number in range(CAPACITY - used):
+        small.container(f"filler{number}", "sleep", "infinity")
+    command = ("run", "-d", "--network", "holdfast", "--name", "late", WORKLOAD_IMAGE, "sleep", "60")
+    refused = small.engine.docker(*command, check=False)
+    assert refused.returncode != 0
+    assert SMALL in refused.stderr
+    assert "ipv4-range" in refused.stderr
+    small.engine.docker("rm", "-f", "late")
+    freed = small.endpoint_of("filler0")["status"]["networking"]["addressing"][0]["ipv4"]
+    small.engine.docker("rm", "-f", "filler0")
+    assert small.container("late", "sleep", "infinity") == freed
+    small.engine.docker("rm", "-f", "late", *(f"filler{number}" for number in range(1, CAPACITY - used)))
+    flows.wait_progress()
+    assert "" == flows.server.facts()["error"] == flows.client.facts()["error"]
+
+
+def test_second_agent_does_nothing_while_the_first_lives(small: AgentHost, flows: Flows) -> None:
+    """It says who is in its way, and ends when it is asked to."""
+    before = small.api("/v1/endpoint")
+    plugin = small.private("/run/docker") / "plugins" / "holdfast.sock"
+    inode = plugin.stat().st_ino
+    arguments = [part for name, value in small.options().items() for part in (f"--{name}", value)]
+    second = small.popen(sys.executable, "-m", "agent", *arguments, environment={"PYTHONPATH": str(REPO)})
+    wait_for(lambda: f"another agent serves {small.socket}" in second.output(), "reason")
+    assert small.api("/v1/endpoint") == before
+    assert plugin.stat().st_ino == inode
+    flows.wait_progress()
+    assert second.stop() == 0
+    assert small.healthy()
+
+
+def test_pinned_map_of_another_layout_is_refused_and_nothing_stops(small: AgentHost, flows: Flows) -> None:
+    """The agent says every difference and waits; what runs is enforced; without the pin it goes on."""
+    before = [(each["id"], each["status"]["identity"]) for each in small.api("/v1/endpoint")]
+    small.stop_agent()
+    small.exec("mv", PIN, f"{PINS}/aside")
+    small.exec(*f"bpftool map create {PIN} type hash key 4 value 8 entries 10 name wrong".split())
+    agent = small.launch_agent(ipv4_range=SMALL)
+    wait_for(lambda: "layout" in trouble(small) or "differ" in trouble(small), "trouble in status")
+    for words in (
+        PIN,
+        "type is hash",
+        "key size is 4",
+        "value size is 8",
+        "max entries is 10",
+        "flags is 0x0",
+    ):
+        assert words in trouble(small)
+    assert "cilium_ipcache" in small.cli("status", check=False).stdout
+    flows.wait_progress()
+    small.exec("rm", PIN)
+    wait_for(small.healthy, "healthy agent", seconds=60)
+    assert agent.running
+    small.exec("rm", f"{PINS}/aside")
+    assert [(each["id"], each["status"]["identity"]) for each in small.api("/v1/endpoint")] == before
+    flows.wait_progress()
+    assert "" == flows.server.facts()["error"] == flows.client.facts()["error"]
+    assert flows.stranger_ip not in flows.counter.facts()["count"]
+
+
+def trouble(host: AgentHost) -> str:
+    """Return what status says is wrong with the agent; nothing while it does not answer."""
+    status = host.api("/v1/healthz", check=False)
+    return str(status["holdfast"]["msg"]) if status and status["holdfast"]["state"] == "Failure" else ""
