@@ -115,7 +115,8 @@ class Driver:
         kind, handler = known
         try:
             call = calls.decode(method, body, kind)
-            return await asyncio.wait_for(handler(call), CALL_TIMEOUT_S)
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                return await handler(call)
         except TimeoutError:
             return self._refuse(method, f"{method} was not done within {CALL_TIMEOUT_S:g} s")
         except (HoldfastError, ValueError, OSError) as error:

@@ -98,7 +98,8 @@ class EngineWatch:
             await self.refresh()
             backoff.reset()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), jittered(self._list_pause()))
+                async with asyncio.timeout(jittered(self._list_pause())):
+                    await self._changed.wait()
             await asyncio.sleep(SETTLE_S)
 
     def _list_pause(self) -> float:

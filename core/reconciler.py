@@ -151,8 +151,10 @@ class Reconciler(Generic[K, V]):
             due.append(self._prune_due)
         pause = min(due) - time.monotonic()
         if pause > 0:
+            # Not wait_for: Python 3.11's forgets a cancellation that meets the result.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._subscription.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._subscription.wait()
 
     def _refresh(self, now: float) -> None:
         for key, _ in self.table.items():

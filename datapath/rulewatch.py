@@ -52,7 +52,8 @@ class RuleWatch:
         while self._changed.is_set():
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), _SETTLE_S)
+                async with asyncio.timeout(_SETTLE_S):
+                    await self._changed.wait()
                 continue
             return
 

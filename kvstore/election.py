@@ -53,7 +53,8 @@ class Election:
         while self.is_leader:
             async with self._changed:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), timeout=1.0)
+                    async with asyncio.timeout(1.0):
+                        await self._changed.wait()
 
     async def run(self) -> None:
         """Stand for the role until cancelled; then withdraw."""

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policy maps: nothing before all is known, merged changes equal sequential ones, retries are whole."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.policy_maps import PolicyMaps, merge
+from datapath.errors import DatapathError
+from identity.labels import Labels
+from policy.engine import PolicyEngine
+from policy.language import parse_policies
+from policy.model import Direction, MapChange, Policy, PolicyEntry, PolicyKey
+
+WEB, DB, CLIENT = (Labels.parse(f"container:app={name};") for name in ("web", "db", "client"))
+ALLOW_CLIENT = """
+- endpointSelector: {matchLabels: {app: web}}
+  ingress: [{fromEndpoints: [{matchLabels: {app: client}}]}]
+"""
+ALLOW_ALL_IN = PolicyKey(0, 0, 0, Direction.INGRESS)
+
+
+class ModelMaps:
+    """The kernel's policy maps as dicts; `full` are endpoints whose map refuses every write."""
+
+    def __init__(self) -> None:
+        self.maps: dict[int, dict[PolicyKey, PolicyEntry]] = {}
+        self.full: set[int] = set()
+        self.whole = 0  # times a whole map was compared
+
+    def apply(
+        self, endpoint_id: int, upserts: Mapping[PolicyKey, PolicyEntry], deletes: set[PolicyKey]
+    ) -> None:
+        state = self.maps.setdefault(endpoint_id, {})
+        self._refuse(endpoint_id, state, upserts)
+        state.update(upserts)
+        for key in deletes:
+            state.pop(key, None)
+
+    def replace(self, endpoint_id: int, wanted: Mapping[PolicyKey, PolicyEntry]) -> int:
+        self.whole += 1
+        self._refuse(endpoint_id, self.maps.setdefault(endpoint_id, {}), wanted)
+        self.maps[endpoint_id] = dict(wanted)
+        return len(wanted)
+
+    def _refuse(
+        self,
+        endpoint_id: int,
+        state: dict[PolicyKey, PolicyEntry],
+        upserts: Mapping[PolicyKey, PolicyEntry],
+    ) -> None:
+        if endpoint_id in self.full:
+            state.update(dict(list(upserts.items())[:1]))  # a batch that stops in the middle
+            raise DatapathError(f"map of {endpoint_id} is full")
+
+
+class Host:
+    def __init__(self) -> None:
+        self.kernel = ModelMaps()
+        self.engine = PolicyEngine()
+        self.maps = PolicyMaps(self.engine, self.kernel)
+        self.engine.upsert_identity(300, WEB)
+        self.engine.upsert_identity(301, CLIENT)
+
+    def policy(self, text: str) -> None:
+        self.engine.upsert_policy(parsed(text))
+        self.maps.flush()
+
+    async def idle(self) -> None:
+        await self.maps.reconciler.wait_idle()
+
+
+@functools.cache
+def parsed(text: str) -> Policy:
+    (policy,) = parse_policies(text, "test", name="p")
+    return policy
+
+
+def run(test: Callable[[Host], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        host = Host()
+        task = asyncio.create_task(host.maps.reconciler.run())
+        try:
+            await asyncio.wait_for(test(host), 20)
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    asyncio.run(main())
+
+
+def test_nothing_is_written_before_the_gate_opens() -> None:
+    """A map that denies must not become "not enforced" because its policies are not known yet."""
+
+    async def story(host: Host) -> None:
+        denying = {PolicyKey(301, 0, 0, Direction.INGRESS): PolicyEntry(True, 0)}
+        host.kernel.maps[1] = dict(denying)
+        host.maps.add_endpoint(1, WEB)
+        host.maps.flush()
+        await asyncio.sleep(0.05)
+        assert host.kernel.maps == {1: denying}
+        assert not host.maps.table.in_sync
+        host.policy(ALLOW_CLIENT)
+        host.maps.open_gate()
+        await host.idle()
+        assert host.kernel.maps[1] == dict(host.engine.map_state(1))
+        assert ALLOW_ALL_IN not in host.kernel.maps[1]
+        host.maps.open_gate()
+        assert host.maps.table.in_sync
+
+    run(story)
+
+
+def test_changes_are_written_as_changes() -> None:
+    async def story(host: Host) -> None:
+        host.maps.open_gate()
+        host.maps.add_endpoint(1, WEB)
+        await host.idle()
+        whole = host.kernel.whole
+        host.policy(ALLOW_CLIENT)
+        host.engine.upsert_identity(302, CLIENT)
+        host.maps.flush()
+        await host.idle()
+        assert host.kernel.whole == whole
+        assert host.kernel.maps[1] == dict(host.engine.map_state(1))
+        assert PolicyKey(302, 0, 0, Direction.INGRESS) in host.kernel.maps[1]
+
+    run(story)
+
+
+def test_a_write_that_failed_is_repeated_as_a_whole() -> None:
+    async def story(host: Host) -> None:
+        host.maps.open_gate()
+        host.maps.add_endpoint(1, WEB)
+        host.maps.add_endpoint(2, CLIENT)
+        await host.idle()
+        host.kernel.full.add(1)
+        host.policy(ALLOW_CLIENT)
+        await host.idle()
+        assert "full" in host.maps.reconciler.status(1).error
+        host.engine.upsert_identity(302, CLIENT)  # arrives while the map is in trouble
+        host.maps.flush()
+        await host.idle()
+        host.kernel.full.clear()
+        whole = host.kernel.whole
+        while host.maps.reconciler.errors:
+            await asyncio.sleep(0.02)
+        assert host.kernel.whole > whole
+        for endpoint in (1, 2):
+            assert host.kernel.maps[endpoint] == dict(host.engine.map_state(endpoint))
+
+    run(story)
+
+
+def test_a_removed_endpoint_is_not_written_any_more() -> None:
+    async def story(host: Host) -> None:
+        host.maps.open_gate()
+        host.maps.add_endpoint(1, WEB)
+        await host.idle()
+        host.policy(ALLOW_CLIENT)
+        host.maps.remove_endpoint(1)
+        before = dict(host.kernel.maps[1])
+        await host.idle()
+        assert host.kernel.maps[1] == before
+        host.maps.remove_endpoint(1)
+        host.maps.add_endpoint(1, DB)
+        await host.idle()
+        assert host.kernel.maps[1] == dict(host.engine.map_state(1))
+
+    run(story)
+
+
+KEYS = st.builds(PolicyKey, st.integers(0, 3), st.just(0), st.just(0), st.sampled_from(Direction))
+ENTRIES = st.builds(PolicyEntry, st.booleans(), st.just(0))
+
+
+@st.composite
+def changes(draw: st.DrawFn) -> MapChange:
+    upserts = draw(st.dictionaries(KEYS, ENTRIES, max_size=4))
+    return MapChange(upserts, draw(st.sets(KEYS, max_size=4)) - upserts.keys())
+
+
+@given(st.dictionaries(KEYS, ENTRIES), st.lists(changes(), max_size=5))
+def test_merged_changes_equal_one_after_the_other(
+    start: dict[PolicyKey, PolicyEntry], steps: list[MapChange]
+) -> None:
+    def apply(state: dict[PolicyKey, PolicyEntry], change: MapChange) -> dict[PolicyKey, PolicyEntry]:
+        kept = {key: entry for key, entry in state.items() if key not in change.deletes}
+        return {**kept, **change.upserts}
+
+    merged, state = MapChange({}, set()), start
+    for step in steps:
+        merged, state = merge(merged, step), apply(state, step)
+        assert not merged.deletes & merged.upserts.keys()
+    assert apply(start, merged) == state
+
+
+RULES = (ALLOW_CLIENT, ALLOW_CLIENT.replace("client", "db"), ALLOW_CLIENT.replace("ingress", "ingressDeny"))
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("policy"), st.sampled_from(RULES)),
+        st.tuples(st.just("unpolicy"), st.just("")),
+        st.tuples(st.just("identity"), st.sampled_from(("302 client", "303 db", "304 client"))),
+        st.tuples(st.just("unidentity"), st.sampled_from(("302", "303", "304"))),
+        st.tuples(st.just("endpoint"), st.sampled_from(("1 web", "1 db", "2 web"))),
+        st.tuples(st.just("unendpoint"), st.sampled_from(("1", "2"))),
+        st.tuples(st.just("full"), st.sampled_from(("1", "2", ""))),
+        st.tuples(st.just("wait"), st.just("")),
+    ),
+    max_size=20,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(ACTIONS)
+def test_maps_follow_the_engine_whatever_happens(actions: list[tuple[str, str]]) -> None:
+    async def story(host: Host) -> None:
+        host.maps.open_gate()
+        wanted: set[int] = set()
+        for verb, argument in actions:
+            await act(host, verb, argument, wanted)
+        host.kernel.full.clear()
+        host.maps.reconciler.poke()
+        await asyncio.sleep(0)
+        for endpoint in wanted:
+            # A retry would come by itself, later than a test waits.
+            host.maps._want(endpoint, MapChange({}, set()))
+        await host.idle()
+        for endpoint in wanted:
+            assert host.kernel.maps[endpoint] == dict(host.engine.map_state(endpoint))
+
+    run(story)
+
+
+async def act(host: Host, verb: str, argument: str, wanted: set[int]) -> None:
+    number, _, app = argument.partition(" ")
+    labels = Labels.of({"app": app}, source="container") if app.isalpha() else Labels()
+    if verb == "policy":
+        host.policy(argument)
+    elif verb == "unpolicy":
+        host.engine.delete_policy("p")
+    elif verb == "identity":
+        host.engine.upsert_identity(int(number), labels)
+    elif verb == "unidentity":
+        host.engine.delete_identity(int(number))
+    elif verb == "endpoint":
+        wanted.add(int(number))
+        host.maps.add_endpoint(int(number), labels)
+    elif verb == "unendpoint":
+        wanted.discard(int(number))
+        host.maps.remove_endpoint(int(number))
+    elif verb == "full":
+        host.kernel.full = {int(number)} if number else set()
+    else:
+        await asyncio.sleep(0.001)
+    host.maps.flush()
