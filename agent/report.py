@@ -106,12 +106,12 @@ def _overall(parts: Parts) -> models.Component:
 
 
 def _incomplete(parts: Parts) -> models.Component:
-    """Policies or identities are not listed yet; after allocator-list-timeout that is a failure, and goes on."""
+    """Policies or identities are not listed yet; after allocator-list-timeout that is called a failure."""
     waited = time.monotonic() - parts.policy_maps.waiting_since
     late = waited > parts.config["allocator-list-timeout"]
     return models.Component(
         state=FAILURE if late else WARNING,
-        msg=f"policies and identities are not complete after {waited:.0f} s; the last known state is enforced",
+        msg=f"policies and identities are not listed after {waited:.0f} s; the last known state is enforced",
     )
 
 
