@@ -20,6 +20,7 @@ from agent.ipcache import CIDR_SOURCE, LOCAL_SOURCE, IpTable, Record
 from agent.policies import PolicyTable
 from agent.policy_maps import PolicyMaps
 from core import metrics
+from core.errors import HoldfastError
 from core.reconciler import Kind, Reconciler, Status
 from core.table import Subscription, Table
 from identity.labels import Labels
@@ -70,41 +71,55 @@ class Derivations:
     async def follow_identities(self) -> None:
         """Keep the engine's identities equal to the table."""
         changes = self.identities.subscribe()
+        try:
+            while True:
+                await changes.wait()
+                self._take_identities(changes.take())
+        finally:
+            self.identities.unsubscribe(changes)
+
+    def _take_identities(self, numbers: Iterable[int]) -> None:
         engine = self.policy_maps.engine
-        while True:
-            await changes.wait()
-            for number in changes.take():
-                labels = self.identities.get(number)
-                if labels is None:
-                    engine.delete_identity(number)
-                else:
-                    engine.upsert_identity(number, labels)
-            self.policy_maps.flush()
-            if self.identities.in_sync:
-                self._caught_up("identities")
+        for number in numbers:
+            labels = self.identities.get(number)
+            if labels is None:
+                engine.delete_identity(number)
+            else:
+                engine.upsert_identity(number, labels)
+        self.policy_maps.flush()
+        if self.identities.in_sync:
+            self._caught_up("identities")
 
     async def follow_policies(self) -> None:
         """Keep the engine's policies, and the identities of the prefixes they name, equal to the table."""
         changes = self._policy_changes = self.policies.subscribe()
+        for name in self.policy_maps.engine.policies.keys() - set(self.policies.keys()):
+            changes.mark(name)  # it went while this task was dead
+        try:
+            while True:
+                await changes.wait()
+                await self._take_policies(changes.take())
+        finally:
+            self.policies.unsubscribe(changes)
+
+    async def _take_policies(self, names: Iterable[str]) -> None:
         engine = self.policy_maps.engine
-        while True:
-            await changes.wait()
-            for name in changes.take():
-                policy = self.policies.get(name)
-                if policy is None:
-                    engine.delete_policy(name)
-                    logger.info("policy {} is no longer in force", name)
-                else:
-                    engine.upsert_policy(policy)
-                    logger.info("policy {} from {} is in force", name, policy.origin)
-            metrics.POLICY_COUNT.set(len(self.policies))
-            stale = self._name_prefixes()
-            self.policy_maps.flush()
-            self._wake_policy_waiters()
-            if self.policies.in_sync:
-                self._caught_up("policies")
-                self._prefixes.mark_in_sync()
-                await self._forget_prefixes(stale)
+        for name in names:
+            policy = self.policies.get(name)
+            if policy is None:
+                engine.delete_policy(name)
+                logger.info("policy {} is no longer in force", name)
+            else:
+                engine.upsert_policy(policy)
+                logger.info("policy {} from {} is in force", name, policy.origin)
+        metrics.POLICY_COUNT.set(len(self.policies))
+        stale = self._name_prefixes()
+        self.policy_maps.flush()
+        self._wake_policy_waiters()
+        if self.policies.in_sync:
+            self._caught_up("policies")
+            self._prefixes.mark_in_sync()
+            await self._forget_prefixes(stale)
 
     def _wake_policy_waiters(self) -> None:
         self._policies_taken.set()
@@ -129,7 +144,12 @@ class Derivations:
         wanted = self.policy_maps.engine.cidrs()
         known = set(self._prefixes.entries())
         for prefix in wanted - known:
-            number = self.local.acquire(prefix)
+            try:
+                number = self.local.acquire(prefix)
+            except HoldfastError as error:
+                # Tried again at the next change; until then nothing is allowed to it that the rest is not.
+                logger.error("prefix {} of a policy gets no identity: {}", prefix, error)
+                continue
             self.policy_maps.engine.upsert_identity(number, prefix_labels(prefix))
             self._prefixes.upsert(prefix, Record(number))
         return known - wanted

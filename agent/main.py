@@ -26,7 +26,7 @@ from agent.api.server import ApiServer, refuse_if_alive
 from agent.configuration import load_config
 from agent.events import EventPump
 from agent.gate import Gates
-from agent.parts import Parts, build, start
+from agent.parts import Parts, build, node_now, start
 from agent.process import AgentProcess
 from agent.programs import HostPrograms
 from core import log, metrics
@@ -131,6 +131,8 @@ async def _close(parts: Parts | None, events: EventPump) -> None:
     if parts is None:
         return
     await parts.endpoints.stop()
+    with contextlib.suppress(OSError):
+        parts.checkpoint.save_node(node_now(parts))
     with contextlib.suppress(HoldfastError):
         await parts.client.close()
     if parts.engine is not None:
