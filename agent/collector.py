@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from agent.programs import HostMaps
 from core.errors import HoldfastError
+from core.metrics import DROP_BYTES, DROP_COUNT, FORWARD_BYTES, FORWARD_COUNT, MAP_PRESSURE
 from datapath.reasons import direction_name, reason_name
 from datapath.records import MetricsKey, MetricsValue
 
@@ -31,9 +32,7 @@ class MapCollector(Collector):
             return []
 
     def _pressure(self) -> Family:
-        family = GaugeMetricFamily(
-            "cilium_bpf_map_pressure", "Fill level of a BPF map, 0 to 1", labels=["map_name"]
-        )
+        family = GaugeMetricFamily(*MAP_PRESSURE[:2], labels=MAP_PRESSURE.labels)
         for each in (self._maps.lxc, self._maps.ipcache):
             family.add_metric([each.name], each.pressure())
         return family
@@ -41,11 +40,10 @@ class MapCollector(Collector):
 
 def _packets(entries: Iterable[tuple[MetricsKey, MetricsValue]]) -> Iterator[Family]:
     """Yield Cilium's four families of counters.  Pure."""
-    drops, forwards = ["reason", "direction"], ["direction"]
-    drop_count = CounterMetricFamily("cilium_drop_count", "Packets dropped", labels=drops)
-    drop_bytes = CounterMetricFamily("cilium_drop_bytes", "Bytes dropped", labels=drops)
-    forward_count = CounterMetricFamily("cilium_forward_count", "Packets forwarded", labels=forwards)
-    forward_bytes = CounterMetricFamily("cilium_forward_bytes", "Bytes forwarded", labels=forwards)
+    drop_count, drop_bytes, forward_count, forward_bytes = (
+        CounterMetricFamily(*each[:2], labels=each.labels)
+        for each in (DROP_COUNT, DROP_BYTES, FORWARD_COUNT, FORWARD_BYTES)
+    )
     for key, value in entries:
         direction = direction_name(key.direction)
         if key.reason == 0:

@@ -64,7 +64,7 @@ OPTIONS: tuple[Option, ...] = (
         "state-dir",
         Type.PATH,
         Path("/var/lib/holdfast"),
-        "Directory of the checkpoint: endpoints, addresses, identities, ip entries",
+        "Directory of the checkpoint: endpoints, networks, this node's pool and numbers",
         section=_AGENT,
     ),
     Option(

@@ -119,12 +119,16 @@ def known_policies(settings: Settings) -> list[Json]:
 
 
 def refuse_in_store(found: PolicyFiles, etcd_config: Path | None) -> None:
-    """CliError when etcd has one of the names.  Without credentials the agent, which sees etcd, decides."""
+    """CliError when etcd has one of the names.
+
+    Without credentials, or with etcd away, the agent decides: it knows what etcd had.
+    """
     from cli.policy_store import in_store
+    from kvstore.errors import Unavailable
 
     try:
         taken = with_client(etcd_config, lambda client: in_store(client, found.texts))
-    except Missing:
+    except (Missing, Unavailable, Unreachable):
         return
     if taken:
         raise CliError(

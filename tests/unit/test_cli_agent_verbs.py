@@ -152,6 +152,15 @@ def test_ip_get_takes_the_longest_prefix(agent: Serving) -> None:
 # --- policy
 
 
+def test_policy_local_needs_no_etcd(agent: Serving, tmp_path: Path) -> None:
+    (tmp_path / "web.json").write_text(RULE)
+    config = tmp_path / "etcd.config"
+    config.write_text("endpoints: ['http://127.0.0.1:1']\n")
+    apply = ["policy", "apply", "--local", "-f", str(tmp_path / "web.json"), "--etcd-config", str(config)]
+    assert run(*apply, socket=agent.path).returncode == 0
+    assert "web" in agent.view.local
+
+
 def test_policy_local_apply_get_delete(agent: Serving, tmp_path: Path) -> None:
     (tmp_path / "web.json").write_text(RULE)
     applied = run("policy", "apply", "--local", "-f", str(tmp_path / "web.json"), socket=agent.path)
