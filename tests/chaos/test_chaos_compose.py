@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole all-in-one project restarted under traffic, from the images that `make up` builds.
+
+etcd and the agent go at once, by compose and by `make down`: what is allowed does not notice, what is denied
+stays denied, and everybody has his numbers afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import live
+from tests.support.engine import (
+    AGENT_IMAGE,
+    ETCD_IMAGE,
+    WORKLOAD_IMAGE,
+    DockerHost,
+    project_images,
+    workload_image,
+)
+from tests.support.engine_fixtures import engine_parts, hub
+from tests.support.host import REPO, Hub, wait_for
+from tests.support.places import PORTS, PacketTap, Place, opened
+from tests.support.rules import element, rule, selects
+from tests.support.site import document
+
+__all__ = ["engine_parts", "hub"]
+
+pytestmark = pytest.mark.timeout(900)
+
+SETUP = REPO / "compose" / "setup"
+ALL_IN_ONE = REPO / "compose" / "all-in-one"
+UP_SECONDS = 300.0
+PAUSE_S = 0.1
+PORT = PORTS[0]
+Restart = Callable[["Project"], None]
+
+
+@dataclass
+class Project:
+    """A host on which `make up` has run, with an allowed and a denied flow between containers."""
+
+    host: DockerHost
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        return {
+            **self.host.engine.environment,
+            "COMPOSE_PROJECT_NAME": "holdfast",
+            "HOLDFAST_DOCKER_SOCKET": str(self.host.engine.socket),
+            "HOLDFAST_STATE_DIR": f"{self.host.directory}/state",
+            "HOLDFAST_BIN_DIR": f"{self.host.directory}/bin",
+            "HOLDFAST_IMAGE": AGENT_IMAGE,
+            "HOLDFAST_ETCD_IMAGE": ETCD_IMAGE,
+        }
+
+    def setup(self, script: str) -> None:
+        self.host.exec(str(SETUP / script), timeout=UP_SECONDS, environment=self.environment)
+
+    def compose(self, *arguments: str) -> None:
+        self.host.engine.compose(ALL_IN_ONE, *arguments, environment=self.environment)
+
+    def holdfast(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        command = f"{self.host.directory}/bin/holdfast"
+        return self.host.exec(command, *arguments, check=check, environment=self.environment)
+
+    def healthy(self) -> bool:
+        return self.holdfast("status", check=False).returncode == 0
+
+    def numbers(self) -> list[tuple[int, int, str]]:
+        """Return (endpoint, identity, address) of every endpoint."""
+        found: list[Any] = json.loads(self.holdfast("endpoint", "list", "-o", "json").stdout)
+        return [
+            (
+                each["id"],
+                each["status"]["identity"]["id"],
+                each["status"]["networking"]["addressing"][0]["ipv4"],
+            )
+            for each in found
+        ]
+
+    @contextlib.contextmanager
+    def container(self, name: str) -> Iterator[Place]:
+        """Run a container that serves for the length of the block."""
+        docker = self.host.engine.docker
+        command = ("run", "-d", "--init", "--name", name, "--network", "holdfast", "-l", f"app={name}")
+        docker(*command, WORKLOAD_IMAGE, "sleep", "infinity")
+        with contextlib.ExitStack() as stack:
+            stack.callback(docker, "rm", "-f", name, check=False)
+            state: Any = self.host.engine.inspect(name)["State"]
+            inside = opened(Path(f"/proc/{self.host.pid}/root/proc/{state['Pid']}/ns/net"))
+            stack.callback(inside.close)
+            address = json.loads(inside.run("ip", "-j", "-4", "address", "show", "dev", "eth0"))
+            yield Place(name, address[0]["addr_info"][0]["local"], inside).serve(stack)
+
+
+@pytest.fixture(scope="module")
+def project(hub: Hub) -> Iterator[Project]:
+    archives = project_images(), workload_image()
+    with DockerHost("upc") as host:
+        host.address = hub.join(host)
+        for archive in archives:
+            host.engine.load(archive)
+        made = Project(host)
+        made.setup("up.sh")
+        yield made
+
+
+@dataclass
+class Traffic:
+    """What goes on between server, client and stranger while the project is away."""
+
+    server: Place
+    client: Place
+    stranger: Place
+    streams: list[live.Stream]
+    control: live.Probe
+    tap: PacketTap
+
+    def check(self) -> None:
+        """No stream broke or paused longer than the machine itself did, nothing denied passed."""
+        for stream in self.streams:
+            stream.goes_on(20)
+        limit = PAUSE_S + self.control.longest_pause()
+        pauses = {stream.name: stream.longest_pause() for stream in self.streams}
+        assert max(pauses.values()) <= limit, (limit, pauses)
+        assert self.client.asks("TCP", self.server.address, PORT) == self.client.address
+        assert self.stranger.asks("TCP", self.server.address, PORT) is None
+        denied = socket.inet_aton(self.stranger.address), PORT.to_bytes(2)
+        assert not [packet for packet in self.tap.packets() if (packet[12:16], packet[22:24]) == denied]
+
+
+@pytest.fixture(scope="module")
+def traffic(project: Project) -> Iterator[Traffic]:
+    with contextlib.ExitStack() as stack:
+        server, client, stranger = (
+            stack.enter_context(project.container(name)) for name in ("server", "client", "stranger")
+        )
+        allowed = rule(server, "ingress", element("ingress", endpoints=[selects(client)]))
+        policy = project.host.directory / "server.json"
+        policy.write_text(document("server", allowed))
+        project.holdfast("policy", "apply", "-f", str(policy))
+        wait_for(lambda: stranger.asks("TCP", server.address, PORT) is None, "policy in force")
+        tap = PacketTap(server)
+        stack.callback(tap.close)
+        streams = [
+            stack.enter_context(live.Stream(name, asks.netns, address, PORT))
+            for name, asks, address in (
+                ("client to server", client, server.address),
+                ("server to stranger", server, stranger.address),
+            )
+        ]
+        control = stack.enter_context(live.Probe("control", client.netns, "127.0.0.1", PORT))
+        yield Traffic(server, client, stranger, streams, control, tap)
+
+
+def compose_restart(project: Project) -> None:
+    project.compose("restart", "--timeout", "20")
+
+
+def compose_down_and_up(project: Project) -> None:
+    project.compose("down", "--timeout", "20")
+    project.compose("up", "--detach")
+
+
+def kill_and_start(project: Project) -> None:
+    """SIGKILL to both services at once, as a power cut of the machine's memory would."""
+    project.compose("kill")
+    project.compose("up", "--detach")
+
+
+def make_down_and_up(project: Project) -> None:
+    project.setup("down.sh")
+    project.setup("up.sh")
+
+
+@pytest.mark.parametrize("restart", [compose_restart, compose_down_and_up, kill_and_start, make_down_and_up])
+def test_project_restarted(project: Project, traffic: Traffic, restart: Restart) -> None:
+    before = project.numbers()
+    assert len(before) == 3
+    traffic.check()
+    restart(project)
+    traffic.check()
+    wait_for(project.healthy, "healthy agent", seconds=120, pause=0.5)
+    assert project.numbers() == before
+    traffic.check()
+
+
+def test_away_and_changed_meanwhile(project: Project, traffic: Traffic) -> None:
+    """With the services away the kernel enforces; a container that ends meanwhile is forgotten afterwards."""
+    before = project.numbers()
+    with project.container("passing"):
+        assert len(project.numbers()) == 4
+        project.compose("stop", "--timeout", "20")
+        traffic.check()
+        project.host.engine.docker("kill", "passing")
+    project.compose("start")
+    wait_for(project.healthy, "healthy agent", seconds=120, pause=0.5)
+    wait_for(lambda: project.numbers() == before, "endpoint of the ended container gone")
+    traffic.check()
