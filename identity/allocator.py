@@ -39,6 +39,7 @@ from identity.transactions import Slot
 from kvstore import schema
 from kvstore.client import Client
 from kvstore.errors import KvstoreError
+from kvstore.group import GroupCommit
 from kvstore.ops import KeyValue, delete_op, lease_is
 from kvstore.session import Session
 
@@ -80,6 +81,7 @@ class Allocator:
     ) -> None:
         self.range = allocation_range(cluster_id)
         self._client = client
+        self._group = GroupCommit(client)
         self._session = session
         self._cache = cache
         self._owner = owner
@@ -302,6 +304,7 @@ class Allocator:
                 self.range,
                 lease=self._lease,
                 known=self._cache.table.__contains__,
+                commit=self._group.txn,
                 rng=self._rng,
             )
             answer = await attempt.run(use.number)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from core.backoff import Backoff
@@ -29,7 +29,7 @@ from identity.transactions import Answer, Outcome, Slot, Txn
 from kvstore import schema
 from kvstore.client import Client
 from kvstore.errors import LeaseNotFound, RecordError, Unavailable
-from kvstore.ops import TxnResult
+from kvstore.ops import Compare, Op, TxnResult
 
 T = TypeVar("T")
 
@@ -39,6 +39,9 @@ MAX_ATTEMPTS = 16
 TAKEN_BEFORE_LISTING = 3
 # Random draws before every number of the range is looked at.
 DRAWS = 32
+
+
+Commit = Callable[[Sequence[Compare], Sequence[Op], Sequence[Op]], Awaitable[TxnResult]]
 
 
 async def no_lease() -> int:
@@ -53,7 +56,7 @@ class Attempt:
     """The state of one allocation for `slot`, from `numbers`.
 
     `lease` gives the lease that our value/ key hangs on at the time (0: none), `known` says which numbers
-    are surely in use.
+    are surely in use, `commit` runs a transaction (the client's own way unless given).
     """
 
     def __init__(
@@ -64,9 +67,11 @@ class Attempt:
         *,
         lease: Callable[[], Awaitable[int]] = no_lease,
         known: Callable[[int], bool] = nothing_known,
+        commit: Commit | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self._client = client
+        self._commit = commit or client.txn
         self._slot = slot
         self._numbers = numbers
         self._lease = lease
@@ -158,7 +163,7 @@ class Attempt:
     async def _txn(self, build: Callable[[int], Txn]) -> TxnResult:
         # Built anew for each try: the lease may be another one then.
         async def attempt() -> TxnResult:
-            return await self._client.txn(*build(await self._lease()))
+            return await self._commit(*build(await self._lease()))
 
         return await patiently(f"identity of {shorten(self._slot.text)}", attempt)
 

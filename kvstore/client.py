@@ -28,7 +28,6 @@ from kvstore.etcd_pb2 import (
     RangeRequest,
     RangeResponse,
     StatusRequest,
-    TxnRequest,
     WatchResponse,
 )
 from kvstore.ops import (
@@ -38,14 +37,13 @@ from kvstore.ops import (
     Put,
     TxnResult,
     Write,
-    compare_to_wire,
     decode_key,
     encode_key,
     from_wire,
-    op_to_wire,
     span,
     touched,
     txn_from_wire,
+    txn_to_wire,
     write_batches,
 )
 from kvstore.transport import MAX_IN_FLIGHT, TIMEOUT_S, Peer, Transport, translate
@@ -219,11 +217,7 @@ class Client:
         self, compares: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()
     ) -> TxnResult:
         """Run `success` if all compares hold, else `failure`; atomic either way."""
-        request = TxnRequest(
-            compare=[compare_to_wire(each) for each in compares],
-            success=[op_to_wire(each) for each in success],
-            failure=[op_to_wire(each) for each in failure],
-        )
+        request = txn_to_wire(compares, success, failure)
         lease = next((each.lease for each in success if isinstance(each, Put) and each.lease), 0)
         key = touched([*success, *failure], compares)
         return txn_from_wire(await self.transport.call(rpc.TXN, request, key, lease=lease))

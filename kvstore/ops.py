@@ -15,7 +15,15 @@ from collections.abc import Iterable, Iterator, Sequence
 import msgspec
 
 from kvstore.etcd_pb2 import Compare as PbCompare
-from kvstore.etcd_pb2 import DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, ResponseOp, TxnResponse
+from kvstore.etcd_pb2 import (
+    DeleteRangeRequest,
+    PutRequest,
+    RangeRequest,
+    RequestOp,
+    ResponseOp,
+    TxnRequest,
+    TxnResponse,
+)
 from kvstore.etcd_pb2 import KeyValue as PbKeyValue
 
 # etcd refuses a transaction of more operations (its --max-txn-ops) or of more bytes (1.5 MiB).
@@ -35,7 +43,7 @@ class KeyValue(msgspec.Struct, frozen=True, gc=False):
 
 
 class Op(msgspec.Struct, frozen=True, gc=False):
-    """One operation of a transaction; the kinds are Put, Delete and Get."""
+    """One operation of a transaction; the kinds are Put, Delete, Get and Nested."""
 
     key: str
 
@@ -61,6 +69,17 @@ class Get(Op, frozen=True, gc=False):
     keys_only: bool = False
 
 
+class Nested(Op, frozen=True):
+    """A transaction as an operation of another: its conditions choose its own branch and no other's.
+
+    `key` stands for it in messages.  etcd decides all conditions before it runs any branch.
+    """
+
+    compares: Sequence[Compare]
+    success: Sequence[Op]
+    failure: Sequence[Op]
+
+
 class Compare(msgspec.Struct, frozen=True, gc=False):
     """A condition: `target` `result` `operand`, for one key or (`prefix`) for every key of a range."""
 
@@ -71,11 +90,12 @@ class Compare(msgspec.Struct, frozen=True, gc=False):
     prefix: bool = False
 
 
-class OpResult(msgspec.Struct, frozen=True, gc=False):
-    """What one operation of a transaction answered: keys read, or how many were deleted."""
+class OpResult(msgspec.Struct, frozen=True):
+    """What one operation of a transaction answered: keys read, number deleted, or the nested one's."""
 
     items: tuple[KeyValue, ...] = ()
     deleted: int = 0
+    nested: TxnResult | None = None
 
 
 class TxnResult(msgspec.Struct, frozen=True):
@@ -145,6 +165,10 @@ def get_op(key: str) -> Get:
 
 def list_op(prefix: str, *, limit: int = 0, keys_only: bool = False) -> Get:
     return Get(prefix, True, limit, keys_only)
+
+
+def txn_op(compares: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()) -> Nested:
+    return Nested(touched([*success, *failure], compares), compares, success, failure)
 
 
 def write_batches(
@@ -223,7 +247,17 @@ def op_to_wire(op: Op) -> RequestOp:
         return RequestOp(
             request_range=RangeRequest(key=key, range_end=end, limit=op.limit, keys_only=op.keys_only)
         )
-    raise TypeError(f"{op!r} is none of Put, Delete, Get")
+    if isinstance(op, Nested):
+        return RequestOp(request_txn=txn_to_wire(op.compares, op.success, op.failure))
+    raise TypeError(f"{op!r} is none of Put, Delete, Get, Nested")
+
+
+def txn_to_wire(compares: Iterable[Compare], success: Iterable[Op], failure: Iterable[Op]) -> TxnRequest:
+    return TxnRequest(
+        compare=[compare_to_wire(each) for each in compares],
+        success=[op_to_wire(each) for each in success],
+        failure=[op_to_wire(each) for each in failure],
+    )
 
 
 def _span_of(key: str, prefix: bool) -> tuple[bytes, bytes]:
@@ -231,13 +265,20 @@ def _span_of(key: str, prefix: bool) -> tuple[bytes, bytes]:
 
 
 def txn_from_wire(wire: TxnResponse) -> TxnResult:
-    return TxnResult(wire.succeeded, wire.header.revision, tuple(_result(each) for each in wire.responses))
+    return _txn_result(wire, wire.header.revision)
 
 
-def _result(wire: ResponseOp) -> OpResult:
+def _txn_result(wire: TxnResponse, revision: int) -> TxnResult:
+    # Only the outermost header tells the revision; everything inside happened at it.
+    return TxnResult(wire.succeeded, revision, tuple(_result(each, revision) for each in wire.responses))
+
+
+def _result(wire: ResponseOp, revision: int) -> OpResult:
     kind = wire.WhichOneof("response")
     if kind == "response_range":
         return OpResult(items=tuple(from_wire(kv) for kv in wire.response_range.kvs))
+    if kind == "response_txn":
+        return OpResult(nested=_txn_result(wire.response_txn, revision))
     if kind == "response_delete_range":
         return OpResult(deleted=wire.response_delete_range.deleted)
     return OpResult()

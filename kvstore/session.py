@@ -48,8 +48,10 @@ DEFAULT_TTL_S = 24 * 3600
 # A lease is renewed at a third of its time, and at least this often: renewal is also how the loss of a
 # long lease is noticed.
 LONGEST_KEEPALIVE_S = 60.0
-# How long adopted keys are collected before they are watched.
-ADOPT_PAUSE_S = 0.1
+# Adopted keys are watched when no further one has come for so long, at the latest after so long.  Nothing
+# is lost meanwhile, as a watch begins at the revision of its key; but each costs as much as a transaction
+# does, and many workloads that start at once wait for their transactions and not for the watches.
+ADOPT_CALM_S, ADOPT_LATEST_S = 0.5, 2.0
 
 
 class Session:
@@ -69,7 +71,8 @@ class Session:
         self._keys = OwnKeys()
         self._proven_at = 0.0
         self._changed = asyncio.Event()
-        self._adopting = False
+        self._adopted_at = 0.0
+        self._adopting_since = 0.0
         self._progress = asyncio.Condition()
 
     # --- for everybody
@@ -97,14 +100,18 @@ class Session:
     async def adopt(self, key: str, value: bytes | str, revision: int) -> None:
         """Own a key that the caller has just written itself, with `lease_id`, at `revision`."""
         self._keys.adopt(key, value.encode() if isinstance(value, str) else value, revision)
-        # Nothing is to be written, only watched, and a watch begins at `revision` whenever it is made: many
-        # at once cost an agent that allocates a hundred identities a third of what one by one does.
-        if not self._adopting:
-            self._adopting = True
-            asyncio.get_running_loop().call_later(ADOPT_PAUSE_S, self._watch_adopted)
+        self._adopted_at = time.monotonic()
+        if not self._adopting_since:
+            self._adopting_since = self._adopted_at
+            asyncio.get_running_loop().call_later(ADOPT_CALM_S, self._watch_adopted)
 
     def _watch_adopted(self) -> None:
-        self._adopting = False
+        now = time.monotonic()
+        wait = min(self._adopted_at + ADOPT_CALM_S, self._adopting_since + ADOPT_LATEST_S) - now
+        if wait > 0:
+            asyncio.get_running_loop().call_later(wait, self._watch_adopted)
+            return
+        self._adopting_since = 0.0
         self._changed.set()
 
     async def disown(self, key: str) -> None:
@@ -261,7 +268,8 @@ class Session:
         due = self._keys.next_due()
         timeout = None if due is None else max(due - time.monotonic(), 0.01)
         try:
-            await asyncio.wait_for(self._changed.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._changed.wait()
         except TimeoutError:
             return
 

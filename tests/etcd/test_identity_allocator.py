@@ -172,6 +172,64 @@ async def test_the_same_labels_at_once_on_one_host_are_one_allocation(etcd: Etcd
         assert one.allocator.count(WEB) == 20
 
 
+async def test_hosts_that_allocate_the_same_at_once_in_groups_agree(etcd: EtcdServer) -> None:
+    sets = [Labels.of({"app": f"a{n}"}) for n in range(60)]
+    async with host(etcd, "10.0.0.1") as one, host(etcd, "10.0.0.2") as two:
+        before = etcd.revision()
+        mine, theirs = await asyncio.gather(
+            asyncio.gather(*(one.allocator.allocate(each) for each in sets)),
+            asyncio.gather(*(two.allocator.allocate(each) for each in reversed(sets))),
+        )
+        assert mine == theirs[::-1]
+        assert len(set(mine)) == len(sets)
+        # 60 creations and 60 joins; alone, each would have been a revision.
+        assert etcd.revision() - before < 60
+        listing = await one.client.list(schema.IDENTITY_IDS)
+        assert {item.key: item.value.decode() for item in listing.items} == {
+            schema.identity_id_key(number): each.serialized for number, each in zip(mine, sets, strict=True)
+        }
+        for each, number in zip(sets, mine, strict=True):
+            assert await one.value(each) == await two.value(each) == str(number).encode()
+
+
+async def test_members_of_a_group_take_their_own_ways(etcd: EtcdServer) -> None:
+    """In one group: a new one, one to join, an ambiguous one, one under somebody's lock."""
+    names = ("first", "new", "joined", "ambiguous", "held")
+    first, new, joined, ambiguous, held = (Labels.of({"app": name}) for name in names)
+    async with client_of(etcd) as other, host(etcd) as one:
+        await other.put(f"{slot(joined).value_prefix}10.9.0.1", b"777")
+        await other.put(f"{slot(ambiguous).value_prefix}x:y=1;/10.9.0.1", b"999")
+        lock = schema.identity_lock_key(held.serialized, await other.lease_grant(30))
+        await other.put(lock, b"")
+        tasks = [
+            asyncio.create_task(one.allocator.allocate(each))
+            for each in (first, new, joined, ambiguous, held)
+        ]
+        done, (waiting,) = await asyncio.wait(tasks[:4], timeout=DEADLINE_S), tasks[4:]
+        assert not done[1]
+        assert not waiting.done()
+        await other.delete(lock)
+        numbers = await asyncio.wait_for(asyncio.gather(*tasks), DEADLINE_S)
+        assert numbers[2] == 777
+        assert numbers[3] != 999
+        assert len(set(numbers)) == 5
+
+
+async def test_an_allocation_that_is_cancelled_disturbs_none_beside_it(etcd: EtcdServer) -> None:
+    sets = [Labels.of({"app": f"c{n}"}) for n in range(20)]
+    async with host(etcd) as one:
+        tasks = [asyncio.create_task(one.allocator.allocate(each)) for each in sets]
+        await asyncio.sleep(0)
+        for task in tasks[::5]:
+            task.cancel()
+        await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), DEADLINE_S)
+        await eventually(lambda: not one.allocator._unsettled)
+        for place, (labels, task) in enumerate(zip(sets, tasks, strict=True)):
+            assert task.cancelled() == (place % 5 == 0)
+            expected = None if task.cancelled() else str(task.result()).encode()
+            assert await one.value(labels) == expected
+
+
 async def test_reserved_labels_have_their_number_and_no_labels_have_none(etcd: EtcdServer) -> None:
     async with host(etcd) as one:
         assert await one.allocator.allocate(Labels.of(["reserved:init"])) == 5
