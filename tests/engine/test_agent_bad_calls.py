@@ -32,7 +32,7 @@ Call = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def stream(site: Site) -> Iterator[Stream]:
-    with Stream(site.client.netns, site.server.address, PORTS[0]) as live:
+    with Stream("client to server", site.client.netns, site.server.address, PORTS[0]) as live:
         yield live
 
 

@@ -25,7 +25,7 @@ POLICY_KEY = f"holdfast/policies/v1/{NAME}"
 
 @pytest.fixture(scope="module")
 def stream(site: Site) -> Iterator[Stream]:
-    with Stream(site.client.netns, site.server.address, PORTS[0]) as live:
+    with Stream("client to server", site.client.netns, site.server.address, PORTS[0]) as live:
         yield live
 
 

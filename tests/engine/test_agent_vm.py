@@ -10,12 +10,11 @@ import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.agent import ETCD_PORT, POOL
+from tests.support.agent import POOL
 from tests.support.host import run, wait_for
 from tests.support.places import PORTS, Neighbour, Place, passes
 from tests.support.rules import element, rule
@@ -137,38 +136,26 @@ def test_relabelled_machine_is_somebody_else(site: Site, sender: Callable[[str],
 # --- the command line
 
 
-@pytest.fixture(scope="module")
-def vm(site: Site) -> Callable[..., str]:
-    """`holdfast vm …` as the operator of this host's etcd types it; returns what it printed."""
-    config: Path = site.host.directory / "operator-etcd.config"
-    config.write_text(f"endpoints: [http://127.0.0.1:{ETCD_PORT}]\n")
-
-    def command(*arguments: str) -> str:
-        printed: str = site.host.cli("vm", *arguments, "--etcd-config", str(config)).stdout
-        return printed
-
-    return command
-
-
 def test_registered_machine_is_let_in_until_it_is_unregistered(
-    site: Site, sender: Callable[[str], Place], vm: Callable[..., str]
+    site: Site, sender: Callable[[str], Place]
 ) -> None:
+    """As an operator of this host's etcd types it."""
     machine = sender(FULL)
     labels = ["-l", "app=legacyvm", "-l", "site=dc1"]
     with allowing(site, "ingress"):
-        said = json.loads(vm("register", "legacy-1", "--ip", FULL, *labels, "-o", "json"))
+        said = json.loads(site.cli("vm", "register", "legacy-1", "--ip", FULL, *labels, "-o", "json"))
         try:
             wait_for(lambda: identity_of(site, FULL) == said["identity"], "identity of the machine")
             for protocol in PROTOCOLS:
                 assert passes(site.server, machine, "ingress", protocol), protocol
-            assert [each["name"] for each in json.loads(vm("list", "-o", "json"))] == ["legacy-1"]
-            assert {"legacy-1", FULL} <= set(vm("list").split())
+            assert [each["name"] for each in site.json("vm", "list")] == ["legacy-1"]
+            assert {"legacy-1", FULL} <= set(site.cli("vm", "list").split())
             assert written(site, said["identity"]) == expected(said["identity"])
         finally:
-            vm("unregister", "legacy-1")
+            site.cli("vm", "unregister", "legacy-1")
         wait_for(lambda: identity_of(site, FULL) == 0, "end of the machine")
         assert not passes(site.server, machine, "ingress", "TCP")
-    assert json.loads(vm("list", "-o", "json")) == []
+    assert site.json("vm", "list") == []
     assert FULL not in "".join(site.host.keys("cilium/state/"))
 
 
