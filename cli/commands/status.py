@@ -17,6 +17,7 @@ from cli.errors import Unreachable
 from cli.output import plural, print_json, printable
 
 LABEL_WIDTH = 24
+NOT_KNOWN = "not known yet"  # the agent could not start so far
 PARTS = ("kvstore", "container-runtime", "network-driver", "masquerading", "holdfast")
 
 Json = dict[str, Any]
@@ -67,7 +68,7 @@ def lines(found: Json, verbose: bool) -> Iterator[str]:
     yield line("Controller Status", controllers(found["controllers"]))
     yield line("Endpoints", endpoints(found["endpoints"]))
     yield line("Policy", policy(found))
-    yield line("Identities", f"{found['identities']}, range {found['identity-range']}")
+    yield line("Identities", identities(found))
     yield line("Staleness", staleness(found["staleness"]))
     if found["maps"]:
         yield line("BPF Maps", maps(found["maps"]))
@@ -92,6 +93,8 @@ def component(part: Json) -> str:
 
 
 def node(this: Json) -> str:
+    if not this["name"]:
+        return NOT_KNOWN
     return (
         f"{this['cluster']}/{this['name']} {this['ipv4-address']}, endpoints in {this['ipv4-endpoint-cidr']}"
     )
@@ -104,6 +107,8 @@ def monitor(info: Json) -> str:
 
 
 def ipam(info: Json) -> str:
+    if not info["pool"]:
+        return NOT_KNOWN
     return f"IPv4: {info['used']}/{info['used'] + info['available']} allocated from {info['pool']}"
 
 
@@ -126,6 +131,10 @@ def policy(found: Json) -> str:
     refused = len(found["policy-errors"])
     tail = f", {refused} refused" if refused else ""
     return f"{plural(found['policies'], 'policy')} at revision {found['policy-revision']}{tail}"
+
+
+def identities(found: Json) -> str:
+    return f"{found['identities']}, range {found['identity-range']}" if found["identity-range"] else NOT_KNOWN
 
 
 def staleness(seconds: float) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from agent.api import models
-from cli.commands.status import duration
+from cli.commands.status import NOT_KNOWN, duration, identities, ipam, node
 from tests.support.agent_view import FakeAgent, Serving, make_endpoint, serving
 from tests.support.cli import ROOT, command, run
 
@@ -43,6 +43,12 @@ def test_status_brief_verbose_and_json(agent: Serving) -> None:
     assert run("status", "--brief", socket=agent.path).stdout == "OK\n"
     assert "cilium_lxc" in run("status", "--verbose", socket=agent.path).stdout
     assert json.loads(run("status", "-o", "json", socket=agent.path).stdout)["ipam"]["used"] == 2
+
+
+def test_status_says_what_is_not_known_yet() -> None:
+    assert node({"name": ""}) == NOT_KNOWN
+    assert ipam({"pool": ""}) == NOT_KNOWN
+    assert identities({"identity-range": ""}) == NOT_KNOWN
 
 
 def test_status_of_a_failed_part_is_an_exit_code(agent: Serving) -> None:
