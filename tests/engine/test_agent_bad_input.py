@@ -350,3 +350,19 @@ def test_endpoint_that_can_not_be_made_leaves_nothing(site: Site, body: dict[str
     assert said in json.loads(done.stdout[:-3])["error"]
     assert site.status()["ipam"]["used"] == before
     assert 60002 not in {each["id"] for each in site.host.api("/v1/endpoint")}
+
+
+def test_policy_map_of_another_layout_stops_its_endpoint_only(site: Site) -> None:
+    """It is named with every difference; the endpoint is not made, and can be once the pin is gone."""
+    pin = "/sys/fs/bpf/tc/globals/cilium_policy_60003"
+    site.host.exec(*f"bpftool map create {pin} type hash key 8 value 8 entries 10 name wrong".split())
+    try:
+        body = json.dumps({"netns": "/proc/1/ns/net", "labels": ["app=x"]})
+        put = ("curl", "-s", "--unix-socket", str(site.host.socket), "-X", "PUT", "-d", body)
+        answer = json.loads(site.host.exec(*put, "http://holdfast/v1/endpoint/60003").stdout)
+        for words in (pin, "value size is 8", "max entries is 10"):
+            assert words in answer["error"]
+        wait_for(lambda: site.status()["holdfast"]["state"] == "Ok", "end of the endpoint")
+        assert 60003 not in {each["id"] for each in site.host.api("/v1/endpoint")}
+    finally:
+        site.host.exec("rm", "-f", pin)
