@@ -173,11 +173,18 @@ def _versions(data: Any) -> tuple[str, str]:
 
 
 def _networks(data: Any) -> list[EngineNetwork]:
-    return [_network(each) for each in data]
+    return [_network(each) for each in _list(data)]
 
 
 def _containers(data: Any) -> list[EngineContainer]:
-    return [_container(each) for each in data or []]
+    return [_container(each) for each in _list(data)]
+
+
+def _list(data: Any) -> list[Any]:
+    """Nothing but a list is one: an empty object taken for it would be a host without containers."""
+    if not isinstance(data, list):
+        raise TypeError("not a list")
+    return data
 
 
 def _network(data: Any) -> EngineNetwork:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network driver on a real plugin socket, between a fake engine and the models of kernel and allocator."""
+"""The network driver on a real plugin socket, between a fake engine and models of the rest."""
 
 from __future__ import annotations
 

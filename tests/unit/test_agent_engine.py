@@ -71,6 +71,8 @@ GARBAGE = {
     "binary": b"\x00\xff",
     "empty": b"",
     "a number": b"7",
+    "an empty object": b"{}",
+    "null": b"null",
     "a list of numbers": b"[7]",
     "a dict without anything": b'{"a": 1}',
     "wrong types inside": b'[{"Id": 1, "Names": 5, "NetworkSettings": []}]',

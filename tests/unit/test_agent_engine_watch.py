@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The self-healing path: what the driver missed is repaired, what is gone is collected after its grace."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import engine_watch
+from agent.engine import EngineContainer
+from agent.engine_watch import EngineWatch, unmanaged
+from tests.support.driver_host import NETWORK, DriverHost, driver_host
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_watch, "SETTLE_S", 0.0)
+    monkeypatch.setattr(engine_watch, "COLLECT_AFTER_S", 0.05)
+
+
+@contextlib.asynccontextmanager
+async def watching(host: DriverHost) -> AsyncIterator[EngineWatch]:
+    watch = EngineWatch(host.engine, host.manager, host.driver)
+    task = asyncio.create_task(watch.run())
+    try:
+        yield watch
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def run(directory: Path, test: Callable[[DriverHost], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        async with driver_host(directory) as host:
+            await asyncio.wait_for(test(host), 20)
+
+    asyncio.run(main())
+
+
+def test_a_container_that_went_while_nobody_looked(tmp_path: Path) -> None:
+    async def story(host: DriverHost) -> None:
+        await host.start("stays")
+        await host.start("goes")
+        host.fake.remove_container("c-goes")
+        async with watching(host) as watch:
+            await watch.first_list.wait()
+            assert len(host.table) == 2  # within its grace
+            await until(lambda: len(host.table) == 1)
+        assert host.manager.by_engine_id("e-stays") is not None
+        assert host.manager.pool.used == 1
+
+    run(tmp_path, story)
+
+
+def test_a_container_that_comes_back_within_the_grace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_watch, "COLLECT_AFTER_S", 60.0)
+
+    async def story(host: DriverHost) -> None:
+        await host.start("web")
+        watch = EngineWatch(host.engine, host.manager, host.driver)
+        host.fake.containers["c-web"]["State"] = "exited"
+        await watch.refresh()
+        assert watch._list_pause() < engine_watch.COLLECT_AFTER_S
+        host.fake.containers["c-web"]["State"] = "created"  # it is starting
+        await watch.refresh()
+        assert watch._list_pause() == engine_watch.LIST_EVERY_S
+        host.fake.containers["c-web"]["State"] = "exited"
+        await watch.refresh()
+        await host.stop("web")  # the driver was told: nothing is left to wait for
+        await watch.refresh()
+        assert watch._list_pause() == engine_watch.LIST_EVERY_S
+
+    run(tmp_path, story)
+
+
+def test_an_engine_that_does_not_answer_deletes_nothing(tmp_path: Path) -> None:
+    async def story(host: DriverHost) -> None:
+        await host.start("web")
+        async with watching(host) as watch:
+            await watch.first_list.wait()
+            for status, body in ((500, b"starting"), (200, b"<html>"), (200, b"{}")):
+                host.fake.broken["/containers/json"] = (status, body)
+                host.fake.emit(b'{"Action": "start"}\n')
+                await until(lambda: watch.view.error)
+                host.fake.broken.clear()
+                await until(lambda: not watch.view.error)
+        assert len(host.table) == 1
+
+    run(tmp_path, story)
+
+
+def test_events_are_followed_and_the_stream_is_opened_again(tmp_path: Path) -> None:
+    async def story(host: DriverHost) -> None:
+        async with watching(host) as watch:
+            await until(lambda: watch.view.version and host.fake.listeners)
+            host.fake.end_streams()
+            await until(lambda: host.fake.listeners > 1)
+            host.fake.add_container("c9", "new", state="running", mode="bridge")
+            host.fake.emit(b'{"Action": "exec_create: sh"}\n{"Action": "start"}\n')
+            await until(lambda: watch.view.containers == 1)
+            assert watch.view.error == ""
+
+    run(tmp_path, story)
+
+
+def test_an_endpoint_without_identity_gets_it(tmp_path: Path) -> None:
+    async def story(host: DriverHost) -> None:
+        await host.on("CreateEndpoint", "e1", Interface={})
+        await host.on("Join", "e1")
+        host.fake.add_container("c1", "web", network=NETWORK, endpoint="e1", labels={"app": "web"})
+        async with watching(host):
+            await until(lambda: host.manager.get(1).identity)
+        assert host.manager.get(1).container_name == "web"
+
+    run(tmp_path, story)
+
+
+def test_a_label_that_refuses_one_does_not_keep_the_others_back(tmp_path: Path) -> None:
+    async def story(host: DriverHost) -> None:
+        for engine_id, labels in (("e1", {"app": "a;b"}), ("e2", {"app": "web"})):
+            await host.on("CreateEndpoint", engine_id, Interface={})
+            await host.on("Join", engine_id)
+            host.fake.add_container(engine_id, engine_id, network=NETWORK, endpoint=engine_id, labels=labels)
+        async with watching(host):
+            await until(lambda: host.manager.get(2).identity)
+        assert host.manager.get(1).identity == 0
+
+    run(tmp_path, story)
+
+
+def test_renamed(tmp_path: Path) -> None:
+    async def story(host: DriverHost) -> None:
+        await host.start("web")
+        host.fake.containers["c-web"]["Names"] = ["/api"]
+        host.fake.networks[NETWORK]["Containers"]["c-web"]["Name"] = "api"
+        async with watching(host):
+            await until(lambda: host.manager.get(1).container_name == "api")
+
+    run(tmp_path, story)
+
+
+def container(name: str, mode: str, **endpoints: str) -> EngineContainer:
+    return EngineContainer(name, name, "running", {}, endpoints, mode)
+
+
+def test_what_is_not_managed() -> None:
+    running = {
+        each.id: each
+        for each in (
+            container("ours", "hf", hf="e1"),
+            container("both", "hf", hf="e2", bridge="e3"),
+            container("host", "host"),
+            container("none", "none"),
+            container("bridge", "default", bridge="e4"),
+            container("sidecar", "container:ours"),
+            container("shares", "container:bridge"),
+            container("orphan", "container:gone"),
+        )
+    }
+    found = unmanaged(running, {"hf"})
+    assert set(found) == {"both", "host", "bridge", "shares", "orphan"}
+    assert "identity host" in found["host"]
+    assert "network of bridge" in found["shares"]
+    assert "another container" in found["orphan"]
