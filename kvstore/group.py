@@ -17,8 +17,8 @@ A group that is refused as a whole (one member's lease is gone, a right is missi
 apart: each member is tried alone and gets its own answer.  Members whose group met an etcd that is away all
 get that error; as with any write then, it may have happened.
 
-etcd before 3.4.42 and 3.5.28 does not check rights inside nested transactions.  That is no wider door than
-there was, as any client can send one; but here a missing right may show only in a lone transaction.
+Older etcd (3.4.23 is one; advisory GHSA-rfx7-8w68-q57q) checks no rights inside nested transactions.  That
+door is open to every client; here it means that a missing right may show only in a lone transaction.
 
 Called by: identity.allocator.
 """

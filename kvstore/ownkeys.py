@@ -44,6 +44,7 @@ class OwnKeys:
         self._own: dict[str, _Own] = {}
         self._dirty: dict[str, None] = {}
         self._leaving: dict[str, bytes | None] = {}
+        self._turned: dict[str, None] = {}
 
     def __len__(self) -> int:
         return len(self._own)
@@ -68,7 +69,7 @@ class OwnKeys:
             return old.revision == 0
         self._leaving.pop(key, None)
         self._own[key] = _Own(value)
-        self._dirty[key] = None
+        self._dirty[key] = self._turned[key] = None
         return True
 
     def adopt(self, key: str, value: bytes, revision: int) -> None:
@@ -76,16 +77,23 @@ class OwnKeys:
         self._leaving.pop(key, None)
         self._dirty.pop(key, None)
         self._own[key] = _Own(value, revision)
+        self._turned[key] = None
 
     def watchable(self) -> dict[str, int]:
         """Return the keys that are in etcd as wanted, with the revision at which that was so."""
         return {key: own.revision for key, own in self._own.items() if own.revision}
+
+    def take_turned(self) -> dict[str, int]:
+        """Return the keys that may have become watchable, or no longer be (0), since the last call."""
+        turned, self._turned = self._turned, {}
+        return {key: own.revision if (own := self._own.get(key)) else 0 for key in turned}
 
     def unwant(self, key: str) -> None:
         """No longer want `key`: it is to be deleted.  Unwanting what is not wanted is no change."""
         own = self._own.pop(key, None)
         if own is not None:
             self._dirty.pop(key, None)
+            self._turned[key] = None
             self._leaving[key] = None if own.revision else own.value
 
     # --- what is to be done
@@ -130,6 +138,7 @@ class OwnKeys:
             own = self._own.get(key)
             if own is not None and own.value == value:
                 own.revision, own.error = revision, ""
+                self._turned[key] = None
                 self._dirty.pop(key, None)
 
     def failed(self, key: str, error: str, now: float | None = None) -> None:
@@ -166,6 +175,7 @@ class OwnKeys:
             own, there = self._own.get(key), found.get(key)
             if own is None:
                 continue
+            self._turned[key] = None
             if there is not None and there.value == own.value and there.lease == lease:
                 own.revision = revision
                 self._dirty.pop(key, None)
@@ -179,7 +189,7 @@ class OwnKeys:
         """The lease is gone and every key with it."""
         for key, own in self._own.items():
             own.revision = 0
-            self._dirty[key] = None
+            self._dirty[key] = self._turned[key] = None
 
     def _restore(self, key: str, own: _Own, now: float) -> None:
         if now - own.restored_at > CALM_S:
@@ -189,4 +199,4 @@ class OwnKeys:
             own.not_before = now + own.fight.next()
         own.restored_at = now
         own.revision = 0
-        self._dirty[key] = None
+        self._dirty[key] = self._turned[key] = None

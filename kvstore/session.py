@@ -37,11 +37,11 @@ from kvstore.errors import (
     PermissionDenied,
     RequestRefused,
 )
-from kvstore.etcd_pb2 import WatchResponse
+from kvstore.keywatches import KeyWatches
 from kvstore.ops import MAX_TXN_OPS, KeyValue, delete_op, get_op, lease_is, put_op, value_is, write_batches
 from kvstore.ownkeys import OwnKeys
 from kvstore.patience import Patience
-from kvstore.watch import Event, Kind, WatchStream, event_from_wire
+from kvstore.watch import Event, Kind, event_from_wire
 
 # Seconds.  A day: keys outlive an agent's upgrade and a long outage of etcd.
 DEFAULT_TTL_S = 24 * 3600
@@ -193,7 +193,7 @@ class Session:
     async def _hold(self) -> None:
         """Keep alive, write and watch; raises the first trouble of any of the three."""
         async with self._client.watch_stream(f"own keys of {self.name}") as stream:
-            watches = _KeyWatches(stream)
+            watches = KeyWatches(stream)
             await _first_failure(self._keep_alive(), self._write(watches), self._watch(watches))
 
     async def _keep_alive(self) -> None:
@@ -215,13 +215,14 @@ class Session:
 
     # --- writing
 
-    async def _write(self, watches: _KeyWatches) -> None:
+    async def _write(self, watches: KeyWatches) -> None:
+        await watches.follow(self._keys.watchable())
         while True:
             self._changed.clear()
-            await watches.equal(self._keys.watchable())
+            await watches.follow(self._keys.take_turned())
             await self._write_due()
             await self._delete_leaving()
-            await watches.equal(self._keys.watchable())
+            await watches.follow(self._keys.take_turned())
             await self._notify()
             await self._pause()
 
@@ -279,7 +280,7 @@ class Session:
 
     # --- watching
 
-    async def _watch(self, watches: _KeyWatches) -> None:
+    async def _watch(self, watches: KeyWatches) -> None:
         while True:
             await watches.wait_any()
             response = await watches.stream.read()
@@ -293,58 +294,6 @@ class Session:
             metrics.KVSTORE_OWN_KEYS_RESTORED.inc()
             logger.warning("own key {} was {} by somebody", key, "deleted" if deleted else "changed")
             self._changed.set()
-
-
-class _KeyWatches:
-    """The watches of single keys on one stream.  Owner: the session's tasks of one `_hold`."""
-
-    def __init__(self, stream: WatchStream) -> None:
-        self.stream = stream
-        self._ids: dict[str, int] = {}
-        self._keys: dict[int, str] = {}
-        self._last_id = 0
-        self._any = asyncio.Event()
-
-    async def wait_any(self) -> None:
-        """Wait for the first watch: a stream without any answers no question for progress."""
-        await self._any.wait()
-
-    async def equal(self, wanted: Mapping[str, int]) -> None:
-        """Have a watch for each wanted key, from its revision; and no others, but never none."""
-        for key, revision in wanted.items():
-            if key not in self._ids:
-                await self._add(key, revision)
-        for key in [key for key in self._ids if key not in wanted]:
-            if len(self._ids) > 1:
-                await self._remove(key)
-
-    async def _add(self, key: str, revision: int) -> None:
-        self._last_id += 1
-        self._ids[key] = self._last_id
-        self._keys[self._last_id] = key
-        # What happened at `revision` is known; asking for it would have etcd search its history.
-        await self.stream.create(key, revision + 1, watch_id=self._last_id)
-        self._any.set()
-
-    async def _remove(self, key: str) -> None:
-        watch_id = self._ids.pop(key)
-        del self._keys[watch_id]
-        await self.stream.cancel(watch_id)
-
-    def over(self, response: WatchResponse) -> bool:
-        """True when the message only says that a watch ended; raises when it may not have.
-
-        A denied watch is told and left: its key can still be written.
-        """
-        if not response.canceled:
-            return False
-        key = self._keys.get(response.watch_id, "")
-        if key:
-            try:
-                self.stream.check(response, key, 0)
-            except PermissionDenied as error:
-                logger.error("own key is not watched: {}", error)
-        return True
 
 
 async def _first_failure(*mains: Coroutine[Any, Any, None]) -> None:

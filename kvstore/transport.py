@@ -34,7 +34,7 @@ from kvstore.rpc import Method, Request, Response
 from kvstore.schema.keys import scope_of
 
 if TYPE_CHECKING:
-    from grpc.aio import AioRpcError, Channel, StreamStreamCall
+    from grpc.aio import AioRpcError, Channel, StreamStreamCall, UnaryUnaryMultiCallable
 
 MAX_IN_FLIGHT = 64
 TIMEOUT_S = 10.0
@@ -75,6 +75,7 @@ class Peer:
         self.target = target
         self._config = config
         self._channel: Channel | None = None
+        self._stubs: dict[str, UnaryUnaryMultiCallable[Any, Any]] = {}
         self._fingerprint: tuple[int, ...] = ()
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -83,7 +84,20 @@ class Peer:
         if self._channel is None:
             self._fingerprint = self._config.fingerprint()
             self._channel = self._open()
+            self._stubs.clear()
         return self._channel
+
+    def stub(self, method: Method[Request, Response]) -> UnaryUnaryMultiCallable[Request, Response]:
+        """Return how to call `method` on the channel."""
+        channel = self.channel()
+        stub = self._stubs.get(method.path)
+        if stub is None:
+            stub = self._stubs[method.path] = channel.unary_unary(
+                method.path,
+                request_serializer=method.request.SerializeToString,
+                response_deserializer=method.response.FromString,
+            )
+        return stub
 
     def _open(self) -> Channel:
         if not self._config.secure:
@@ -189,13 +203,8 @@ class Transport:
         self, peer: Peer, method: Method[Request, Response], request: Request, timeout: float
     ) -> Response:
         """Send one request to one peer; raises grpc.aio.AioRpcError."""
-        stub = peer.channel().unary_unary(
-            method.path,
-            request_serializer=method.request.SerializeToString,
-            response_deserializer=method.response.FromString,
-        )
         metadata = _REQUIRE_LEADER if method.action != "status" else ()
-        response: Response = await stub(request, timeout=timeout, metadata=metadata)
+        response: Response = await peer.stub(method)(request, timeout=timeout, metadata=metadata)
         return response
 
     def open_stream(
