@@ -7,7 +7,8 @@ identity_alloc_32_per_s
     32 in flight.
 
 Session and identity cache run beside it as in an agent: every new identity comes back through the watch,
-own keys are adopted, and watched once the burst is over; what that costs then is told beside.  etcd is one of our own, on the disk of the temporary directory.
+own keys are adopted, and watched once the burst is over; what that costs then is told beside.  etcd is one
+of our own, on the disk of the temporary directory.
 The floor beside each figure is the same transaction (three conditions, two puts, as long) through the same
 client with nothing else around it; both are taken by turns.
 

@@ -15,16 +15,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import msgspec
 
 from kvstore.etcd_pb2 import Compare as PbCompare
+from kvstore.etcd_pb2 import KeyValue as PbKeyValue
 from kvstore.etcd_pb2 import (
-    DeleteRangeRequest,
-    PutRequest,
-    RangeRequest,
     RequestOp,
     ResponseOp,
     TxnRequest,
     TxnResponse,
 )
-from kvstore.etcd_pb2 import KeyValue as PbKeyValue
 
 # etcd refuses a transaction of more operations (its --max-txn-ops) or of more bytes (1.5 MiB).
 MAX_TXN_OPS = 128
@@ -227,37 +224,49 @@ _OPERAND = {
 }
 
 
-def compare_to_wire(compare: Compare) -> PbCompare:
-    key, end = _span_of(compare.key, compare.prefix)
-    wire = PbCompare(key=key, range_end=end)
-    wire.result = compare.result  # type: ignore[assignment]
-    wire.target = compare.target  # type: ignore[assignment]
-    setattr(wire, _OPERAND[compare.target], compare.operand)  # type: ignore[index]
+def txn_to_wire(compares: Iterable[Compare], success: Iterable[Op], failure: Iterable[Op]) -> TxnRequest:
+    wire = TxnRequest()
+    _fill_txn(wire, compares, success, failure)
     return wire
 
 
-def op_to_wire(op: Op) -> RequestOp:
+# Messages are filled where they lie: one that is put into another afterwards is copied, at each level.
+
+
+def _fill_txn(
+    wire: TxnRequest, compares: Iterable[Compare], success: Iterable[Op], failure: Iterable[Op]
+) -> None:
+    for compare in compares:
+        _fill_compare(wire.compare.add(), compare)
+    for op in success:
+        _fill_op(wire.success.add(), op)
+    for op in failure:
+        _fill_op(wire.failure.add(), op)
+
+
+def _fill_compare(wire: PbCompare, compare: Compare) -> None:
+    wire.key, wire.range_end = _span_of(compare.key, compare.prefix)
+    wire.result = compare.result  # type: ignore[assignment]
+    wire.target = compare.target  # type: ignore[assignment]
+    setattr(wire, _OPERAND[compare.target], compare.operand)  # type: ignore[index]
+
+
+def _fill_op(wire: RequestOp, op: Op) -> None:
     if isinstance(op, Put):
-        return RequestOp(request_put=PutRequest(key=encode_key(op.key), value=op.value, lease=op.lease))
-    if isinstance(op, Delete):
-        key, end = _span_of(op.key, op.prefix)
-        return RequestOp(request_delete_range=DeleteRangeRequest(key=key, range_end=end))
-    if isinstance(op, Get):
-        key, end = _span_of(op.key, op.prefix)
-        return RequestOp(
-            request_range=RangeRequest(key=key, range_end=end, limit=op.limit, keys_only=op.keys_only)
-        )
-    if isinstance(op, Nested):
-        return RequestOp(request_txn=txn_to_wire(op.compares, op.success, op.failure))
-    raise TypeError(f"{op!r} is none of Put, Delete, Get, Nested")
-
-
-def txn_to_wire(compares: Iterable[Compare], success: Iterable[Op], failure: Iterable[Op]) -> TxnRequest:
-    return TxnRequest(
-        compare=[compare_to_wire(each) for each in compares],
-        success=[op_to_wire(each) for each in success],
-        failure=[op_to_wire(each) for each in failure],
-    )
+        put = wire.request_put
+        put.key, put.value, put.lease = encode_key(op.key), op.value, op.lease
+    elif isinstance(op, Get):
+        get = wire.request_range
+        get.key, get.range_end = _span_of(op.key, op.prefix)
+        get.limit, get.keys_only = op.limit, op.keys_only
+    elif isinstance(op, Delete):
+        delete = wire.request_delete_range
+        delete.key, delete.range_end = _span_of(op.key, op.prefix)
+    elif isinstance(op, Nested):
+        _fill_txn(wire.request_txn, op.compares, op.success, op.failure)
+        wire.request_txn.SetInParent()
+    else:
+        raise TypeError(f"{op!r} is none of Put, Delete, Get, Nested")
 
 
 def _span_of(key: str, prefix: bool) -> tuple[bytes, bytes]:

@@ -8,6 +8,7 @@ structure; a parser (in the module of its record) raises RecordError.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 from dataclasses import dataclass
@@ -162,6 +163,8 @@ def _name(part: str, value: str) -> str:
     return value
 
 
+# Nearly always this host's own address.
+@functools.lru_cache(maxsize=64)
 def _address(part: str, value: str) -> str:
     try:
         return str(ipaddress.ip_address(value))

@@ -120,8 +120,33 @@ def test_write_batches_keep_the_last_write_of_each_key(keys: list[int], max_ops:
 
 
 def test_compare_over_a_range_says_so_on_the_wire() -> None:
-    wire = ops.compare_to_wire(ops.range_absent("a/"))
+    wire = ops.txn_to_wire([ops.range_absent("a/")], (), ()).compare[0]
     assert (wire.key, wire.range_end, wire.WhichOneof("target_union")) == (b"a/", b"a0", "create_revision")
+
+
+def test_operations_on_the_wire_are_what_they_were_also_inside() -> None:
+    success = [ops.put_op("p", b"", lease=7), ops.delete_prefix_op("d/"), ops.get_op("g")]
+    failure = [ops.list_op("", limit=3, keys_only=True), ops.delete_op("d")]
+    plain = ops.txn_to_wire([ops.value_is("v", b"x"), ops.absent("a")], success, failure)
+    nested = ops.txn_to_wire(
+        (), [ops.txn_op([ops.value_is("v", b"x"), ops.absent("a")], success, failure)], ()
+    )
+    assert nested.success[0].request_txn == plain
+    kinds = [each.WhichOneof("request") for each in (*plain.success, *plain.failure)]
+    assert kinds == [
+        "request_put",
+        "request_delete_range",
+        "request_range",
+        "request_range",
+        "request_delete_range",
+    ]
+    assert (plain.success[0].request_put.key, plain.success[0].request_put.lease) == (b"p", 7)
+    assert plain.success[1].request_delete_range.range_end == b"d0"
+    everything = plain.failure[0].request_range
+    assert (everything.key, everything.range_end, everything.limit) == (b"\0", b"\0", 3)
+    assert everything.keys_only
+    empty = ops.txn_to_wire((), [ops.txn_op((), ())], ())
+    assert empty.success[0].WhichOneof("request") == "request_txn"
 
 
 # --- errors of the wire
