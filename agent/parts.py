@@ -24,7 +24,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from agent import ipcache, publish, sinks
+from agent import ipcache, publish, remembered, sinks
 from agent.checkpoint import Checkpoint, Node
 from agent.collector import MapCollector
 from agent.conntrack import Conntrack
@@ -72,7 +72,7 @@ from kvstore.config import EtcdConfig
 from kvstore.election import Election
 from kvstore.session import Session
 from kvstore.sink import TableSink
-from kvstore.watcher import Follower
+from kvstore.watcher import Follower, Sink
 from policy.engine import PolicyEngine
 from policy.model import EnforcementMode
 from prestart import cluster
@@ -212,6 +212,9 @@ async def build(config: Config, events: EventPump, programs: HostPrograms, gates
         grace=config["kvstore-missing-grace-period"],
     )
     policy_keys = PolicyKeys(documents, refusals, config["kvstore-missing-grace-period"])
+    view = await asyncio.to_thread(checkpoint.view)
+    remembered.restore(view, policy_keys, identities)
+    remembered.restore_addresses(addresses.source(ipcache.KVSTORE_SOURCE), ipcache_map, pool.network)
     return Parts(
         config=config,
         node=node,
@@ -263,13 +266,20 @@ async def build(config: Config, events: EventPump, programs: HostPrograms, gates
         gates=gates,
         conntrack=conntrack,
         followers=[
-            Follower(client, schema.IDENTITY_IDS, identities, gate=gates.relist),
-            Follower(client, schema.POLICIES, policy_keys, gate=gates.relist),
+            _resuming(client, schema.IDENTITY_IDS, identities, view.identities_at, gates),
+            _resuming(client, schema.POLICIES, policy_keys, view.policies_at, gates),
             Follower(client, schema.NODES, node_sink, gate=gates.relist),
             Follower(client, schema.IPS, ip_sink, gate=gates.relist),
         ],
         ip_sink=ip_sink,
         node_sink=node_sink,
+    )
+
+
+def _resuming(client: Client, prefix: str, sink: Sink, at: remembered.Place, gates: Gates) -> Follower:
+    """Return a follower that goes on where the restored view stands."""
+    return Follower(
+        client, prefix, sink, resume_revision=at.revision, resume_cluster=at.cluster_id, gate=gates.relist
     )
 
 
@@ -372,8 +382,10 @@ async def _expire(parts: Parts) -> None:
 async def _checkpoint(parts: Parts) -> None:
     """Keep the node's record and, for the start hook, the list of the cluster's nodes."""
     written: list[str] = []
+    saved = (-1, -1)
     while True:
         await asyncio.sleep(CHECKPOINT_S)
+        saved = await _save_view(parts, saved)
         parts.endpoints.store.save_unsaved()
         now = node_now(parts)
         if now != parts.node:
@@ -385,6 +397,19 @@ async def _checkpoint(parts: Parts) -> None:
                 path = parts.checkpoint.directory / "cluster.json"
                 await asyncio.to_thread(write_atomic, path, cluster.encode(names))
                 written = names
+
+
+async def _save_view(parts: Parts, saved: tuple[int, int]) -> tuple[int, int]:
+    """Write what is known of policies and identities if it changed since `saved` (the tables' revisions)."""
+    now = (parts.policies.revision, parts.identities.table.revision)
+    places = {each.prefix: remembered.place_of(each) for each in parts.followers}
+    if now == saved or not parts.policy_maps.is_open:
+        return saved
+    view = remembered.view_of(
+        parts.policy_keys, parts.identities, places[schema.POLICIES], places[schema.IDENTITY_IDS]
+    )
+    await asyncio.to_thread(parts.checkpoint.save_view, view)
+    return now
 
 
 def node_now(parts: Parts) -> Node:

@@ -135,6 +135,11 @@ class PolicyKeys(TableSink[str, Document]):
     def __init__(self, documents: DocumentTable, refusals: Refusals, grace: float) -> None:
         super().__init__(documents.source(KVSTORE), self._parsed, _same, grace=grace)
         self._refusals = refusals
+        self._texts: dict[str, str] = {}
+
+    def texts(self) -> dict[str, str]:
+        """Return the text of every document in force, by key."""
+        return {key: text for key, text in self._texts.items() if key in self.source.entries()}
 
     def listed(self, items: dict[str, bytes], revision: int) -> None:
         super().listed(items, revision)
@@ -149,6 +154,7 @@ class PolicyKeys(TableSink[str, Document]):
 
     def deleted(self, key: str) -> None:
         self._refusals.clear(key, TEXT)
+        self._texts.pop(key, None)
         super().deleted(key)
 
     def _parsed(self, key: str, value: bytes) -> tuple[str, Document]:
@@ -162,6 +168,7 @@ class PolicyKeys(TableSink[str, Document]):
             self._refusals.add(name, key, error)
             raise RecordError(key, error.message) from error
         self._refusals.clear(key, TEXT)
+        self._texts[key] = text
         return key, document
 
 

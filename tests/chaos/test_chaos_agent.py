@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,3 +126,40 @@ def test_etcd_gone_and_back(host: AgentHost, flows: Flows) -> None:
     assert {f"cilium/state/ip/v1/default/{address}" for _, _, address, _ in before} <= set(
         host.keys("cilium/state/ip/")
     )
+
+
+def test_etcd_wiped_while_the_agent_is_away(host: AgentHost, flows: Flows) -> None:
+    """A store without policies is no permission: what was known stays in force for its grace."""
+    before = numbers(host)
+    host.etcdctl("put", "holdfast/policies/v1/server-rules", stdin=POLICY)
+    wait_for(lambda: len(host.api("/v1/policy")["policies"]) == 2, "policy of etcd in force")
+    (host.policies / "server.yaml").unlink()
+    wait_for(lambda: [each["name"] for each in host.api("/v1/policy")["policies"]] == ["server-rules"], "one")
+    view = host.state / "view.json"
+    wait_for(lambda: view.exists() and "server-rules" in view.read_text(), "view in the checkpoint")
+    host.kill_agent()
+    host.stop_etcd()
+    shutil.rmtree(host.directory / "etcd-data")
+    host.start_etcd()
+    host.start_agent()
+    assert numbers(host) == before
+    missing = {each["name"]: each["missing"] for each in host.api("/v1/healthz")["tables"]}
+    assert missing["policy-documents"] == 1, missing
+    flows.wait_progress(200)
+    flows.check()
+
+
+def test_policy_deleted_while_the_agent_is_away(host: AgentHost, flows: Flows) -> None:
+    """The watch goes on where it stood: a deletion that happened meanwhile counts at once."""
+    host.etcdctl("put", "holdfast/policies/v1/server-rules", stdin=POLICY)
+    host.etcdctl("put", "holdfast/policies/v1/short-lived", stdin=POLICY)
+    wait_for(lambda: len(host.api("/v1/policy")["policies"]) == 2, "two policies")
+    view = host.state / "view.json"
+    wait_for(lambda: "short-lived" in view.read_text(), "view in the checkpoint")
+    host.kill_agent()
+    host.etcdctl("del", "holdfast/policies/v1/short-lived")
+    host.start_agent()
+    names = [each["name"] for each in host.api("/v1/policy")["policies"]]
+    assert names == ["server-rules"]
+    flows.wait_progress(100)
+    flows.check()

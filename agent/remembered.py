@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this agent knew of policies and identities, kept beside the endpoints' checkpoint.
+
+A restarted agent must not take "etcd has no policies" for the truth: a store that was wiped while it was
+away looks just like that, and enforcing it would let everything pass.  So the last view is restored, and
+the watch goes on from its revision: what was deleted meanwhile is delivered as a deletion and counts at
+once.  Where that history is gone (compacted, another cluster), a list is compared with the restored view,
+and what it lacks stays for the grace period, as everywhere.
+
+Addresses need no file: cilium_ipcache is pinned and is the checkpoint of itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from ipaddress import IPv4Network, ip_network
+
+import msgspec
+from loguru import logger
+
+from agent.ipcache import Record
+from agent.policy_sources import PolicyKeys
+from core.errors import HoldfastError, shorten
+from core.table import Source
+from datapath.errors import DatapathError
+from datapath.maps import IpcacheMap
+from identity.cache import IdentityCache
+from identity.labels import Labels
+from identity.numbers import is_global
+from kvstore.watcher import Follower
+
+VERSION = 1
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where in etcd's history a view stands; revision 0 means that nothing is known."""
+
+    revision: int = 0
+    cluster_id: int = 0
+
+
+class View(msgspec.Struct, frozen=True):
+    """Policies by key (their text), identities by number (their labels), each with its place."""
+
+    policies: dict[str, str] = {}
+    identities: dict[int, str] = {}
+    policies_at: Place = Place()
+    identities_at: Place = Place()
+    version: int = VERSION
+
+
+def place_of(follower: Follower) -> Place:
+    return Place(follower.revision, follower.cursor.cluster_id)
+
+
+def view_of(
+    policies: PolicyKeys, identities: IdentityCache, policies_at: Place, identities_at: Place
+) -> View:
+    """Return what is known now; call it in the loop, where nothing changes meanwhile."""
+    source = identities.table.source("kvstore")
+    return View(
+        policies=policies.texts(),
+        identities={number: labels.serialized for number, labels in source.entries().items()},
+        policies_at=policies_at,
+        identities_at=identities_at,
+    )
+
+
+def restore(view: View, policies: PolicyKeys, identities: IdentityCache) -> None:
+    """Take a view as if etcd had delivered it; entries that can not be used are left out and named."""
+    for key, text in view.policies.items():
+        policies.put(key, text.encode())
+    found: dict[int, Labels] = {}
+    for number, text in view.identities.items():
+        try:
+            found[number] = Labels.parse(text)
+        except HoldfastError as error:
+            logger.warning("identity {} of the checkpoint is left out: {}", number, shorten(str(error)))
+    identities.restore(found)
+
+
+def restore_addresses(source: Source[str, Record], ipcache: IpcacheMap, pool: IPv4Network) -> int:
+    """Take the pinned map's entries of other machines as if etcd had delivered them; return how many."""
+    try:
+        entries = list(ipcache.items())
+    except DatapathError as error:
+        logger.warning("addresses can not be restored from the pinned map: {}", error)
+        return 0
+    restored = 0
+    for prefix, entry in entries:
+        if is_global(entry.identity) and not _within(prefix, (pool,)):
+            source.upsert(prefix, Record(entry.identity, key=entry.key))
+            restored += 1
+    return restored
+
+
+def _within(prefix: str, pools: Iterable[IPv4Network]) -> bool:
+    network = ip_network(prefix, strict=False)
+    return any(isinstance(network, IPv4Network) and network.subnet_of(pool) for pool in pools)
