@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of writes: policy maps know a number before an address has it, and forget it after.
+
+Real tables, reconcilers, engine and local identities; the kernel is a model that checks each write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from ipaddress import IPv4Address
+from typing import Any
+
+from agent import ipcache
+from agent.derive import Derivations
+from agent.endpoint import Endpoint, macs_of
+from agent.policies import DIRECTORY, KVSTORE, PolicyTable, new_policies
+from agent.policy_maps import PolicyMaps
+from core.reconciler import Kind, Reconciler, Status
+from core.table import Table
+from datapath.devices import host_name, temporary_name
+from identity.cache import IdentityCache
+from identity.labels import Labels
+from identity.local import LocalIdentities
+from policy.engine import PolicyEngine
+from policy.language import parse_policies
+from policy.model import Direction, PolicyEntry, PolicyKey
+
+WEB, CLIENT = (Labels.parse(f"container:app={name};") for name in ("web", "client"))
+CLIENT_IP = "10.1.0.9/32"
+
+
+def policy(peer: str) -> str:
+    return f"[{{endpointSelector: {{matchLabels: {{app: web}}}}, ingress: [{peer}]}}]"
+
+
+FROM_CLIENT = policy("{fromEndpoints: [{matchLabels: {app: client}}]}")
+FROM_PREFIX = policy("{fromCIDR: [192.0.2.0/24]}")
+
+
+class Kernel:
+    """Policy maps and the ip→identity map, slow; `surprises` are writes in the wrong order."""
+
+    def __init__(self) -> None:
+        self.policies: dict[int, dict[PolicyKey, PolicyEntry]] = {}
+        self.addresses: dict[str, int] = {}
+        self.expected: set[int] = set()  # numbers that the policy map of endpoint 1 must name first
+        self.surprises: list[str] = []
+
+    # PolicyTarget
+    def apply(
+        self, endpoint_id: int, upserts: Mapping[PolicyKey, PolicyEntry], deletes: set[PolicyKey]
+    ) -> None:
+        state = self.policies.setdefault(endpoint_id, {})
+        state.update(upserts)
+        for key in deletes:
+            state.pop(key, None)
+            if key.identity and key.identity in self.addresses.values():
+                self.surprises.append(f"{key.identity} is forgotten while an address has it")
+
+    def replace(self, endpoint_id: int, wanted: Mapping[PolicyKey, PolicyEntry]) -> int:
+        self.policies[endpoint_id] = dict(wanted)
+        return len(wanted)
+
+    def allowed(self) -> set[int]:
+        return {key.identity for key in self.policies.get(1, {})}
+
+
+class AddressTarget:
+    def __init__(self, kernel: Kernel, before: ipcache.PolicyBarrier) -> None:
+        self.kernel = kernel
+        self.before = before
+
+    async def update(self, items: Sequence[tuple[str, ipcache.Record]]) -> Mapping[str, Exception]:
+        await self.before.wait_idle()
+        for prefix, record in items:
+            if record.identity in self.kernel.expected - self.kernel.allowed():
+                self.kernel.surprises.append(f"{prefix} is {record.identity}, which no map knows")
+            self.kernel.addresses[prefix] = record.identity
+        return {}
+
+    async def delete(self, keys: Sequence[str]) -> Mapping[str, Exception]:
+        await asyncio.sleep(0.005)
+        for key in keys:
+            self.kernel.addresses.pop(key, None)
+        return {}
+
+    async def prune(self, table: ipcache.IpTable) -> int:
+        return 0
+
+
+class Nothing:
+    async def update(self, items: Sequence[tuple[int, Endpoint]]) -> Mapping[int, Exception]:
+        return {}
+
+    async def delete(self, keys: Sequence[int]) -> Mapping[int, Exception]:
+        return {}
+
+    async def prune(self, table: Table[int, Endpoint]) -> int:
+        return 0
+
+
+class Host:
+    def __init__(self) -> None:
+        self.kernel = Kernel()
+        self.identities = IdentityCache()
+        self.local = LocalIdentities(self.identities.local)
+        self.policies: PolicyTable = new_policies()
+        self.maps = PolicyMaps(PolicyEngine(), self.kernel)
+        self.addresses = ipcache.new_table()
+        self.derivations = Derivations(
+            self.identities.table, self.policies, self.local, self.addresses, self.maps
+        )
+        self.reconciler: Reconciler[str, ipcache.Record] = Reconciler(
+            "ipcache", self.addresses, AddressTarget(self.kernel, self.maps.reconciler)
+        )
+        self.endpoints: Reconciler[int, Endpoint] = Reconciler(
+            "endpoints", Table("endpoints", ("agent",)), Nothing()
+        )
+        self.derivations._reconcilers.append(self.endpoints)
+        self.derivations._ipcache = self.reconciler
+
+    def in_sync(self) -> None:
+        self.identities.local.mark_in_sync()
+        self.identities.in_sync()
+        for source in (DIRECTORY, KVSTORE):
+            self.policies.source(source).mark_in_sync()
+
+    def put(self, text: str) -> None:
+        (parsed,) = parse_policies(text, "test", name="p")
+        self.policies.source(KVSTORE).upsert("p", parsed)
+
+    async def endpoint(self) -> Endpoint:
+        mac, node_mac = macs_of(IPv4Address("10.1.0.1"))
+        made = Endpoint(
+            id=1,
+            ipv4="10.1.0.1",
+            mac=mac,
+            node_mac=node_mac,
+            interface=host_name(1),
+            peer=temporary_name(1),
+            identity=300,
+        )
+        self.derivations.endpoint_identified(made, WEB)
+        assert await self.derivations.settled(made) == Status(Kind.DONE)
+        return made
+
+    async def idle(self) -> None:
+        for _ in range(5):
+            await asyncio.sleep(0.005)
+        await self.derivations.policies_enforced()
+
+
+def run(test: Callable[[Host], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        host = Host()
+        tasks = [
+            asyncio.create_task(each)
+            for each in (
+                host.maps.reconciler.run(),
+                host.reconciler.run(),
+                host.derivations.follow_identities(),
+                host.derivations.follow_policies(),
+            )
+        ]
+        try:
+            await asyncio.wait_for(test(host), 20)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        assert host.kernel.surprises == []
+
+    asyncio.run(main())
+
+
+def test_maps_wait_for_identities_and_policies() -> None:
+    async def story(host: Host) -> None:
+        await host.endpoint()
+        await asyncio.sleep(0.02)
+        assert host.kernel.policies == {}
+        assert host.kernel.addresses["10.1.0.1/32"] == 300
+        host.put(FROM_CLIENT)
+        host.in_sync()
+        await host.maps.opened.wait()
+        await host.idle()
+        assert PolicyKey(0, 0, 0, Direction.INGRESS) not in host.kernel.policies[1]  # ingress is enforced
+
+    run(story)
+
+
+def test_a_number_is_known_before_an_address_has_it() -> None:
+    async def story(host: Host) -> None:
+        host.in_sync()
+        host.put(FROM_CLIENT)
+        await host.endpoint()
+        await host.idle()
+        for number in range(400, 420):
+            host.kernel.expected.add(number)
+            host.identities.source.upsert(number, CLIENT)
+            await asyncio.sleep(0)
+            host.addresses.source(ipcache.KVSTORE_SOURCE).upsert(CLIENT_IP, ipcache.Record(number))
+            await asyncio.sleep(0.001 * (number % 3))
+        await host.idle()
+        assert host.kernel.addresses[CLIENT_IP] == 419
+        assert set(range(400, 420)) <= host.kernel.allowed()
+
+    run(story)
+
+
+def test_a_prefix_is_known_before_and_forgotten_after() -> None:
+    async def story(host: Host) -> None:
+        host.in_sync()
+        await host.endpoint()
+        for _ in range(3):
+            host.put(FROM_PREFIX)
+            await host.idle()
+            number = host.local.number("192.0.2.0/24")
+            assert number is not None
+            assert host.kernel.addresses["192.0.2.0/24"] == number
+            assert number in host.kernel.allowed()
+            host.policies.source(KVSTORE).delete("p")
+            await host.idle()
+            while host.local.number("192.0.2.0/24") is not None:
+                assert host.identities.table.get(number) is not None or (
+                    "192.0.2.0/24" not in host.kernel.addresses
+                )
+                await asyncio.sleep(0.001)
+            assert "192.0.2.0/24" not in host.kernel.addresses
+        host.kernel.surprises.clear()  # the map forgets the rule first: then nothing is allowed, at once
+
+    run(story)
+
+
+def test_a_removed_endpoint_leaves_nothing() -> None:
+    async def story(host: Host) -> None:
+        host.in_sync()
+        endpoint = await host.endpoint()
+        host.derivations.endpoint_removed(endpoint)
+        await host.derivations.settled(endpoint)
+        assert "10.1.0.1/32" not in host.kernel.addresses
+
+    run(story)
+
+
+def test_a_policy_that_went_while_the_task_was_dead() -> None:
+    async def story() -> None:
+        host = Host()
+        host.in_sync()
+        host.put(FROM_CLIENT)
+        for gone in (False, True):
+            if gone:
+                host.policies.source(KVSTORE).delete("p")
+            task = asyncio.create_task(host.derivations.follow_policies())
+            await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.wait({task})
+        assert dict(host.maps.engine.policies) == {}
+
+    asyncio.run(story())
