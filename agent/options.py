@@ -64,7 +64,7 @@ OPTIONS: tuple[Option, ...] = (
         "state-dir",
         Type.PATH,
         Path("/var/lib/holdfast"),
-        "Directory of the checkpoint: endpoints, networks, this node's pool and numbers",
+        "Directory of the checkpoint: endpoints, networks, known policies and identities, this node's pool",
         section=_AGENT,
     ),
     Option(
