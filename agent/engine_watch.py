@@ -35,6 +35,9 @@ SETTLE_S = 0.3
 COLLECT_AFTER_S = 60.0
 
 RUNNING = frozenset({"running", "paused", "restarting"})
+# The label of Holdfast's own containers (compose/): they belong on the host's network.
+OWN_ROLE = "holdfast.role"
+
 RELEVANT = frozenset({"start", "die", "destroy", "connect", "disconnect", "rename", "create", "unpause"})
 
 

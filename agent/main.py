@@ -26,9 +26,10 @@ from agent.api.server import ApiServer, refuse_if_alive
 from agent.configuration import load_config
 from agent.events import EventPump
 from agent.gate import Gates
-from agent.parts import Parts, build, node_now, start
+from agent.parts import Parts, build
 from agent.process import AgentProcess
 from agent.programs import HostPrograms
+from agent.tasks import node_now, start
 from core import log, metrics
 from core.backoff import Backoff
 from core.errors import HoldfastError

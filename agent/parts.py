@@ -8,25 +8,19 @@
     ip/v1/, nodes/v1/          ipcache, nodes       own-entries → ip/v1/ keys under our lease
                                                     firewall → nft, iptables
 
-`build` does what needs the kernel and the disk once; `start` hands every task to the supervisor with the
-answer to what happens when it dies.  That answer is always "start it again": the kernel goes on enforcing
-whatever happens here.
+`build` goes through them in stages, each standing on the ones before; `agent.tasks` starts what runs.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
-from loguru import logger
-
 from agent import ipcache, publish, remembered, sinks
 from agent.checkpoint import Checkpoint, Node
-from agent.collector import MapCollector
 from agent.conntrack import Conntrack
 from agent.derive import Derivations
 from agent.driver import Driver
@@ -39,31 +33,23 @@ from agent.firewall import FirewallRules, FirewallTarget
 from agent.gate import Gates
 from agent.host import HostView, look, node_name
 from agent.keeper import Keeper
-from agent.nodes import follow_nodes
 from agent.plumbing import EndpointTarget, Place, PolicyMapStore
 from agent.policies import DocumentTable, PolicyNames, PolicyTable, Refusals, new_documents, new_policies
 from agent.policy_maps import PolicyMaps
 from agent.policy_sources import PolicyDirectory, PolicyKeys
 from agent.pool import Pool, automatic_network
 from agent.programs import HostPrograms
-from core import metrics
-from core.backoff import jittered
-from core.files import write_atomic
 from core.options import Config
 from core.reconciler import Reconciler
-from core.supervisor import Supervisor
 from core.table import Table
 from datapath.devices import Devices
 from datapath.firewall import Firewall, FirewallState
 from datapath.forward import ForwardChain
-from datapath.maps import IpcacheMap, LxcMap
 from datapath.netlink import Netlink
 from datapath.routes import Routes
-from identity import heartbeat
 from identity.allocator import Allocator
 from identity.cache import IdentityCache
 from identity.filter import LabelFilter
-from identity.gc import Collector
 from identity.labels import Labels
 from identity.local import LocalIdentities
 from kvstore import schema
@@ -75,204 +61,165 @@ from kvstore.sink import TableSink
 from kvstore.watcher import Follower, Sink
 from policy.engine import PolicyEngine
 from policy.model import EnforcementMode
-from prestart import cluster
 
-# Records that a relist lacked are looked at this often; their grace is minutes to hours.
-EXPIRE_S = 15.0
-CHECKPOINT_S = 5.0
 # The elected role changes hands within this time after its holder is gone.
 ROLE_TTL_S = 30
 OPERATOR = "operator"
 
 
 @dataclass(eq=False)
-class Parts:
-    """Everything that was built; each part says in its own module who owns it."""
+class Ground:
+    """What everything stands on: the configuration, this host, what is kept, and the way into the kernel."""
 
     config: Config
-    node: Node
-    host: HostView
-    pool: Pool
+    gates: Gates
+    events: EventPump
+    programs: HostPrograms
     checkpoint: Checkpoint
+    host: HostView
+    node: Node
+    pool: Pool
+    netlink: Netlink
+    devices: Devices
+    routes: Routes
+
+
+@dataclass(eq=False)
+class Store:
+    """etcd: one client, the session of this node's keys, and a short one for elected roles."""
+
     client: Client
     session: Session
     role_session: Session
     election: Election
+
+
+@dataclass(eq=False)
+class Knowledge:
+    """The tables and what feeds them from etcd and from the policy directory."""
+
     identities: IdentityCache
     local: LocalIdentities
-    allocator: Allocator
     documents: DocumentTable
     policies: PolicyTable
     policy_names: PolicyNames
     refusals: Refusals
     directory: PolicyDirectory
     policy_keys: PolicyKeys
-    policy_maps: PolicyMaps
-    policy_store: PolicyMapStore
     addresses: ipcache.IpTable
     nodes: Table[str, schema.NodeRecord]
-    endpoints: EndpointManager
-    derivations: Derivations
-    firewall: FirewallRules
-    keeper: Keeper
-    programs: HostPrograms
-    events: EventPump
-    engine: Engine | None
-    driver: Driver | None
-    engine_watch: EngineWatch | None
-    lxc: LxcMap
-    ipcache_map: IpcacheMap
-    netlink: Netlink
-    devices: Devices
-    reconcilers: dict[str, Reconciler[int, Endpoint]]
-    ipcache: Reconciler[str, ipcache.Record]
-    followers: list[Follower]
-    gates: Gates
-    conntrack: Conntrack
     ip_sink: sinks.IpSink
     node_sink: TableSink[str, schema.NodeRecord]
+    followers: list[Follower]
+
+
+@dataclass(eq=False)
+class Enforcement:
+    """From the tables into the kernel: policy maps, ip→identity, endpoints, firewall, the host itself."""
+
+    policy_store: PolicyMapStore
+    policy_maps: PolicyMaps
+    derivations: Derivations
+    ipcache: Reconciler[str, ipcache.Record]
+    allocator: Allocator
+    endpoints: EndpointManager
+    reconcilers: dict[str, Reconciler[int, Endpoint]]
+    firewall: FirewallRules
+    conntrack: Conntrack
+    keeper: Keeper
+
+
+@dataclass(eq=False)
+class EngineSide:
+    """The container engine; all None where the host has none."""
+
+    engine: Engine | None = None
+    driver: Driver | None = None
+    engine_watch: EngineWatch | None = None
+
+
+@dataclass(eq=False)
+class Parts(EngineSide, Enforcement, Knowledge, Store, Ground):
+    """Everything that was built; each part says in its own module who owns it."""
 
 
 async def build(config: Config, events: EventPump, programs: HostPrograms, gates: Gates) -> Parts:
     """Build everything.  Raises HoldfastError for what the host or the configuration makes impossible."""
+    ground = await _ground(config, events, programs, gates)
+    store = _store(ground)
+    view = await asyncio.to_thread(ground.checkpoint.view)
+    knowledge = _knowledge(ground, store, view)
+    enforcement = _enforcement(ground, store, knowledge)
+    engine = _engine(ground, enforcement)
+    stages = (ground, store, knowledge, enforcement, engine)
+    return Parts(**{name: part for stage in stages for name, part in vars(stage).items()})
+
+
+async def _ground(config: Config, events: EventPump, programs: HostPrograms, gates: Gates) -> Ground:
     checkpoint = Checkpoint(config["state-dir"])
     host = await asyncio.to_thread(look, config["ipv4-node"], config["devices"])
     node = await asyncio.to_thread(_node, config, checkpoint, host)
     pool = Pool(IPv4Network(node.pool))
-    netlink = Netlink()
-    devices, routes = Devices(netlink), Routes(netlink)
-    lxc, ipcache_map = programs.maps.lxc, programs.maps.ipcache
-
-    client = Client(_etcd_config(config))
-    session = Session(client, ttl=int(config["kvstore-lease-ttl"]), lease=node.lease)
-    role_session = Session(client, ttl=ROLE_TTL_S, name=node.name)
-    identities = IdentityCache(grace=config["kvstore-missing-grace-period"])
-    local = LocalIdentities(identities.local)
-    local.restore(node.local_identities)
-    identities.local.mark_in_sync()
-
-    documents, policies, refusals = new_documents(), new_policies(), Refusals()
-    policy_names = PolicyNames(documents, policies, refusals)
-    engine = PolicyEngine(limit=config["bpf-policy-map-max"], mode=EnforcementMode(config["enable-policy"]))
-    policy_store = PolicyMapStore(programs.catalogue, programs.root)
-    policy_maps = PolicyMaps(engine, policy_store)
-    addresses = ipcache.new_table()
-    nodes: Table[str, schema.NodeRecord] = Table("nodes", ("kvstore",))
-    derivations = Derivations(identities.table, policies, local, addresses, policy_maps)
-    ip_reconciler = ipcache.reconciler(addresses, ipcache_map, policy_maps.reconciler)
-
-    table: Table[int, Endpoint] = Table("endpoints", ("agent",))
-    manager_slot: list[EndpointManager] = []
-    allocator = Allocator(
-        client,
-        session,
-        identities,
-        owner=str(host.node_ip),
-        cluster_id=config["cluster-id"],
-        on_renumbered=partial(_renumbered, manager_slot),
-    )
-    endpoints = EndpointManager(
-        table, pool, checkpoint, allocator, LabelFilter(config["labels"]), derivations
-    )
-    manager_slot.append(endpoints)
-    endpoints.store.last_id = node.last_endpoint_id
     if node.last_address:
         pool.resume_after(IPv4Address(node.last_address))
-
-    conntrack = Conntrack((programs.maps.ct_tcp, programs.maps.ct_any))
-    place = Place(programs.root, config["mtu"] or host.mtu, str(host.node_ip), node.pool)
-    target = EndpointTarget(place, devices, routes, lxc, policy_store, programs)
-    own = publish.OwnEntries(
-        session,
-        space=config["ip-address-space"],
-        cluster=config["cluster-name"],
-        node=node.name,
-        node_ip=host.node_ip,
+    netlink = Netlink()
+    return Ground(
+        config,
+        gates,
+        events,
+        programs,
+        checkpoint,
+        host,
+        node,
+        pool,
+        netlink,
+        Devices(netlink),
+        Routes(netlink),
     )
-    reconcilers = {
-        "endpoints": Reconciler("endpoints", table, target),
-        "own-entries": publish.reconciler(table, own),
-    }
-    forward = ForwardChain() if config["install-iptables-rules"] else None
-    firewall = FirewallRules(_firewall_state(config, pool), FirewallTarget(Firewall(), forward))
-    derivations.attach(reconcilers["endpoints"], ip_reconciler, conntrack, firewall)
 
-    docker = config["docker-endpoint"].removeprefix("unix://")
-    container_engine = Engine(docker) if docker else None
-    driver = watch = None
-    if container_engine is not None:
-        driver = Driver(config["docker-plugin-socket"], endpoints, container_engine, checkpoint)
-        watch = EngineWatch(container_engine, endpoints, driver)
 
-    ip_sink = sinks.IpSink(addresses.source(ipcache.KVSTORE_SOURCE), config["kvstore-missing-grace-period"])
-    node_sink = TableSink(
-        nodes.source("kvstore"),
-        sinks.node_entry,
-        sinks.node_name,
-        grace=config["kvstore-missing-grace-period"],
-    )
-    policy_keys = PolicyKeys(documents, refusals, config["kvstore-missing-grace-period"])
-    view = await asyncio.to_thread(checkpoint.view)
-    remembered.restore(view, policy_keys, identities)
-    remembered.restore_addresses(addresses.source(ipcache.KVSTORE_SOURCE), ipcache_map, pool.network)
-    return Parts(
-        config=config,
-        node=node,
-        host=host,
-        pool=pool,
-        checkpoint=checkpoint,
-        client=client,
-        session=session,
-        role_session=role_session,
-        election=Election(client, role_session, OPERATOR),
-        identities=identities,
-        local=local,
-        allocator=allocator,
-        documents=documents,
-        policies=policies,
-        policy_names=policy_names,
-        refusals=refusals,
-        directory=PolicyDirectory(Path(config["policy-dir"]), documents, policy_names, refusals),
-        policy_keys=policy_keys,
-        policy_maps=policy_maps,
-        policy_store=policy_store,
-        addresses=addresses,
-        nodes=nodes,
-        endpoints=endpoints,
-        derivations=derivations,
-        firewall=firewall,
-        keeper=Keeper(
-            host,
-            addresses,
-            devices,
-            routes,
-            lxc,
-            programs,
-            configured_devices=config["devices"],
-            pool=node.pool,
-            router=str(pool.router),
-        ),
-        programs=programs,
-        events=events,
-        engine=container_engine,
-        driver=driver,
-        engine_watch=watch,
-        lxc=lxc,
-        ipcache_map=ipcache_map,
-        netlink=netlink,
-        devices=devices,
-        reconcilers=reconcilers,
-        ipcache=ip_reconciler,
-        gates=gates,
-        conntrack=conntrack,
+def _store(ground: Ground) -> Store:
+    client = Client(_etcd_config(ground.config))
+    session = Session(client, ttl=int(ground.config["kvstore-lease-ttl"]), lease=ground.node.lease)
+    role_session = Session(client, ttl=ROLE_TTL_S, name=ground.node.name)
+    return Store(client, session, role_session, Election(client, role_session, OPERATOR))
+
+
+def _knowledge(ground: Ground, store: Store, view: remembered.View) -> Knowledge:
+    grace = ground.config["kvstore-missing-grace-period"]
+    identities = IdentityCache(grace=grace)
+    local = LocalIdentities(identities.local)
+    local.restore(ground.node.local_identities)
+    identities.local.mark_in_sync()
+    documents, policies, refusals = new_documents(), new_policies(), Refusals()
+    names = PolicyNames(documents, policies, refusals)
+    keys = PolicyKeys(documents, refusals, grace)
+    addresses = ipcache.new_table()
+    nodes: Table[str, schema.NodeRecord] = Table("nodes", ("kvstore",))
+    ip_sink = sinks.IpSink(addresses.source(ipcache.KVSTORE_SOURCE), grace)
+    node_sink = TableSink(nodes.source("kvstore"), sinks.node_entry, sinks.node_name, grace=grace)
+    remembered.restore(view, keys, identities)
+    remembered.restore_addresses(ip_sink.source, ground.programs.maps.ipcache, ground.pool.network)
+    client, relist = store.client, ground.gates.relist
+    return Knowledge(
+        identities,
+        local,
+        documents,
+        policies,
+        names,
+        refusals,
+        PolicyDirectory(Path(ground.config["policy-dir"]), documents, names, refusals),
+        keys,
+        addresses,
+        nodes,
+        ip_sink,
+        node_sink,
         followers=[
-            _resuming(client, schema.IDENTITY_IDS, identities, view.identities_at, gates),
-            _resuming(client, schema.POLICIES, policy_keys, view.policies_at, gates),
-            Follower(client, schema.NODES, node_sink, gate=gates.relist),
-            Follower(client, schema.IPS, ip_sink, gate=gates.relist),
+            _resuming(client, schema.IDENTITY_IDS, identities, view.identities_at, ground.gates),
+            _resuming(client, schema.POLICIES, keys, view.policies_at, ground.gates),
+            Follower(client, schema.NODES, node_sink, gate=relist),
+            Follower(client, schema.IPS, ip_sink, gate=relist),
         ],
-        ip_sink=ip_sink,
-        node_sink=node_sink,
     )
 
 
@@ -283,150 +230,111 @@ def _resuming(client: Client, prefix: str, sink: Sink, at: remembered.Place, gat
     )
 
 
-def start(parts: Parts, supervisor: Supervisor) -> None:
-    """Restore what the checkpoint knows and start every task."""
-    restored = parts.endpoints.restore()
-    if parts.driver is not None:
-        parts.driver.restore()
-    metrics.REGISTRY.register(MapCollector(parts.programs.maps))
-    logger.info("{} endpoints restored, pool {}, node {}", restored, parts.node.pool, parts.node.name)
-    for name, main in _tasks(parts).items():
-        supervisor.start(name, main)
-
-
-def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
-    """Name every task.  All of them are started again when they die."""
-    tasks: dict[str, Callable[[], Awaitable[None]]] = {
-        f"reconciler {name}": reconciler.run for name, reconciler in parts.reconcilers.items()
+def _enforcement(ground: Ground, store: Store, known: Knowledge) -> Enforcement:
+    maps, config = ground.programs.maps, ground.config
+    policy_store = PolicyMapStore(ground.programs.catalogue, ground.programs.root)
+    engine = PolicyEngine(limit=config["bpf-policy-map-max"], mode=EnforcementMode(config["enable-policy"]))
+    policy_maps = PolicyMaps(engine, policy_store)
+    derivations = Derivations(
+        known.identities.table, known.policies, known.local, known.addresses, policy_maps
+    )
+    table: Table[int, Endpoint] = Table("endpoints", ("agent",))
+    allocator, endpoints = _endpoints(ground, store, known, table, derivations)
+    reconcilers = {
+        "endpoints": Reconciler("endpoints", table, _endpoint_target(ground, policy_store)),
+        "own-entries": publish.reconciler(table, _own_entries(ground, store)),
     }
-    tasks["reconciler policy-maps"] = parts.policy_maps.reconciler.run
-    tasks["reconciler ipcache"] = parts.ipcache.run
-    tasks["reconciler firewall"] = parts.firewall.reconciler.run
-    tasks["host"] = parts.keeper.run
-    tasks["firewall watch"] = parts.firewall.watch
-    tasks["firewall rules"] = partial(parts.firewall.follow, parts.endpoints.table)
-    tasks["identities to policy"] = parts.derivations.follow_identities
-    tasks["policies to policy"] = parts.derivations.follow_policies
-    tasks["policy directory"] = parts.directory.run
-    tasks["policy names"] = parts.policy_names.run
-    held = parts.gates.behind_connect
-    tasks["kvstore session"] = held(partial(_session, parts))
-    tasks["kvstore roles"] = held(parts.role_session.run)
-    tasks["election"] = held(parts.election.run)
-    tasks["heartbeat"] = partial(heartbeat.run, parts.client, parts.election)
-    tasks["identity garbage collection"] = partial(
-        Collector(
-            parts.client,
-            cluster_id=parts.config["cluster-id"],
-            interval=parts.config["identity-gc-interval"],
-        ).run,
-        parts.election,
+    ip_reconciler = ipcache.reconciler(known.addresses, maps.ipcache, policy_maps.reconciler)
+    conntrack = Conntrack((maps.ct_tcp, maps.ct_any))
+    forward = ForwardChain() if config["install-iptables-rules"] else None
+    firewall = FirewallRules(_firewall_state(config, ground.pool), FirewallTarget(Firewall(), forward))
+    derivations.attach(reconcilers["endpoints"], ip_reconciler, conntrack, firewall)
+    return Enforcement(
+        policy_store,
+        policy_maps,
+        derivations,
+        ip_reconciler,
+        allocator,
+        endpoints,
+        reconcilers,
+        firewall,
+        conntrack,
+        _keeper(ground, known),
     )
-    tasks["identity allocator"] = held(parts.allocator.run)
-    for follower in parts.followers:
-        gated = follower.prefix == schema.IPS
-        run = partial(_follow_after_gate, parts, follower) if gated else follower.run
-        tasks[f"watch {follower.prefix}"] = held(run)
-    tasks["nodes to ipcache"] = partial(
-        follow_nodes, parts.nodes, parts.addresses, parts.node.name, parts.config
+
+
+def _endpoints(
+    ground: Ground,
+    store: Store,
+    known: Knowledge,
+    table: Table[int, Endpoint],
+    kernel: Derivations,
+) -> tuple[Allocator, EndpointManager]:
+    """Return the allocator and the manager; each has to know the other."""
+    slot: list[EndpointManager] = []
+    allocator = Allocator(
+        store.client,
+        store.session,
+        known.identities,
+        owner=str(ground.host.node_ip),
+        cluster_id=ground.config["cluster-id"],
+        on_renumbered=partial(_renumbered, slot),
     )
-    tasks["conntrack"] = parts.conntrack.run
-    tasks["grace periods"] = partial(_expire, parts)
-    tasks["checkpoint"] = partial(_checkpoint, parts)
-    tasks["restored"] = partial(_restored, parts)
-    if parts.driver is not None and parts.engine_watch is not None:
-        tasks["network driver"] = parts.driver.serve
-        tasks["engine watch"] = parts.engine_watch.run
-    return tasks
-
-
-async def _session(parts: Parts) -> None:
-    record = publish.node_record(
-        name=parts.node.name,
-        cluster=parts.config["cluster-name"],
-        cluster_id=parts.config["cluster-id"],
-        node_ip=parts.host.node_ip,
-        router=parts.pool.router,
-        pool=parts.pool.network,
-    )
-    key = schema.node_key(parts.config["cluster-name"], parts.node.name)
-    await parts.session.own(key, schema.encode_node(record))
-    await parts.session.run()
-
-
-async def _follow_after_gate(parts: Parts, follower: Follower) -> None:
-    """Addresses come after policies and identities: an address must not get a number no map knows."""
-    await parts.policy_maps.opened.wait()
-    await follower.run()
-
-
-async def _restored(parts: Parts) -> None:
-    """Say that the endpoints are complete once the engine has listed and the kernel has been written."""
-    if parts.engine_watch is not None:
-        await parts.engine_watch.first_list.wait()
-    await parts.reconcilers["endpoints"].wait_idle()
-    parts.endpoints.restored()
-    parts.addresses.source(ipcache.LOCAL_SOURCE).mark_in_sync()
-    await asyncio.Event().wait()
-
-
-async def _expire(parts: Parts) -> None:
-    while True:
-        await asyncio.sleep(jittered(EXPIRE_S))
-        ended = len(parts.identities.expire()) + len(parts.policy_keys.source.expire())
-        ended += len(parts.ip_sink.source.expire()) + len(parts.node_sink.source.expire())
-        if ended:
-            logger.warning("{} records stayed missing in etcd for their whole grace: removed", ended)
-
-
-async def _checkpoint(parts: Parts) -> None:
-    """Keep the node's record and, for the start hook, the list of the cluster's nodes."""
-    written: list[str] = []
-    saved = (-1, -1)
-    while True:
-        await asyncio.sleep(CHECKPOINT_S)
-        saved = await _save_view(parts, saved)
-        parts.endpoints.store.save_unsaved()
-        now = node_now(parts)
-        if now != parts.node:
-            parts.node = now
-            await asyncio.to_thread(parts.checkpoint.save_node, now)
-        if parts.nodes.in_sync:
-            names = sorted({record.name for _, record in parts.nodes.items()} | {parts.node.name})
-            if names != written:
-                path = parts.checkpoint.directory / "cluster.json"
-                await asyncio.to_thread(write_atomic, path, cluster.encode(names))
-                written = names
-
-
-async def _save_view(parts: Parts, saved: tuple[int, int]) -> tuple[int, int]:
-    """Write what is known of policies and identities if it changed since `saved` (the tables' revisions)."""
-    now = (parts.policies.revision, parts.identities.table.revision)
-    places = {each.prefix: remembered.place_of(each) for each in parts.followers}
-    if now == saved or not parts.policy_maps.is_open:
-        return saved
-    view = remembered.view_of(
-        parts.policy_keys, parts.identities, places[schema.POLICIES], places[schema.IDENTITY_IDS]
-    )
-    await asyncio.to_thread(parts.checkpoint.save_view, view)
-    return now
-
-
-def node_now(parts: Parts) -> Node:
-    """Return the node's checkpoint record as of now."""
-    return Node(
-        name=parts.node.name,
-        pool=parts.node.pool,
-        last_endpoint_id=parts.endpoints.store.last_id,
-        last_address=str(parts.pool.last),
-        local_identities=parts.local.numbers(),
-        lease=parts.session.lease_id,
-    )
+    label_filter = LabelFilter(ground.config["labels"])
+    manager = EndpointManager(table, ground.pool, ground.checkpoint, allocator, label_filter, kernel)
+    manager.store.last_id = ground.node.last_endpoint_id
+    slot.append(manager)
+    return allocator, manager
 
 
 def _renumbered(slot: list[EndpointManager], labels: Labels, old: int, new: int) -> None:
     for manager in slot:
         manager.renumber(labels, new)
+
+
+def _endpoint_target(ground: Ground, policy_store: PolicyMapStore) -> EndpointTarget:
+    place = Place(
+        ground.programs.root,
+        ground.config["mtu"] or ground.host.mtu,
+        str(ground.host.node_ip),
+        ground.node.pool,
+    )
+    lxc = ground.programs.maps.lxc
+    return EndpointTarget(place, ground.devices, ground.routes, lxc, policy_store, ground.programs)
+
+
+def _own_entries(ground: Ground, store: Store) -> publish.OwnEntries:
+    return publish.OwnEntries(
+        store.session,
+        space=ground.config["ip-address-space"],
+        cluster=ground.config["cluster-name"],
+        node=ground.node.name,
+        node_ip=ground.host.node_ip,
+    )
+
+
+def _keeper(ground: Ground, known: Knowledge) -> Keeper:
+    return Keeper(
+        ground.host,
+        known.addresses,
+        ground.devices,
+        ground.routes,
+        ground.programs.maps.lxc,
+        ground.programs,
+        configured_devices=ground.config["devices"],
+        pool=ground.node.pool,
+        router=str(ground.pool.router),
+    )
+
+
+def _engine(ground: Ground, enforcement: Enforcement) -> EngineSide:
+    socket = ground.config["docker-endpoint"].removeprefix("unix://")
+    if not socket:
+        return EngineSide()
+    engine = Engine(socket)
+    plugin = ground.config["docker-plugin-socket"]
+    driver = Driver(plugin, enforcement.endpoints, engine, ground.checkpoint)
+    return EngineSide(engine, driver, EngineWatch(engine, enforcement.endpoints, driver))
 
 
 def _node(config: Config, checkpoint: Checkpoint, host: HostView) -> Node:

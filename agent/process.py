@@ -16,7 +16,7 @@ from pathlib import Path
 
 import prometheus_client
 
-from agent import report, report_maps
+from agent import report, report_endpoints, report_maps
 from agent.api import models
 from agent.api.errors import BadRequest, Conflict, NotFound, NotReady
 from agent.api.monitor import MonitorHub
@@ -88,11 +88,11 @@ class AgentProcess:
     def endpoints(self) -> Sequence[models.Endpoint]:
         parts = self._built()
         found = sorted((endpoint for _, endpoint in parts.endpoints.table.items()), key=lambda each: each.id)
-        return [report.endpoint(parts, each) for each in found]
+        return [report_endpoints.endpoint(parts, each) for each in found]
 
     def endpoint(self, reference: str) -> models.Endpoint:
         parts = self._built()
-        return report.endpoint(parts, find_endpoint(parts, reference))
+        return report_endpoints.endpoint(parts, find_endpoint(parts, reference))
 
     async def create_endpoint(self, endpoint: int, request: models.EndpointRequest) -> models.Endpoint:
         parts = self._built()
@@ -108,7 +108,7 @@ class AgentProcess:
         except BaseException:
             await parts.endpoints.delete(made.id)
             raise
-        return report.endpoint(parts, made)
+        return report_endpoints.endpoint(parts, made)
 
     @staticmethod
     async def _wire(
@@ -133,7 +133,7 @@ class AgentProcess:
 
     def identities(self) -> Sequence[models.Identity]:
         parts = self._built()
-        used = report.reference_counts(parts)
+        used = report_endpoints.reference_counts(parts)
         return [
             models.Identity(id=number, labels=labels.texts(), reference_count=used.get(number, 0))
             for number, labels in sorted(parts.identities.table.items())
@@ -144,7 +144,7 @@ class AgentProcess:
         labels = parts.identities.get(number)
         if labels is None:
             raise NotFound(f"identity {number} is not known on this host")
-        used = report.reference_counts(parts)
+        used = report_endpoints.reference_counts(parts)
         return models.Identity(id=number, labels=labels.texts(), reference_count=used.get(number, 0))
 
     def addresses(self) -> Sequence[models.Address]:

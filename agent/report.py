@@ -6,20 +6,18 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from agent.api import models
-from agent.endpoint import Endpoint, State
-from agent.history import Event
+from agent.endpoint import State
 from agent.parts import Parts
+from agent.report_endpoints import state_of, when
 from core import metrics, waiting
-from core.errors import HoldfastError, shorten
-from core.reconciler import Kind, Reconciler
+from core.errors import shorten
+from core.reconciler import Reconciler
 from core.table import Table
-from identity.labels import Labels
 from identity.numbers import WORLD
 from kvstore.watcher import staleness
 
@@ -37,7 +35,7 @@ def status(process: AgentProcess) -> models.Status:
     if parts is None:
         return _status_without_parts(process)
     engine = parts.policy_maps.engine
-    states = Counter(_state(parts, endpoint).value for _, endpoint in parts.endpoints.table.items())
+    states = Counter(state_of(parts, endpoint).value for _, endpoint in parts.endpoints.table.items())
     numbers = parts.allocator.range
     return models.Status(
         holdfast=_overall(parts),
@@ -165,7 +163,7 @@ def _monitor(process: AgentProcess) -> models.MonitorInfo:
 
 def _policy_errors(parts: Parts) -> list[models.PolicyError]:
     refused = [
-        models.PolicyError(name=each.name, origin=each.origin, error=each.error, since=_when(each.since))
+        models.PolicyError(name=each.name, origin=each.origin, error=each.error, since=when(each.since))
         for each in parts.refusals.all()
     ]
     overflow = parts.policy_maps.engine.errors()
@@ -182,7 +180,7 @@ def _controllers(process: AgentProcess, parts: Parts) -> list[models.Controller]
             state=child.state,
             error=child.error,
             restarts=child.restarts,
-            since=_when(child.since),
+            since=when(child.since),
         )
         for child in process.supervisor.children.values()
     ]
@@ -248,100 +246,6 @@ def _unmanaged(parts: Parts) -> list[models.Unmanaged]:
         models.Unmanaged(name=name, reason=reason)
         for name, reason in sorted(parts.engine_watch.view.unmanaged.items())
     ]
-
-
-# --- endpoints
-
-
-def endpoint(parts: Parts, each: Endpoint) -> models.Endpoint:
-    """Return one endpoint as the API shows it."""
-    number = each.enforced_identity
-    labels = Labels.parse(each.labels) if each.labels else parts.identities.get(number) or Labels()
-    network = parts.driver.networks.get(each.network_id) if parts.driver is not None else None
-    state = _state(parts, each)
-    return models.Endpoint(
-        id=each.id,
-        status=models.EndpointStatus(
-            state=state.value,
-            identity=models.Identity(id=number, labels=labels.texts()),
-            labels=models.EndpointLabels(
-                security_relevant=labels.texts(),
-                derived=[
-                    label for label in Labels.parse(each.all_labels).texts() if label not in labels.texts()
-                ],
-            ),
-            networking=models.EndpointNetworking(
-                addressing=[models.EndpointAddress(ipv4=each.ipv4)],
-                interface_name=each.interface,
-                mac=each.mac,
-                host_mac=each.node_mac,
-                published_ports=[str(port) for port in each.ports],
-            ),
-            policy=_policy(parts, each),
-            external_identifiers=models.ExternalIdentifiers(
-                container_id=each.container_id,
-                container_name=each.container_name,
-                docker_endpoint_id=each.engine_endpoint_id,
-                docker_network_id=each.network_id,
-                docker_network_name=network.name if network else "",
-                netns=each.netns,
-            ),
-            health=_health(state),
-            log=[_log(event) for event in parts.endpoints.history(each.id)],
-        ),
-    )
-
-
-def _state(parts: Parts, each: Endpoint) -> State:
-    return parts.endpoints.state(each, parts.derivations.status(each.id))
-
-
-def _policy(parts: Parts, each: Endpoint) -> models.EndpointPolicy:
-    engine = parts.policy_maps.engine
-    try:
-        enforced = engine.enforcement(each.id)
-        entries = len(engine.map_state(each.id))
-    except KeyError:
-        return models.EndpointPolicy(policy_enabled="both", policy_revision=engine.revision)
-    except HoldfastError as error:
-        return models.EndpointPolicy(policy_enabled="both", policy_revision=engine.revision, error=str(error))
-    status = parts.policy_maps.reconciler.status(each.id)
-    overflow = engine.errors().get(each.id)
-    return models.EndpointPolicy(
-        policy_enabled=_enabled(enforced.ingress, enforced.egress),
-        # What is not in the map yet belongs to the newest revision.
-        policy_revision=engine.revision - (status.kind is not Kind.DONE),
-        map_entries=entries,
-        error=str(overflow) if overflow else status.error if status.kind is Kind.ERROR else "",
-    )
-
-
-def _enabled(ingress: bool, egress: bool) -> str:
-    if ingress and egress:
-        return "both"
-    return "ingress" if ingress else "egress" if egress else "none"
-
-
-def _health(state: State) -> models.EndpointHealth:
-    fine = "OK" if state in (State.READY, State.RESTORING) else "Bootstrap"
-    word = "Failure" if state is State.NOT_READY else fine
-    return models.EndpointHealth(
-        bpf=word, policy=word, connected=state is not State.CREATING, overall_health=word
-    )
-
-
-def _log(event: Event) -> models.LogEntry:
-    return models.LogEntry(
-        timestamp=_when(event.time),
-        code="OK" if event.ok else "Failure",
-        state=event.state,
-        message=event.message,
-    )
-
-
-def reference_counts(parts: Parts) -> Mapping[int, int]:
-    """Return identity → endpoints of this host that have it."""
-    return Counter(endpoint.identity for _, endpoint in parts.endpoints.table.items() if endpoint.identity)
 
 
 # --- addresses, nodes, policies, networks
@@ -450,7 +354,7 @@ def set_gauges(process: AgentProcess) -> None:
     if process.parts is None:
         return
     states = Counter(
-        _state(process.parts, endpoint).value for _, endpoint in process.parts.endpoints.table.items()
+        state_of(process.parts, endpoint).value for _, endpoint in process.parts.endpoints.table.items()
     )
     for state in State:
         metrics.ENDPOINT_STATE.labels(state.value).set(states.get(state.value, 0))
@@ -468,7 +372,3 @@ def subsystems(parts: Parts) -> dict[str, Any]:
         "ignored-records": ignored_records(parts),
         "leader": parts.election.is_leader,
     }
-
-
-def _when(moment: float) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

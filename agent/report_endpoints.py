@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the API shows of endpoints: a pure view, built when somebody asks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+from agent.api import models
+from agent.endpoint import Endpoint, State
+from agent.history import Event
+from agent.parts import Parts
+from core.errors import HoldfastError
+from core.reconciler import Kind
+from identity.labels import Labels
+
+
+def endpoint(parts: Parts, each: Endpoint) -> models.Endpoint:
+    """Return one endpoint as the API shows it."""
+    number = each.enforced_identity
+    labels = Labels.parse(each.labels) if each.labels else parts.identities.get(number) or Labels()
+    network = parts.driver.networks.get(each.network_id) if parts.driver is not None else None
+    state = state_of(parts, each)
+    return models.Endpoint(
+        id=each.id,
+        status=models.EndpointStatus(
+            state=state.value,
+            identity=models.Identity(id=number, labels=labels.texts()),
+            labels=models.EndpointLabels(
+                security_relevant=labels.texts(),
+                derived=[
+                    label for label in Labels.parse(each.all_labels).texts() if label not in labels.texts()
+                ],
+            ),
+            networking=models.EndpointNetworking(
+                addressing=[models.EndpointAddress(ipv4=each.ipv4)],
+                interface_name=each.interface,
+                mac=each.mac,
+                host_mac=each.node_mac,
+                published_ports=[str(port) for port in each.ports],
+            ),
+            policy=_policy(parts, each),
+            external_identifiers=models.ExternalIdentifiers(
+                container_id=each.container_id,
+                container_name=each.container_name,
+                docker_endpoint_id=each.engine_endpoint_id,
+                docker_network_id=each.network_id,
+                docker_network_name=network.name if network else "",
+                netns=each.netns,
+            ),
+            health=_health(state),
+            log=[_log(event) for event in parts.endpoints.history(each.id)],
+        ),
+    )
+
+
+def state_of(parts: Parts, each: Endpoint) -> State:
+    return parts.endpoints.state(each, parts.derivations.status(each.id))
+
+
+def _policy(parts: Parts, each: Endpoint) -> models.EndpointPolicy:
+    engine = parts.policy_maps.engine
+    try:
+        enforced = engine.enforcement(each.id)
+        entries = len(engine.map_state(each.id))
+    except KeyError:
+        return models.EndpointPolicy(policy_enabled="both", policy_revision=engine.revision)
+    except HoldfastError as error:
+        return models.EndpointPolicy(policy_enabled="both", policy_revision=engine.revision, error=str(error))
+    status = parts.policy_maps.reconciler.status(each.id)
+    overflow = engine.errors().get(each.id)
+    return models.EndpointPolicy(
+        policy_enabled=_enabled(enforced.ingress, enforced.egress),
+        # What is not in the map yet belongs to the newest revision.
+        policy_revision=engine.revision - (status.kind is not Kind.DONE),
+        map_entries=entries,
+        error=str(overflow) if overflow else status.error if status.kind is Kind.ERROR else "",
+    )
+
+
+def _enabled(ingress: bool, egress: bool) -> str:
+    if ingress and egress:
+        return "both"
+    return "ingress" if ingress else "egress" if egress else "none"
+
+
+def _health(state: State) -> models.EndpointHealth:
+    fine = "OK" if state in (State.READY, State.RESTORING) else "Bootstrap"
+    word = "Failure" if state is State.NOT_READY else fine
+    return models.EndpointHealth(
+        bpf=word, policy=word, connected=state is not State.CREATING, overall_health=word
+    )
+
+
+def _log(event: Event) -> models.LogEntry:
+    return models.LogEntry(
+        timestamp=when(event.time),
+        code="OK" if event.ok else "Failure",
+        state=event.state,
+        message=event.message,
+    )
+
+
+def reference_counts(parts: Parts) -> Mapping[int, int]:
+    """Return identity → endpoints of this host that have it."""
+    return Counter(endpoint.identity for _, endpoint in parts.endpoints.table.items() if endpoint.identity)
+
+
+def when(moment: float) -> str:
+    """Return Unix seconds as the API writes times."""
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

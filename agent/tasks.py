@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tasks of a running agent: what is started, what holds it back, and the small periodic chores.
+
+`start` hands every task to the supervisor; all of them are started again when they die.  Called by
+`agent.main` with what `agent.parts` built.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from loguru import logger
+
+from agent import ipcache, publish, remembered
+from agent.checkpoint import Node
+from agent.collector import MapCollector
+from agent.nodes import follow_nodes
+from agent.parts import Parts
+from core import metrics
+from core.backoff import jittered
+from core.files import write_atomic
+from core.supervisor import Supervisor
+from identity import heartbeat
+from identity.gc import Collector
+from kvstore import schema
+from kvstore.watcher import Follower
+from prestart import cluster
+
+# Records that a relist lacked are looked at this often; their grace is minutes to hours.
+EXPIRE_S = 15.0
+CHECKPOINT_S = 5.0
+
+
+def start(parts: Parts, supervisor: Supervisor) -> None:
+    """Restore what the checkpoint knows and start every task."""
+    restored = parts.endpoints.restore()
+    if parts.driver is not None:
+        parts.driver.restore()
+    metrics.REGISTRY.register(MapCollector(parts.programs.maps))
+    logger.info("{} endpoints restored, pool {}, node {}", restored, parts.node.pool, parts.node.name)
+    for name, main in _tasks(parts).items():
+        supervisor.start(name, main)
+
+
+def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
+    """Name every task.  All of them are started again when they die."""
+    tasks: dict[str, Callable[[], Awaitable[None]]] = {
+        f"reconciler {name}": reconciler.run for name, reconciler in parts.reconcilers.items()
+    }
+    tasks["reconciler policy-maps"] = parts.policy_maps.reconciler.run
+    tasks["reconciler ipcache"] = parts.ipcache.run
+    tasks["reconciler firewall"] = parts.firewall.reconciler.run
+    tasks["host"] = parts.keeper.run
+    tasks["firewall watch"] = parts.firewall.watch
+    tasks["firewall rules"] = partial(parts.firewall.follow, parts.endpoints.table)
+    tasks["identities to policy"] = parts.derivations.follow_identities
+    tasks["policies to policy"] = parts.derivations.follow_policies
+    tasks["policy directory"] = parts.directory.run
+    tasks["policy names"] = parts.policy_names.run
+    held = parts.gates.behind_connect
+    tasks["kvstore session"] = held(partial(_session, parts))
+    tasks["kvstore roles"] = held(parts.role_session.run)
+    tasks["election"] = held(parts.election.run)
+    tasks["heartbeat"] = partial(heartbeat.run, parts.client, parts.election)
+    tasks["identity garbage collection"] = partial(
+        Collector(
+            parts.client,
+            cluster_id=parts.config["cluster-id"],
+            interval=parts.config["identity-gc-interval"],
+        ).run,
+        parts.election,
+    )
+    tasks["identity allocator"] = held(parts.allocator.run)
+    for follower in parts.followers:
+        gated = follower.prefix == schema.IPS
+        run = partial(_follow_after_gate, parts, follower) if gated else follower.run
+        tasks[f"watch {follower.prefix}"] = held(run)
+    tasks["nodes to ipcache"] = partial(
+        follow_nodes, parts.nodes, parts.addresses, parts.node.name, parts.config
+    )
+    tasks["conntrack"] = parts.conntrack.run
+    tasks["grace periods"] = partial(_expire, parts)
+    tasks["checkpoint"] = partial(_checkpoint, parts)
+    tasks["restored"] = partial(_restored, parts)
+    if parts.driver is not None and parts.engine_watch is not None:
+        tasks["network driver"] = parts.driver.serve
+        tasks["engine watch"] = parts.engine_watch.run
+    return tasks
+
+
+async def _session(parts: Parts) -> None:
+    record = publish.node_record(
+        name=parts.node.name,
+        cluster=parts.config["cluster-name"],
+        cluster_id=parts.config["cluster-id"],
+        node_ip=parts.host.node_ip,
+        router=parts.pool.router,
+        pool=parts.pool.network,
+    )
+    key = schema.node_key(parts.config["cluster-name"], parts.node.name)
+    await parts.session.own(key, schema.encode_node(record))
+    await parts.session.run()
+
+
+async def _follow_after_gate(parts: Parts, follower: Follower) -> None:
+    """Addresses come after policies and identities: an address must not get a number no map knows."""
+    await parts.policy_maps.opened.wait()
+    await follower.run()
+
+
+async def _restored(parts: Parts) -> None:
+    """Say that the endpoints are complete once the engine has listed and the kernel has been written."""
+    if parts.engine_watch is not None:
+        await parts.engine_watch.first_list.wait()
+    await parts.reconcilers["endpoints"].wait_idle()
+    parts.endpoints.restored()
+    parts.addresses.source(ipcache.LOCAL_SOURCE).mark_in_sync()
+    await asyncio.Event().wait()
+
+
+async def _expire(parts: Parts) -> None:
+    while True:
+        await asyncio.sleep(jittered(EXPIRE_S))
+        ended = len(parts.identities.expire()) + len(parts.policy_keys.source.expire())
+        ended += len(parts.ip_sink.source.expire()) + len(parts.node_sink.source.expire())
+        if ended:
+            logger.warning("{} records stayed missing in etcd for their whole grace: removed", ended)
+
+
+async def _checkpoint(parts: Parts) -> None:
+    """Keep the node's record and, for the start hook, the list of the cluster's nodes."""
+    written: list[str] = []
+    saved = (-1, -1)
+    while True:
+        await asyncio.sleep(CHECKPOINT_S)
+        saved = await _save_view(parts, saved)
+        parts.endpoints.store.save_unsaved()
+        now = node_now(parts)
+        if now != parts.node:
+            parts.node = now
+            await asyncio.to_thread(parts.checkpoint.save_node, now)
+        if parts.nodes.in_sync:
+            names = sorted({record.name for _, record in parts.nodes.items()} | {parts.node.name})
+            if names != written:
+                path = parts.checkpoint.directory / "cluster.json"
+                await asyncio.to_thread(write_atomic, path, cluster.encode(names))
+                written = names
+
+
+async def _save_view(parts: Parts, saved: tuple[int, int]) -> tuple[int, int]:
+    """Write what is known of policies and identities if it changed since `saved` (the tables' revisions)."""
+    now = (parts.policies.revision, parts.identities.table.revision)
+    places = {each.prefix: remembered.place_of(each) for each in parts.followers}
+    if now == saved or not parts.policy_maps.is_open:
+        return saved
+    view = remembered.view_of(
+        parts.policy_keys, parts.identities, places[schema.POLICIES], places[schema.IDENTITY_IDS]
+    )
+    await asyncio.to_thread(parts.checkpoint.save_view, view)
+    return now
+
+
+def node_now(parts: Parts) -> Node:
+    """Return the node's checkpoint record as of now."""
+    return Node(
+        name=parts.node.name,
+        pool=parts.node.pool,
+        last_endpoint_id=parts.endpoints.store.last_id,
+        last_address=str(parts.pool.last),
+        local_identities=parts.local.numbers(),
+        lease=parts.session.lease_id,
+    )
