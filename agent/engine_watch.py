@@ -172,6 +172,8 @@ def unmanaged(running: Mapping[str, EngineContainer], networks: set[str]) -> dic
     """Return the running containers with traffic that policy does not see, with the reason.  Pure."""
     result: dict[str, str] = {}
     for container in running.values():
+        if OWN_ROLE in container.labels:
+            continue
         if networks.intersection(container.endpoints):
             if networks.issuperset(container.endpoints):
                 continue
