@@ -10,6 +10,7 @@ a starting container blocks until the driver has answered.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
@@ -103,14 +104,18 @@ class Engine:
         path = "/containers/json"
         return self._read(_containers, await self._get(path, {"all": "1"}), path)
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
-        """Yield container and network events from now on; ends (EngineError) when the engine goes."""
+    async def events(self, subscribed: asyncio.Event) -> AsyncIterator[dict[str, Any]]:
+        """Yield container and network events; none is missed from the moment that `subscribed` is set.
+
+        Raises EngineError when the engine goes.
+        """
         query = json.dumps({"type": ["container", "network"]})
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=ANSWER_TIMEOUT_S)
         try:
             async with self._client().get(
                 self._base + "/events", params={"filters": query}, timeout=timeout
             ) as response:
+                subscribed.set()
                 async for line in response.content:
                     event = json.loads(line)
                     if isinstance(event, dict):

@@ -80,18 +80,21 @@ class EngineWatch:
     async def _connect(self, backoff: Backoff) -> None:
         self.view.version = await self._engine.version()
         await self._driver.learn_networks()
-        reader = asyncio.create_task(self._read_events(), name="engine-events")
+        subscribed = asyncio.Event()
+        reader = asyncio.create_task(self._read_events(subscribed), name="engine-events")
         # A reader that ends (with the engine's error) wakes the lister, which then has nothing to wait for.
         reader.add_done_callback(lambda _: self._changed.set())
+        reader.add_done_callback(lambda _: subscribed.set())
         try:
+            await subscribed.wait()
             await self._lists(backoff, reader)
             await reader
         finally:
             reader.cancel()
             await asyncio.wait({reader})
 
-    async def _read_events(self) -> None:
-        async for event in self._engine.events():
+    async def _read_events(self, subscribed: asyncio.Event) -> None:
+        async for event in self._engine.events(subscribed):
             if str(event.get("Action", "")).partition(":")[0] in RELEVANT:
                 self._changed.set()
 

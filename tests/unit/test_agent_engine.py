@@ -131,7 +131,7 @@ def test_events_until_the_stream_breaks(tmp_path: Path) -> None:
         seen: list[str] = []
 
         async def read() -> None:
-            async for event in engine.events():
+            async for event in engine.events(asyncio.Event()):
                 seen.append(str(event.get("Action")))
 
         reader = asyncio.create_task(read())
@@ -151,7 +151,7 @@ def test_events_until_the_stream_breaks(tmp_path: Path) -> None:
 def test_events_that_are_garbage(tmp_path: Path) -> None:
     async def story(fake: FakeEngine, engine: Engine) -> None:
         async def read() -> None:
-            async for _ in engine.events():
+            async for _ in engine.events(asyncio.Event()):
                 pass
 
         for line in (b"half a li\n", b"x" * (4 << 20) + b"\n"):
