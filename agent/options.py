@@ -112,14 +112,6 @@ OPTIONS: tuple[Option, ...] = (
         section=_KVSTORE,
     ),
     Option(
-        "kvstore-periodic-sync",
-        Type.DURATION,
-        300.0,
-        "How often own keys are compared with etcd and written again where they are missing",
-        low=10,
-        section=_KVSTORE,
-    ),
-    Option(
         "kvstore-missing-grace-period",
         Type.DURATION,
         3600.0,

@@ -221,8 +221,12 @@ def _table(table: Table[Any, Any]) -> models.TableInfo:
         entries=len(table),
         in_sync=table.in_sync,
         waiting_for=[source.name for source in table.sources if not source.in_sync],
-        missing=sum(len(source.missing) for source in table.sources),
+        missing=_missing(table),
     )
+
+
+def _missing(table: Table[Any, Any]) -> int:
+    return sum(len(source.missing) for source in table.sources)
 
 
 def _waits() -> list[models.WaitInfo]:
@@ -358,6 +362,8 @@ def set_gauges(process: AgentProcess) -> None:
     )
     for state in State:
         metrics.ENDPOINT_STATE.labels(state.value).set(states.get(state.value, 0))
+    for table in _tables(process.parts):
+        metrics.KVSTORE_MISSING.labels(table.name).set(_missing(table))
 
 
 def subsystems(parts: Parts) -> dict[str, Any]:

@@ -115,9 +115,6 @@ ENDPOINT_REGENERATION_SECONDS = _histogram(
 IPAM_EVENTS = _counter(
     "cilium_ipam_events_total", "Addresses handed out and taken back", ("action", "family")
 )
-BPF_MAP_OPS = _counter(
-    "cilium_bpf_map_ops_total", "Operations on BPF maps", ("map_name", "operation", "outcome")
-)
 EVENTS_LOST = _counter("holdfast_events_lost_total", "Datapath events that found the ring full")
 DRIVER_SECONDS = _histogram("holdfast_driver_seconds", "Duration of network driver calls", ("method",))
 API_SECONDS = _histogram(
