@@ -82,7 +82,9 @@ async def test_list_then_events(client: Client) -> None:
         assert sink.view["k/0"] == b"2"
         assert "k/1" not in sink.view
         assert follower.revision >= revision
-        assert staleness() < 30
+        assert follower.age() < 30
+        # The process's figure is that of its oldest view; other tests may have left some behind.
+        assert staleness() >= follower.age() - 1
         assert current() == []
     assert (len(sink.lists), sink.synced) == (1, 1)
 
