@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Network, ip_address, ip_network
+from ipaddress import IPv4Network, ip_address
 from pathlib import Path
 from typing import Any
 
@@ -298,12 +298,3 @@ def sample(options: Sequence[Option]) -> str:
             lines.append(f"# {option.help}")
             lines.append(f"#{option.name}: {json.dumps(render(option.default))}")
     return "\n".join(lines) + "\n"
-
-
-def is_network(text: str) -> bool:
-    """True when `text` is an IP network or address in its canonical form."""
-    try:
-        ip_network(text, strict=True)
-    except ValueError:
-        return False
-    return True

@@ -123,10 +123,6 @@ class PolicyEngine:
         """Remove an identity; unknown ones are no change."""
         self._identity_moved(self._cache.delete_identity(number))
 
-    def identity_labels(self, number: int) -> Labels | None:
-        """Return the labels of a known identity."""
-        return self._cache.labels(number)
-
     def _identity_moved(self, moved: Moved | None) -> None:
         if moved is not None:
             for user in moved.users:

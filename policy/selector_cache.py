@@ -62,10 +62,6 @@ class SelectorCache:
     def __len__(self) -> int:
         return len(self._cached)
 
-    @property
-    def identity_count(self) -> int:
-        return len(self._identities)
-
     def labels(self, number: int) -> Labels | None:
         """Return the labels of a known identity."""
         return self._identities.get(number)

@@ -11,6 +11,7 @@ import contextlib
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
 
@@ -22,7 +23,7 @@ BETWEEN_S = 0.02
 ANSWER_S = 20.0  # a stream that is silent for so long is broken, whatever TCP thinks
 
 
-class Live:
+class Live(ABC):
     """Asks until the block ends; a subclass says what one question is."""
 
     kind = TCP
@@ -74,8 +75,9 @@ class Live:
             elif self.error:
                 return
 
+    @abstractmethod
     def _asked(self) -> bool:
-        raise NotImplementedError
+        """Ask once and return whether there was an answer."""
 
 
 class Stream(Live):
