@@ -4,8 +4,9 @@
 The engine calls, for each container: CreateEndpoint → Join → ProgramExternalConnectivity →
 EndpointOperInfo → (the first process starts) … RevokeExternalConnectivity → Leave → DeleteEndpoint.
 
-* CreateEndpoint answers with an address of the node's pool (the network uses the `null` IPAM driver).
-* Join makes the interface; from here on everything is denied (identity init).
+* CreateEndpoint answers with an address of the node's pool (the network uses the `null` IPAM driver) and
+  begins the interface, so that it is made while the engine makes the container's namespace.
+* Join waits for the interface; from here on everything is denied (identity init).
 * EndpointOperInfo finds the container's labels, allocates its identity and writes its policy, so that
   policy is in force before the first process runs.  It comes twice a start.
 
@@ -242,6 +243,8 @@ class Driver:
 
     async def _oper_info(self, call: calls.EndpointCall) -> Answer:
         endpoint = self._endpoint(call)
+        if endpoint.identity and endpoint.container_id:
+            return {"Value": {}}  # the second call of a start: a container's labels never change
         try:
             await self.identify(endpoint)
         except AgentError as error:

@@ -6,7 +6,8 @@ state only; reconcilers put it into the kernel, and a call that promises somethi
 for them (`Kernel`).  A start:
 
     create      number, address, MACs         checkpointed before the engine hears the address
-    connect     interface, programs, empty policy map: everything is denied (identity init)
+                interface, programs, empty policy map are begun: everything is denied (identity init)
+    connect     waits for them; the engine makes its sandbox meanwhile
     identify    labels → identity → policy map → ip→identity entry, all in the kernel on return
 
 and an end, in the opposite order, so that an address never stands for nobody while packets still flow:
@@ -141,6 +142,8 @@ class EndpointManager:
             network_id=network_id,
             engine_endpoint_id=engine_id,
             netns=netns,
+            # Its interface is begun now and waited for in `connect`.
+            connected=True,
         )
         try:
             self.store.add(endpoint)
@@ -152,7 +155,7 @@ class EndpointManager:
         return endpoint
 
     async def connect(self, endpoint_id: int) -> Endpoint:
-        """Make the interface and its programs; on return everything it sends and receives is denied."""
+        """Wait for the interface and its programs; on return all that it sends and receives is denied."""
         ending = self._endings.get(endpoint_id)
         if ending is not None:
             await asyncio.wait({ending})

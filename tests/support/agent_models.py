@@ -107,6 +107,11 @@ class ModelKernel:
 
     # --- what a reconciler does
 
+    def catch_up(self) -> None:
+        """Write what is wanted and nobody has waited for yet."""
+        for endpoint_id in list(self.wanted):
+            self._write(endpoint_id)
+
     def _write(self, endpoint_id: int) -> Status:
         if endpoint_id in self.trouble:
             return Status(Kind.ERROR, self.trouble[endpoint_id])

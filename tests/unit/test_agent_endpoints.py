@@ -68,6 +68,7 @@ class Host:
 
     def check(self) -> None:
         """What must hold whenever nothing is under way."""
+        self.kernel.catch_up()
         present = {each.id: each for _, each in self.table.items()}
         connected = {number: each.ipv4 for number, each in present.items() if each.connected}
         assert self.kernel.interfaces == connected
@@ -394,7 +395,7 @@ def test_renumbered_by_etcd() -> None:
 def test_given_numbers_and_addresses() -> None:
     async def story(host: Host) -> None:
         made = await host.manager.create(endpoint_id=77, address=IPv4Address("10.9.0.6"))
-        assert (made.id, made.ipv4) == (77, "10.9.0.6")
+        assert (made.id, made.ipv4, made.connected) == (77, "10.9.0.6", True)
         with pytest.raises(EndpointRefused, match="77"):
             await host.manager.create(endpoint_id=77)
         with pytest.raises(EndpointRefused, match="70000"):
