@@ -23,11 +23,9 @@ from datapath.uapi import (
     Command,
     CreateBlock,
     ElementBlock,
-    IdBlock,
     InfoBlock,
     MapInfoBlock,
     PathBlock,
-    ProgInfoBlock,
     Update,
 )
 
@@ -48,16 +46,6 @@ class MapInfo:
     flags: int
     name: str
     btf_id: int
-
-
-@dataclass(frozen=True)
-class ProgInfo:
-    """What the kernel says of one program; `tag` is the hash of its instructions, in hex."""
-
-    type: int
-    id: int
-    tag: str
-    name: str
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -208,7 +196,7 @@ def _address(data: bytes | None) -> int | None:
     return None if data is None else ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
 
 
-# --- pins, identifiers, information
+# --- pins, information, BTF
 
 
 def obj_pin(fd: int, path: Path) -> None:
@@ -229,7 +217,10 @@ def obj_get(path: Path) -> int:
 def map_info(fd: int) -> MapInfo:
     """Return what the kernel says of a map."""
     info = MapInfoBlock()
-    _get_info(fd, info, "map information")
+    block = InfoBlock(bpf_fd=fd, info_len=ctypes.sizeof(info), info=ctypes.addressof(info))
+    result = _call(Command.OBJ_GET_INFO_BY_FD, block)
+    if result < 0:
+        raise SyscallError("map information", -result)
     return MapInfo(
         type=info.type,
         id=info.id,
@@ -240,39 +231,6 @@ def map_info(fd: int) -> MapInfo:
         name=info.name.decode(errors="replace"),
         btf_id=info.btf_id,
     )
-
-
-def prog_info(fd: int) -> ProgInfo:
-    """Return what the kernel says of a program."""
-    info = ProgInfoBlock()
-    _get_info(fd, info, "program information")
-    return ProgInfo(info.type, info.id, bytes(info.tag).hex(), info.name.decode(errors="replace"))
-
-
-def _get_info(fd: int, info: ctypes.Structure, what: str) -> None:
-    block = InfoBlock(bpf_fd=fd, info_len=ctypes.sizeof(info), info=ctypes.addressof(info))
-    result = _call(Command.OBJ_GET_INFO_BY_FD, block)
-    if result < 0:
-        raise SyscallError(what, -result)
-
-
-def fd_by_id(command: Command, number: int) -> int:
-    """Open a map, program or BTF by its kernel-wide id (`command`: one of the …_GET_FD_BY_ID)."""
-    fd = _call(command, IdBlock(id=number))
-    if fd < 0:
-        raise SyscallError(f"{command.name} {number}", -fd)
-    return fd
-
-
-def next_id(command: Command, after: int) -> int | None:
-    """Return the id after `after`, or None after the last (`command`: one of the …_GET_NEXT_ID)."""
-    block = IdBlock(id=after)
-    result = _call(command, block)
-    if result == -errno.ENOENT:
-        return None
-    if result < 0:
-        raise SyscallError(command.name, -result)
-    return int(block.next_id)
 
 
 def btf_load(blob: bytes) -> int:

@@ -21,13 +21,8 @@ class Command(enum.IntEnum):
     MAP_GET_NEXT_KEY = 4
     OBJ_PIN = 6
     OBJ_GET = 7
-    PROG_GET_NEXT_ID = 11
-    MAP_GET_NEXT_ID = 12
-    PROG_GET_FD_BY_ID = 13
-    MAP_GET_FD_BY_ID = 14
     OBJ_GET_INFO_BY_FD = 15
     BTF_LOAD = 18
-    BTF_GET_FD_BY_ID = 19
     MAP_LOOKUP_BATCH = 24
     MAP_UPDATE_BATCH = 26
     MAP_DELETE_BATCH = 27
@@ -111,10 +106,6 @@ class InfoBlock(ctypes.Structure):
     _fields_ = (("bpf_fd", ctypes.c_uint32), ("info_len", ctypes.c_uint32), ("info", ctypes.c_void_p))
 
 
-class IdBlock(ctypes.Structure):
-    _fields_ = (("id", ctypes.c_uint32), ("next_id", ctypes.c_uint32), ("open_flags", ctypes.c_uint32))
-
-
 class BtfLoadBlock(ctypes.Structure):
     _fields_ = (
         ("btf", ctypes.c_char_p),
@@ -141,21 +132,4 @@ class MapInfoBlock(ctypes.Structure):
         ("btf_id", ctypes.c_uint32),
         ("btf_key_type_id", ctypes.c_uint32),
         ("btf_value_type_id", ctypes.c_uint32),
-    )
-
-
-class ProgInfoBlock(ctypes.Structure):
-    _fields_ = (
-        ("type", ctypes.c_uint32),
-        ("id", ctypes.c_uint32),
-        ("tag", ctypes.c_ubyte * 8),
-        ("jited_prog_len", ctypes.c_uint32),
-        ("xlated_prog_len", ctypes.c_uint32),
-        ("jited_prog_insns", ctypes.c_uint64),
-        ("xlated_prog_insns", ctypes.c_uint64),
-        ("load_time", ctypes.c_uint64),
-        ("created_by_uid", ctypes.c_uint32),
-        ("nr_map_ids", ctypes.c_uint32),
-        ("map_ids", ctypes.c_uint64),
-        ("name", ctypes.c_char * 16),
     )
