@@ -61,8 +61,6 @@ class Driver:
         self.engine = engine
         self.networks: dict[str, Network] = {}
         self._checkpoint = checkpoint
-        # The engine's key of a container's namespace → endpoint id.  What is gone is taken over.
-        self._sandboxes: dict[str, int] = {}
         self._handlers: dict[str, tuple[type[calls.Call], Handler]] = {
             "NetworkDriver.GetCapabilities": (calls.Call, self._capabilities),
             "NetworkDriver.CreateNetwork": (calls.CreateNetwork, self._create_network),
@@ -215,8 +213,10 @@ class Driver:
 
     async def _join(self, call: calls.Join) -> Answer:
         endpoint = self._endpoint(call)
-        self._take_sandbox(call.sandbox_key or "", endpoint)
-        endpoint = await self.endpoints.connect(endpoint.id)
+        sandbox = call.sandbox_key or ""
+        self._refuse_second(sandbox, endpoint.id)
+        # From the look to the record there is no pause: two joins of one container never both pass.
+        endpoint = await self.endpoints.connect(endpoint.id, sandbox)
         return {
             "InterfaceName": {"SrcName": endpoint.peer, "DstPrefix": CONTAINER_PREFIX},
             "Gateway": GATEWAY,
@@ -224,22 +224,17 @@ class Driver:
             "DisableGatewayService": True,
         }
 
-    def _take_sandbox(self, sandbox: str, endpoint: Endpoint) -> None:
+    def _refuse_second(self, sandbox: str, endpoint_id: int) -> None:
         """Raise DriverError for a container that has an interface of ours: it has one default route.
 
         Answers of a second interface's address would leave by the first and be dropped there.
         """
-        number = self._sandboxes.setdefault(sandbox, endpoint.id) if sandbox else endpoint.id
-        first = self.endpoints.table.get(number)
-        if number == endpoint.id:
-            return
-        if first is None or not first.connected:
-            self._sandboxes[sandbox] = endpoint.id
-            return
-        raise DriverError(
-            f"container {first.container_name or first.ipv4} is on a network of Holdfast already",
-            hint="one is enough: labels and policy, not networks, keep containers apart",
-        )
+        for _, other in self.endpoints.table.items():
+            if sandbox and other.sandbox == sandbox and other.connected and other.id != endpoint_id:
+                raise DriverError(
+                    f"container {other.container_name or other.ipv4} is on a network of Holdfast already",
+                    hint="one is enough: labels and policy, not networks, keep containers apart",
+                )
 
     async def _oper_info(self, call: calls.EndpointCall) -> Answer:
         endpoint = self._endpoint(call)
@@ -286,7 +281,6 @@ class Driver:
     async def _leave(self, call: calls.EndpointCall) -> Answer:
         endpoint = self.endpoints.by_engine_id(call.endpoint_id)
         if endpoint is not None:
-            self._sandboxes = {key: each for key, each in self._sandboxes.items() if each != endpoint.id}
             await self.endpoints.disconnect(endpoint.id)
         return {}
 

@@ -61,6 +61,7 @@ class Endpoint(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     container_id: str = ""
     container_name: str = ""
     netns: str = ""  # path of the namespace, for endpoints made through the API
+    sandbox: str = ""  # the engine's key of the container's namespace; empty before Join and after Leave
     labels: str = ""  # empty until they are known
     all_labels: str = ""  # including those that do not count for the identity
     identity: int = 0  # 0 until allocated: enforced as reserved:init

@@ -154,12 +154,12 @@ class EndpointManager:
         self._histories.note(number, State.CREATING, f"address {address}")
         return endpoint
 
-    async def connect(self, endpoint_id: int) -> Endpoint:
+    async def connect(self, endpoint_id: int, sandbox: str = "") -> Endpoint:
         """Wait for the interface and its programs; on return all that it sends and receives is denied."""
         ending = self._endings.get(endpoint_id)
         if ending is not None:
             await asyncio.wait({ending})
-        self.store.change(endpoint_id, connected=True)
+        self.store.change(endpoint_id, connected=True, sandbox=sandbox)
         await self._expect_kernel(endpoint_id, "interface")
         return self.get(endpoint_id)
 
@@ -268,7 +268,7 @@ class EndpointManager:
         if self.store.find(endpoint_id) is None:
             return
         self._uses.cancel(endpoint_id)
-        endpoint = self.store.change(endpoint_id, connected=False, handed_over=False, ports=())
+        endpoint = self.store.change(endpoint_id, connected=False, handed_over=False, sandbox="", ports=())
         status = await self._kernel.interface_settled(endpoint_id)
         if status.kind is Kind.ERROR:
             self._histories.note(endpoint_id, State.NOT_READY, status.error, ok=False)

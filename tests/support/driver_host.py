@@ -34,8 +34,14 @@ class DriverHost:
         self.fake = fake
         self.kernel = ModelKernel()
         self.allocator = ModelAllocator()
-        self.table: Table[int, Endpoint] = Table("endpoints", ("agent",))
         self.checkpoint = Checkpoint(directory / "state")
+        self.engine = Engine(str(fake.socket))
+        self.socket = directory / "plugins" / "holdfast.sock"
+        self._session = session
+        self._build()
+
+    def _build(self) -> None:
+        self.table: Table[int, Endpoint] = Table("endpoints", ("agent",))
         self.manager = EndpointManager(
             self.table,
             Pool(IPv4Network("10.9.0.0/24")),
@@ -45,10 +51,30 @@ class DriverHost:
             self.kernel,
         )
         self.kernel.wanted = self.table.source("agent").entries()  # type: ignore[assignment]
-        self.engine = Engine(str(fake.socket))
-        self.socket = directory / "plugins" / "holdfast.sock"
         self.driver = Driver(self.socket, self.manager, self.engine, self.checkpoint)
-        self._session = session
+        self._serving: asyncio.Task[None] | None = None
+
+    async def serve(self) -> None:
+        """Have the driver serve; return when the socket is there."""
+        self._serving = asyncio.create_task(self.driver.serve())
+        while not self.socket.exists():
+            await asyncio.sleep(0.005)
+
+    async def stop_agent(self) -> None:
+        """End the agent; the engine, the kernel and the checkpoint stay."""
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.wait({self._serving})
+        await self.manager.stop()
+
+    async def restart(self) -> None:
+        """End the agent and start another one from the checkpoint."""
+        await self.stop_agent()
+        self.allocator = ModelAllocator()
+        self._build()
+        self.manager.restore()
+        self.driver.restore()
+        await self.serve()
 
     async def raw(self, method: str, body: bytes) -> Any:
         async with self._session.post(f"http://plugin/{method}", data=body) as response:
@@ -95,13 +121,9 @@ async def driver_host(directory: Path) -> AsyncIterator[DriverHost]:
     ):
         fake.add_network(NETWORK, "holdfast")
         host = DriverHost(directory, fake, session)
-        serving = asyncio.create_task(host.driver.serve())
         try:
-            while not socket.exists():
-                await asyncio.sleep(0.005)
+            await host.serve()
             yield host
         finally:
-            serving.cancel()
-            await asyncio.wait({serving})
-            await host.manager.stop()
+            await host.stop_agent()
             await host.engine.close()

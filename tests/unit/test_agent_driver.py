@@ -210,6 +210,50 @@ def test_one_interface_a_container(tmp_path: Path) -> None:
             await host.on("CreateEndpoint", engine_id, Interface={})
         await host.on("Join", "e1", SandboxKey="/run/netns/1")
         assert "already" in (await host.on("Join", "e2", SandboxKey="/run/netns/1"))["Err"]
+        assert "Err" not in await host.on("Join", "e1", SandboxKey="/run/netns/1")
+        assert "Err" not in await host.on("Join", "e2", SandboxKey="/run/netns/2")
+
+    run(tmp_path, story)
+
+
+def test_one_interface_a_container_after_a_restart_of_the_agent(tmp_path: Path) -> None:
+    async def story(host: DriverHost) -> None:
+        first = await host.start("web")
+        await host.restart()
+        await host.on("CreateEndpoint", "e2", Interface={})
+        refused = await host.on("Join", "e2", SandboxKey="/run/netns/web")
+        assert "container web is on a network of Holdfast already" in refused["Err"]
+        await host.on("Leave", "e-web")
+        assert host.manager.get(first.id).sandbox == ""
+        assert "Err" not in await host.on("Join", "e2", SandboxKey="/run/netns/web")
+
+    run(tmp_path, story)
+
+
+def test_an_interface_is_begun_with_the_endpoint_and_join_waits_for_it(tmp_path: Path) -> None:
+    async def story(host: DriverHost) -> None:
+        host.kernel.settling.clear()
+        await host.on("CreateEndpoint", "e1", Interface={})
+        host.kernel.catch_up()  # the reconciler, which nobody waits for yet
+        assert host.kernel.interfaces == {1: "10.9.0.2"}
+        joining = asyncio.create_task(host.on("Join", "e1", SandboxKey="/run/netns/1"))
+        while not host.manager.get(1).sandbox:
+            await asyncio.sleep(0.005)
+        assert not joining.done()
+        host.kernel.settling.set()
+        assert "InterfaceName" in await joining
+        assert host.kernel.interfaces == {1: "10.9.0.2"}
+
+    run(tmp_path, story)
+
+
+def test_the_second_call_of_a_start_asks_the_engine_nothing(tmp_path: Path) -> None:
+    async def story(host: DriverHost) -> None:
+        endpoint = await host.start("web", app="web")
+        host.fake.asked.clear()
+        assert await host.on("EndpointOperInfo", "e-web") == {"Value": {}}
+        assert host.fake.asked == []
+        assert host.manager.get(endpoint.id) == endpoint
 
     run(tmp_path, story)
 

@@ -85,6 +85,22 @@ def test_a_container_that_comes_back_within_the_grace(
     run(tmp_path, story)
 
 
+def test_created_and_never_joined(tmp_path: Path) -> None:
+    """The engine died between the two calls: the interface that was begun is collected as well."""
+
+    async def story(host: DriverHost) -> None:
+        await host.on("CreateEndpoint", "e1", Interface={})
+        host.kernel.catch_up()
+        assert host.kernel.interfaces
+        async with watching(host) as watch:
+            await watch.first_list.wait()
+            assert len(host.table) == 1  # within its grace
+            await until(lambda: not len(host.table))
+        assert (host.manager.pool.used, host.kernel.interfaces) == (0, {})
+
+    run(tmp_path, story)
+
+
 def test_an_engine_that_does_not_answer_deletes_nothing(tmp_path: Path) -> None:
     async def story(host: DriverHost) -> None:
         await host.start("web")
