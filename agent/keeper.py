@@ -3,6 +3,7 @@
 on the devices that face other machines, and the host's own addresses as identity `host`.
 
 It looks at the host every few seconds, because addresses and devices come and go without telling us.
+What a former life or a former configuration left bears our marks, and is taken away.
 """
 
 from __future__ import annotations
@@ -33,6 +34,14 @@ class NetdevPrograms(Protocol):
         """Attach unless it is there; return whether anything was done."""
         ...
 
+    async def has_netdev(self, index: int) -> bool:
+        """True when the program is on a device, whoever attached it."""
+        ...
+
+    async def release_netdev(self, index: int) -> None:
+        """Take the program off a device."""
+        ...
+
 
 class Keeper:
     """Owner of the host-wide kernel state."""
@@ -60,7 +69,8 @@ class Keeper:
         self._configured = configured_devices
         self._pool = pool
         self._router = router
-        self._attached: dict[str, int] = {}
+        # Devices that the program may be on, by index; None until a former life's were looked for.
+        self._carriers: set[int] | None = None
 
     async def run(self) -> None:
         """Look and repair until cancelled."""
@@ -77,11 +87,19 @@ class Keeper:
     async def once(self) -> None:
         """Bring the host's state to what it must be."""
         Sysctls().write_all(host_settings())
-        await self._devices.add_address(self._router)
+        await self._give_router()
         await self._routes.add_unreachable(self._pool)
         self.view = await asyncio.to_thread(look, self.view.node_ip, self._configured)
         self._tell_addresses()
         await self._attach()
+        await self._release()
+
+    async def _give_router(self) -> None:
+        """Have the router's address on lo, and none that a former life gave it for another pool."""
+        await self._devices.add_router(self._router)
+        for address in await self._devices.routers() - {self._router}:
+            if await self._devices.remove_address(address):
+                logger.info("address {} of a former pool taken off lo", address)
 
     def _tell_addresses(self) -> None:
         addresses = {str(address) for address in self.view.addresses if not address.is_loopback}
@@ -95,11 +113,32 @@ class Keeper:
             self._lxc.delete(known - addresses)
 
     async def _attach(self) -> None:
+        if self._carriers is None:
+            self._carriers = await self._find_carriers()
         for name, index in self.view.devices.items():
             if await self._programs.attach_netdev(name, index):
                 logger.info("program from_netdev attached to {}", name)
-        self._attached = dict(self.view.devices)
+            self._carriers.add(index)
+
+    async def _find_carriers(self) -> set[int]:
+        """Return the devices that a former life attached the program to; endpoints' have their own."""
+        others = [each.index for each in await self._devices.all() if not each.is_ours]
+        return {index for index in others if await self._programs.has_netdev(index)}
+
+    async def _release(self) -> None:
+        """Take the program off devices that do not face other machines any more."""
+        carriers = self._carriers or set()
+        for index in carriers - set(self.view.devices.values()):
+            device = await self._devices.find_index(index)
+            if device is not None and not device.up:
+                continue  # nothing passes; its program is there when it comes up again
+            if device is not None and await self._programs.has_netdev(index):
+                await self._programs.release_netdev(index)
+                logger.info("program from_netdev taken off {}: it faces no other machine now", device.name)
+            carriers.discard(index)
 
     @property
     def devices(self) -> dict[str, int]:
-        return dict(self._attached)
+        """Return the devices that face other machines and have the program, name → index."""
+        carriers = self._carriers or set()
+        return {name: index for name, index in self.view.devices.items() if index in carriers}

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 from agent.endpoint import Endpoint
 from core.options import Config
-from datapath.attach import Attacher, Hook, attach_endpoint, remove_policy
+from datapath.attach import NAME_PREFIX, Attacher, Hook, attach_endpoint, remove_policy
 from datapath.bpffs import ensure_bpffs, raise_memlock
 from datapath.constants import Aggregation, DatapathOptions, EndpointConstants, netdev_constants
 from datapath.handle import MapHandle
@@ -27,6 +27,8 @@ from datapath.netlink import Netlink
 from datapath.ring import EventRing
 
 GLOBALS_BELOW = Path("tc/globals")
+NETDEV_PROGRAM = "from_netdev"
+NETDEV_FILTER = NAME_PREFIX + NETDEV_PROGRAM
 
 
 class _Closable(Protocol):
@@ -171,9 +173,13 @@ class HostPrograms:
         with await asyncio.to_thread(
             self._netdev.load, netdev_constants(self._options), self.maps.by_name()
         ) as programs:
-            await self._attacher.attach(index, Hook.INGRESS, programs["from_netdev"], "from_netdev")
+            await self._attacher.attach(index, Hook.INGRESS, programs[NETDEV_PROGRAM], NETDEV_PROGRAM)
         self._on_devices[index] = name
         return True
+
+    async def has_netdev(self, index: int) -> bool:
+        """True when from_netdev is on a device, whoever attached it; an endpoint's device has others."""
+        return NETDEV_FILTER in {each.name for each in await self._attacher.filters(index) if each.ours}
 
     async def release_netdev(self, index: int) -> None:
         """Take our program off a device of the host."""

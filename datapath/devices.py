@@ -13,6 +13,7 @@ import errno
 import os
 import re
 import secrets
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,8 @@ _ALIAS = "holdfast endpoint "
 _FLAG_UP = 1
 GATEWAY = "169.254.1.1"  # what every container's default route names; answered in BPF
 _SCOPE_LINK = 253
+# The mark of the router's address: what somebody else set on lo bears another label.
+_ROUTER_LABEL = "lo:holdfast"
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,21 @@ class Devices:
         device = await self.get(name)
         await self._link(f"set MTU of {name} to {mtu}", "set", index=device.index, mtu=mtu)
 
-    async def add_address(self, address: str, device: str = "lo") -> None:
+    async def add_router(self, address: str) -> None:
+        """Give lo the host's own address among its endpoints ("10.0.0.1"); having it already is fine.
+
+        It bears our label, unless somebody else had set it before.
+        """
+        await self._address("replace", address, "lo", label=_ROUTER_LABEL)
+
+    async def routers(self) -> set[str]:
+        """Return the addresses that `add_router` has put on lo, in this life or a former one."""
+        found = await self._netlink.request(
+            "list addresses of lo", DeviceError, "addr", "dump", family=socket.AF_INET, label=_ROUTER_LABEL
+        )
+        return {message.get("address") for message in found}
+
+    async def add_address(self, address: str, device: str) -> None:
         """Give a device an address ("10.0.0.1", as /32 or /128); having it already is fine."""
         await self._address("replace", address, device)
 
@@ -212,12 +229,12 @@ class Devices:
             raise
         return True
 
-    async def _address(self, command: str, address: str, device: str) -> None:
+    async def _address(self, command: str, address: str, device: str, **more: object) -> None:
         index = (await self.get(device)).index
         length = 128 if ":" in address else 32
         what = f"{command} address {address} on {device}"
         await self._netlink.request(
-            what, DeviceError, "addr", command, index=index, address=address, prefixlen=length
+            what, DeviceError, "addr", command, index=index, address=address, prefixlen=length, **more
         )
 
     async def move_inside(self, name: str, netns: Path, inside_name: str, address: str) -> None:

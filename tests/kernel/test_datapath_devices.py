@@ -97,9 +97,11 @@ async def test_mtu_and_addresses_change(net: HostNet) -> None:
     await net.devices.create_veth(1, mtu=MTU, mac="0a:58:00:00:00:01")
     await net.devices.set_mtu("lxc00001", 1400)
     assert (await net.devices.get("lxc00001")).mtu == 1400
-    await net.devices.add_address(ROUTER)  # again: fine
+    await net.devices.add_router(ROUTER)  # again: fine
+    assert await net.devices.routers() == {ROUTER}
     assert await net.devices.remove_address(ROUTER)
     assert not await net.devices.remove_address(ROUTER)
+    assert await net.devices.routers() == set()
 
 
 async def test_container_and_host_reach_each_other(net: HostNet) -> None:

@@ -69,5 +69,5 @@ async def host_net() -> AsyncIterator[HostNet]:
         sysctls.write_all(host_settings())
         async with Netlink() as netlink:
             devices = Devices(netlink, sysctls)
-            await devices.add_address(ROUTER)
+            await devices.add_router(ROUTER)
             yield HostNet(host, world, devices, Routes(netlink), stack)
