@@ -127,7 +127,8 @@ class Derivations:
 
     async def policies_enforced(self) -> None:
         """Wait until everything that the table of policies holds now was written to the kernel."""
-        while self._policy_changes is None or len(self._policy_changes):
+        if self._policy_changes is None or len(self._policy_changes):
+            # One round is enough: each takes every change there is.
             await self._policies_taken.wait()
         await self.policy_maps.reconciler.wait_idle()
         if self._ipcache is not None:

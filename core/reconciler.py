@@ -94,6 +94,8 @@ class Reconciler(Generic[K, V]):
         self.sentence = "nothing to write yet"
         self._subscription = table.subscribe()
         self._in_work: set[K] = set()
+        # Objects taken into batches so far, and those whose batch has ended; see `wait_idle`.
+        self._taken = self._ended = 0
         self._failures: dict[K, _Failure] = {}
         self._pulse = asyncio.Event()
         self._prune_due = 0.0
@@ -114,8 +116,14 @@ class Reconciler(Generic[K, V]):
         return {key: failure.error for key, failure in self._failures.items()}
 
     async def wait_idle(self) -> None:
-        """Return when everything changed so far was written (failed objects count as written)."""
-        while len(self._subscription) or self._in_work:
+        """Return when everything changed so far was written (failed objects count as written).
+
+        What changes after the call is not waited for, so a steady stream of changes holds nobody up.
+        Changed keys are taken in order of first change and retries only when there are none, so counting
+        is enough: everything of now has been written once that many objects have been.
+        """
+        target = self._taken + len(self._subscription)
+        while self._ended < target:
             await self._pulse.wait()
 
     async def settled(self, key: K) -> Status:
@@ -168,6 +176,7 @@ class Reconciler(Generic[K, V]):
         if not keys:
             return
         self._in_work.update(keys)
+        self._taken += len(keys)
         try:
             updates = [(key, value) for key in keys if (value := self.table.get(key)) is not None]
             wanted = {key for key, _ in updates}
@@ -180,6 +189,7 @@ class Reconciler(Generic[K, V]):
             self.sentence = f"{len(updates)} updated, {len(deletes)} deleted, {len(failed)} failed"
         finally:
             self._in_work.difference_update(keys)
+            self._ended += len(keys)
             # Wake everybody who waits, then make the next ones wait for the next batch.
             self._pulse.set()
             self._pulse = asyncio.Event()

@@ -243,6 +243,32 @@ def test_a_removed_endpoint_leaves_nothing() -> None:
     run(story)
 
 
+def test_who_waits_for_a_policy_does_not_wait_for_the_next_ones() -> None:
+    """A policy changes at every turn of the loop, 2 000 times; the first is waited for in the middle."""
+    turns = 2000
+
+    async def story(host: Host) -> None:
+        host.in_sync()
+        await host.endpoint()
+        done = 0
+
+        async def change() -> None:
+            nonlocal done
+            for done in range(turns):
+                host.put(FROM_CLIENT if done % 2 else FROM_PREFIX)
+                await asyncio.sleep(0)
+
+        changes = asyncio.create_task(change())
+        await asyncio.sleep(0)
+        await host.derivations.policies_enforced()
+        assert 0 < done < turns - 1
+        await changes
+        await host.idle()
+        host.kernel.surprises.clear()  # as above: the prefix is no longer named
+
+    run(story)
+
+
 def test_a_policy_that_went_while_the_task_was_dead() -> None:
     async def story() -> None:
         host = Host()

@@ -106,6 +106,67 @@ async def test_a_delete_reaches_the_target_and_poke_repairs_what_somebody_else_r
         await eventually(lambda: target.content == {"b": 2}, "refresh")
 
 
+class Stream(DictTarget):
+    """Each write brings the next change, `LENGTH` times: the subscription is never empty until the end."""
+
+    LENGTH = 200
+
+    def __init__(self, table: Table[str, int]) -> None:
+        super().__init__()
+        self.source = table.source("only")
+
+    async def update(self, items: Sequence[tuple[str, int]]) -> Mapping[str, Exception]:
+        await asyncio.sleep(0)
+        failed = await super().update(items)
+        if len(self.content) < self.LENGTH:
+            self.source.upsert(f"later-{len(self.content)}", 1)
+        return failed
+
+
+async def test_a_steady_stream_of_changes_holds_nobody_up_who_waits() -> None:
+    """Three batches are due when the wait begins, one object of them fails: the wait ends with them."""
+    table: Table[str, int] = Table("t", ("only",))
+    target = Stream(table)
+    target.broken = {"bad"}
+    reconciler = Reconciler("test", table, target, batch=2)
+    async with running(reconciler):
+        early = ["a", "b", "bad", "c", "d"]
+        for key in early:
+            table.source("only").upsert(key, 1)
+        await reconciler.wait_idle()
+        assert {key for key in target.content if key in early} == {"a", "b", "c", "d"}
+        assert reconciler.status("bad").kind is Kind.ERROR
+        assert len(target.content) < target.LENGTH, "it waited for what came later"
+
+
+async def test_a_change_during_the_write_of_the_same_object_is_waited_for() -> None:
+    table: Table[str, int] = Table("t", ("only",))
+    writes = asyncio.Semaphore(0)
+    begun = asyncio.Event()
+
+    class Slow(DictTarget):
+        async def update(self, items: Sequence[tuple[str, int]]) -> Mapping[str, Exception]:
+            begun.set()
+            await writes.acquire()
+            return await super().update(items)
+
+    target = Slow()
+    reconciler = Reconciler("test", table, target)
+    async with running(reconciler):
+        table.source("only").upsert("a", 1)
+        await begun.wait()
+        first = asyncio.create_task(reconciler.wait_idle())
+        await asyncio.sleep(0)
+        table.source("only").upsert("a", 2)
+        second = asyncio.create_task(reconciler.wait_idle())
+        writes.release()
+        await first
+        assert (target.content, second.done()) == ({"a": 1}, False)
+        writes.release()
+        await second
+        assert target.content == {"a": 2}
+
+
 async def test_a_target_that_raises_fails_its_keys_and_not_the_loop() -> None:
     class Raising(DictTarget):
         async def update(self, items: Sequence[tuple[str, int]]) -> Mapping[str, Exception]:
