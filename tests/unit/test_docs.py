@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
+import prometheus_client
 import pytest
 
 from cli.main import main
@@ -136,6 +137,16 @@ def test_every_make_target_shown_is_one(page: Path) -> None:
 def test_metrics_page_is_current() -> None:
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert page == metrics.docs_page(), "run: python -m core.metrics > docs/metrics.md"
+
+
+def test_a_scrape_holds_no_times_of_creation() -> None:
+    """A histogram and a counter that were used have their own series, and none that says since when."""
+    metrics.TASK_DEATHS.labels("a task").inc()
+    metrics.DRIVER_SECONDS.labels("Join").observe(0.001)
+    text = prometheus_client.generate_latest(metrics.REGISTRY).decode()
+    assert 'holdfast_driver_seconds_count{method="Join"}' in text
+    assert 'holdfast_task_deaths_total{task="a task"}' in text
+    assert "_created" not in text
 
 
 def test_every_metric_is_described_once() -> None:
