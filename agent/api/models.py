@@ -70,7 +70,7 @@ class TableInfo(Model, frozen=True, kw_only=True):
 
 
 class MapInfo(Model, frozen=True, kw_only=True):
-    """One BPF map.  `entries` is -1 when nobody counted."""
+    """One BPF map.  `entries` is -1 for arrays, which are never more or less full."""
 
     name: str
     type: str
