@@ -19,7 +19,10 @@ Family = CounterMetricFamily | GaugeMetricFamily
 
 
 class MapCollector(Collector):
-    """Reads cilium_metrics and the fill of the small maps at each scrape (under a millisecond)."""
+    """Reads cilium_metrics, and cilium_lxc and cilium_ipcache as a whole, at each scrape.
+
+    That is a tenth of a second for 300 000 addresses: scrape in a thread.  Only maps are touched here.
+    """
 
     def __init__(self, maps: HostMaps) -> None:
         self._maps = maps

@@ -8,6 +8,7 @@ policy named (Cilium: a host entry beats a CIDR of the same /32).
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -28,6 +29,9 @@ KVSTORE_SOURCE = "kvstore"  # ip/v1 records of everybody
 CIDR_SOURCE = "cidr"  # prefixes that policies name
 BUILTIN_SOURCE = "builtin"  # 0.0.0.0/0 is the world
 SOURCES = (HOST_SOURCE, LOCAL_SOURCE, NODES_SOURCE, KVSTORE_SOURCE, CIDR_SOURCE, BUILTIN_SOURCE)
+
+# Prefixes looked at, and deleted, before anybody else may run: a few milliseconds.
+PRUNED_AT_ONCE = 1024
 
 
 class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -84,9 +88,19 @@ class IpcacheMapTarget:
         return {}
 
     async def prune(self, table: IpTable) -> int:
-        """Remove what is in the map and in no source's list."""
-        stale = [prefix for prefix, _ in self._map.items() if prefix not in table]
-        return self._map.delete(stale) if stale else 0
+        """Remove what is in the map and in no source's list.
+
+        The map is read in a thread.  The table belongs to the loop, so it is looked at there, a slice at a
+        time and right before the deletion: what came into it since the map was read stays.
+        """
+        found = await asyncio.to_thread(list, self._map.keys())
+        removed = 0
+        while found:
+            stale = [prefix for prefix in found[-PRUNED_AT_ONCE:] if prefix not in table]
+            del found[-PRUNED_AT_ONCE:]  # and not all at the end: to free 300 000 takes its time too
+            removed += self._map.delete(stale) if stale else 0
+            await asyncio.sleep(0)
+        return removed
 
 
 def reconciler(table: IpTable, ipcache: IpcacheMap, before: PolicyBarrier) -> Reconciler[str, Record]:

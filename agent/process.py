@@ -64,9 +64,10 @@ class AgentProcess:
         }
         return models.Configuration(hash=self.config.hash, options=options)
 
-    def metrics(self) -> bytes:
+    async def metrics(self) -> bytes:
         report.set_gauges(self)
-        return prometheus_client.generate_latest(metrics.REGISTRY)
+        # In a thread: the fill level of a map is found by reading all of it.
+        return await asyncio.to_thread(prometheus_client.generate_latest, metrics.REGISTRY)
 
     async def debuginfo(self) -> models.Debuginfo:
         environment = {
@@ -88,7 +89,7 @@ class AgentProcess:
     def endpoints(self) -> Sequence[models.Endpoint]:
         parts = self._built()
         found = sorted((endpoint for _, endpoint in parts.endpoints.table.items()), key=lambda each: each.id)
-        return [report_endpoints.endpoint(parts, each) for each in found]
+        return report_endpoints.endpoints(parts, found)
 
     def endpoint(self, reference: str) -> models.Endpoint:
         parts = self._built()

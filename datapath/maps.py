@@ -117,6 +117,10 @@ class TypedMap(ABC, Generic[K, V]):
         for key, value in self.handle.items():
             yield self._unpack_key(key), self._unpack_value(value)
 
+    def keys(self) -> Iterator[K]:
+        """Yield every key."""
+        return (self._unpack_key(key) for key, _ in self.handle.items())
+
     def pressure(self) -> float:
         """Return how full the map is, 0 to 1; reads the whole map."""
         return self.handle.count() / self.handle.info.max_entries

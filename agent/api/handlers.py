@@ -81,7 +81,7 @@ class Handlers:
         return json_response(await self.view.cleanup_plan())
 
     async def metrics(self, _: web.Request) -> web.Response:
-        return web.Response(body=self.view.metrics(), headers={"Content-Type": PROMETHEUS_TYPE})
+        return web.Response(body=await self.view.metrics(), headers={"Content-Type": PROMETHEUS_TYPE})
 
     async def monitor(self, request: web.Request) -> web.StreamResponse:
         """Stream events as JSON lines until the client or the agent goes away."""

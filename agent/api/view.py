@@ -28,7 +28,7 @@ class AgentView(Protocol):
 
     def configuration(self) -> models.Configuration: ...
 
-    def metrics(self) -> bytes:
+    async def metrics(self) -> bytes:
         """Return the metrics in Prometheus' text format (`prometheus_client.generate_latest`)."""
         ...
 

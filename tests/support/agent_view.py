@@ -92,7 +92,7 @@ class FakeAgent:
         value = models.OptionValue(value="default", origin="default")
         return models.Configuration(hash="abc", options={"cluster-name": value})
 
-    def metrics(self) -> bytes:
+    async def metrics(self) -> bytes:
         return b'# HELP x y\ncilium_policy 3.0\ncilium_drop_count_total{reason="Policy denied"} 2.0\n'
 
     async def debuginfo(self) -> models.Debuginfo:
