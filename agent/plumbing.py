@@ -9,6 +9,7 @@ agent runs through the same code and finds most of it in place.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,9 +23,9 @@ from core import metrics
 from core.errors import HoldfastError
 from core.table import Table
 from datapath.devices import Device, Devices, host_name
-from datapath.errors import DatapathError, DeviceError
-from datapath.maps import LxcMap, PolicyMap
-from datapath.mapspec import MapCatalogue
+from datapath.errors import DatapathError, DeviceError, SyscallError
+from datapath.maps import LxcMap, PolicyMap, RawPolicyEntry, RawPolicyKey
+from datapath.mapspec import MapCatalogue, policy_map_name
 from datapath.records import ENDPOINT_IS_HOST, LxcEntry
 from datapath.routes import EndpointRoute, Routes
 from policy.model import PolicyEntry, PolicyKey
@@ -117,6 +118,16 @@ class PolicyMapStore:
         if found is not None:
             found.close()
         PolicyMap.remove(endpoint_id, self._root)
+
+    def held(self, endpoint_id: int) -> Mapping[RawPolicyKey, RawPolicyEntry]:
+        """Return what an endpoint's pinned map holds, nothing without one.  Raises DatapathError."""
+        try:
+            with PolicyMap.reader(policy_map_name(endpoint_id), self._root).handle as handle:
+                return dict(PolicyMap(handle).items())
+        except SyscallError as error:
+            if error.errno == errno.ENOENT:
+                return {}
+            raise
 
     def pinned(self) -> set[int]:
         """Return the endpoint ids of every policy map under the root."""

@@ -4,20 +4,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from agent.api import models
 from agent.endpoint import Endpoint, State
 from agent.history import Event
 from agent.parts import Parts
+from agent.plumbing import PolicyMapStore
 from core.errors import HoldfastError
 from core.reconciler import Kind
 from identity.labels import Labels
+from policy.model import ALLOW, ANY_TRANSPORT, Direction, PolicyKey
+
+
+def endpoints(parts: Parts, found: Iterable[Endpoint]) -> list[models.Endpoint]:
+    """Return endpoints as the API shows them."""
+    used = reference_counts(parts)
+    return [_shown(parts, each, used) for each in found]
 
 
 def endpoint(parts: Parts, each: Endpoint) -> models.Endpoint:
     """Return one endpoint as the API shows it."""
+    return endpoints(parts, [each])[0]
+
+
+def _shown(parts: Parts, each: Endpoint, used: Counter[int]) -> models.Endpoint:
     number = each.enforced_identity
     labels = Labels.parse(each.labels) if each.labels else parts.identities.get(number) or Labels()
     network = parts.driver.networks.get(each.network_id) if parts.driver is not None else None
@@ -26,7 +38,7 @@ def endpoint(parts: Parts, each: Endpoint) -> models.Endpoint:
         id=each.id,
         status=models.EndpointStatus(
             state=state.value,
-            identity=models.Identity(id=number, labels=labels.texts()),
+            identity=models.Identity(id=number, labels=labels.texts(), reference_count=used[number]),
             labels=models.EndpointLabels(
                 security_relevant=labels.texts(),
                 derived=[
@@ -36,6 +48,7 @@ def endpoint(parts: Parts, each: Endpoint) -> models.Endpoint:
             networking=models.EndpointNetworking(
                 addressing=[models.EndpointAddress(ipv4=each.ipv4)],
                 interface_name=each.interface,
+                interface_index=_interface_index(parts, each),
                 mac=each.mac,
                 host_mac=each.node_mac,
                 published_ports=[str(port) for port in each.ports],
@@ -59,7 +72,15 @@ def state_of(parts: Parts, each: Endpoint) -> State:
     return parts.endpoints.state(each, parts.derivations.status(each.id))
 
 
+def _interface_index(parts: Parts, each: Endpoint) -> int:
+    """Return the index that the data path delivers to; 0 while it knows no interface."""
+    entry = parts.programs.maps.lxc.get(each.ipv4)
+    return entry.ifindex if entry is not None and entry.endpoint_id == each.id else 0
+
+
 def _policy(parts: Parts, each: Endpoint) -> models.EndpointPolicy:
+    if not parts.policy_maps.is_open:
+        return held_policy(parts.policy_store, each.id)
     engine = parts.policy_maps.engine
     try:
         enforced = engine.enforcement(each.id)
@@ -76,6 +97,27 @@ def _policy(parts: Parts, each: Endpoint) -> models.EndpointPolicy:
         policy_revision=engine.revision - (status.kind is not Kind.DONE),
         map_entries=entries,
         error=str(overflow) if overflow else status.error if status.kind is Kind.ERROR else "",
+    )
+
+
+def held_policy(store: PolicyMapStore, endpoint_id: int) -> models.EndpointPolicy:
+    """Return what an endpoint's map enforces while this agent does not know yet what it ought to.
+
+    Its revision is 0: that of a former life.  A direction that only lets everything through counts as not
+    enforced, as it is without a policy.
+    """
+    try:
+        held = store.held(endpoint_id)
+    except HoldfastError as error:
+        return models.EndpointPolicy(policy_enabled="both", error=str(error))
+    restricted = {
+        way: {key: entry for key, entry in held.items() if key[3] == way}
+        != {PolicyKey(0, *ANY_TRANSPORT, way): ALLOW}
+        for way in Direction
+    }
+    return models.EndpointPolicy(
+        policy_enabled=_enabled(restricted[Direction.INGRESS], restricted[Direction.EGRESS]),
+        map_entries=len(held),
     )
 
 
@@ -102,9 +144,9 @@ def _log(event: Event) -> models.LogEntry:
     )
 
 
-def reference_counts(parts: Parts) -> Mapping[int, int]:
-    """Return identity → endpoints of this host that have it."""
-    return Counter(endpoint.identity for _, endpoint in parts.endpoints.table.items() if endpoint.identity)
+def reference_counts(parts: Parts) -> Counter[int]:
+    """Return identity → endpoints of this host that are enforced as it; 0 for all others."""
+    return Counter(each.enforced_identity for _, each in parts.endpoints.table.items() if each.connected)
 
 
 def when(moment: float) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.agent import AgentHost, prepare
+from tests.support.agent import AgentHost
 from tests.support.engine_fixtures import engine_parts, hub
 from tests.support.host import Hub, wait_for
 from tests.support.stream import POLICY, Flows
@@ -24,7 +24,7 @@ def host(hub: Hub) -> Iterator[AgentHost]:
     """A host whose engine keeps containers over its own restart (live-restore), with traffic under policy."""
     with AgentHost(options=("--live-restore",)) as new:
         new.address = hub.join(new)
-        prepare(new)
+        new.start_etcd()
         (new.policies / "server.yaml").write_text(POLICY)
         new.start_agent()
         new.network()
@@ -126,6 +126,33 @@ def test_etcd_gone_and_back(host: AgentHost, flows: Flows) -> None:
     assert {f"cilium/state/ip/v1/default/{address}" for _, _, address, _ in before} <= set(
         host.keys("cilium/state/ip/")
     )
+
+
+def test_a_restart_while_etcd_is_away(host: AgentHost, flows: Flows) -> None:
+    """The agent knows no policy, the maps still do: what it shows is theirs."""
+    before = host.endpoint_of("server")
+    assert before["status"]["policy"]["policy-enabled"] == "ingress"
+    assert before["status"]["identity"]["reference-count"] == 1
+    networking = before["status"]["networking"]
+    link = host.exec("ip", "-o", "link", "show", networking["interface-name"]).stdout
+    assert link.startswith(f"{networking['interface-index']}: ")
+    host.kill_agent()
+    host.stop_etcd()
+    (host.policies / "server.yaml").unlink()
+    try:
+        host.launch_agent()
+        wait_for(lambda: host.api("/v1/endpoint", check=False), "endpoints restored")
+        after = host.endpoint_of("server")
+        assert after["status"]["policy"]["policy-enabled"] == "ingress"
+        assert after["status"]["policy"]["map-entries"] == before["status"]["policy"]["map-entries"]
+        assert after["status"]["networking"] == networking
+        flows.wait_progress(100)
+    finally:
+        (host.policies / "server.yaml").write_text(POLICY)
+        wait_for(lambda: len(host.api("/v1/policy")["policies"]) == 1, "policy in force")
+        host.start_etcd()
+    wait_for(host.healthy, "healthy agent")
+    flows.check()
 
 
 def test_etcd_wiped_while_the_agent_is_away(host: AgentHost, flows: Flows) -> None:
