@@ -164,6 +164,16 @@ class Derivations:
             if prefix not in self._prefixes.entries():
                 self.local.release(prefix)
 
+    def free_restored_prefixes(self) -> int:
+        """Free the numbers of a former life whose prefixes no policy names any more; return how many.
+
+        Not before cilium_ipcache was pruned, which is after all policies were taken: until then packets of
+        such a prefix still bear its number, and whoever got it next would be taken for the prefix.
+        """
+        if self._ipcache is None or not self._ipcache.has_pruned:
+            return 0
+        return self.local.forget_restored()
+
     # --- agent.kernel.Kernel
 
     def endpoint_identified(self, endpoint: Endpoint, labels: Labels) -> None:

@@ -127,6 +127,7 @@ async def _expire(parts: Parts) -> None:
         ended += len(parts.ip_sink.source.expire()) + len(parts.node_sink.source.expire())
         if ended:
             logger.warning("{} records stayed missing in etcd for their whole grace: removed", ended)
+        parts.derivations.free_restored_prefixes()
 
 
 async def _checkpoint(parts: Parts) -> None:

@@ -91,6 +91,7 @@ class Reconciler(Generic[K, V]):
         self.refresh_s = refresh_s
         self.prune_s = prune_s
         self.pruned_total = 0
+        self.has_pruned = False  # once in this life: the target holds nothing of a former one
         self.sentence = "nothing to write yet"
         self._subscription = table.subscribe()
         self._in_work: set[K] = set()
@@ -231,6 +232,7 @@ class Reconciler(Generic[K, V]):
             self._prune_due = time.monotonic() + jittered(RETRY_CAP_S)
             return
         self._prune_due = time.monotonic() + jittered(self.prune_s)
+        self.has_pruned = True
         self.pruned_total += removed
         if removed:
             metrics.RECONCILER_OBJECTS.labels(self.name, "prune", "success").inc(removed)

@@ -62,7 +62,8 @@ class LocalIdentities:
     def forget_restored(self) -> int:
         """Free the restored numbers that nobody asked for; return how many.
 
-        Call it when policy has been in sync for a while: until then a rule may still want its number.
+        Call it when policy is in sync and nothing in the kernel bears them: until then a rule may still want
+        its number, and packets of its prefix may have it.
         """
         count = len(self._restored)
         self._taken.difference_update(self._restored.values())

@@ -9,11 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from ipaddress import IPv4Address
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
-from agent import ipcache
+import pytest
+
+from agent import ipcache, tasks
 from agent.derive import Derivations
 from agent.endpoint import Endpoint, macs_of
+from agent.parts import Parts
 from agent.policies import DIRECTORY, KVSTORE, PolicyTable, new_policies
 from agent.policy_maps import PolicyMaps
 from core.reconciler import Kind, Reconciler, Status
@@ -21,7 +25,7 @@ from core.table import Table
 from datapath.devices import host_name, temporary_name
 from identity.cache import IdentityCache
 from identity.labels import Labels
-from identity.local import LocalIdentities
+from identity.local import FIRST, LocalIdentities
 from policy.engine import PolicyEngine
 from policy.language import parse_policies
 from policy.model import Direction, PolicyEntry, PolicyKey
@@ -86,7 +90,9 @@ class AddressTarget:
         return {}
 
     async def prune(self, table: ipcache.IpTable) -> int:
-        return 0
+        stale = [prefix for prefix in self.kernel.addresses if prefix not in table]
+        await self.delete(stale)
+        return len(stale)
 
 
 class Nothing:
@@ -228,6 +234,35 @@ def test_a_prefix_is_known_before_and_forgotten_after() -> None:
                 await asyncio.sleep(0.001)
             assert "192.0.2.0/24" not in host.kernel.addresses
         host.kernel.surprises.clear()  # the map forgets the rule first: then nothing is allowed, at once
+
+    run(story)
+
+
+def test_numbers_of_a_former_life_are_kept_until_nothing_bears_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wanted prefix keeps its number; the other's is free once its packets have another identity."""
+    monkeypatch.setattr(tasks, "EXPIRE_S", 0.001)
+    named, gone = ("192.0.2.0/24", FIRST + 4), ("198.51.100.0/24", FIRST + 5)
+
+    async def story(host: Host) -> None:
+        host.local.restore(dict([named, gone]))
+        host.kernel.addresses.update([named, gone])
+        empty = Table[str, int]("empty", ("nobody",)).source("nobody")
+        sources = {name: SimpleNamespace(source=empty) for name in ("policy_keys", "ip_sink", "node_sink")}
+        parts = SimpleNamespace(identities=host.identities, derivations=host.derivations, **sources)
+        chore = asyncio.create_task(tasks._expire(cast("Parts", parts)))
+        host.put(FROM_PREFIX)
+        host.in_sync()
+        await host.idle()
+        assert host.local.numbers() == dict([named, gone])
+        for source in host.addresses.sources:
+            source.mark_in_sync()
+        while len(host.local.numbers()) > 1:
+            await asyncio.sleep(0.001)
+        assert host.local.numbers() == dict([named])
+        assert host.kernel.addresses.items() >= {named}
+        assert gone[0] not in host.kernel.addresses
+        chore.cancel()
+        await asyncio.wait({chore})
 
     run(story)
 
