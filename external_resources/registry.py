@@ -18,6 +18,7 @@ Called by: cli, the API server, inventory sources.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -34,10 +35,11 @@ from external_resources.resource import Resource, describe_owner, owned_by
 from identity import transactions
 from identity.attempt import Attempt, patiently
 from identity.numbers import allocation_range
+from identity.transactions import Slot
 from kvstore import schema
 from kvstore.client import Client
 from kvstore.errors import RecordError
-from kvstore.ops import Compare, KeyValue, Op, absent, delete_op, get_op, mod_is, put_op
+from kvstore.ops import Compare, KeyValue, Op, absent, delete_op, get_op, list_op, mod_is, put_op
 
 # Others change the same keys only by accident; eight times in a row is a fight.
 MAX_ATTEMPTS = 8
@@ -171,8 +173,29 @@ async def _identity(client: Client, resource: Resource, state: _State, cluster_i
             return known, False
     numbers = allocation_range(cluster_id)
     preferred = known if same_labels and known in numbers else 0
-    answer = await Attempt(client, slot, numbers).run(preferred)
+    unused = 0 if preferred else await _unused(client, slot, numbers)
+    answer = await Attempt(client, slot, numbers).run(preferred, unused)
     return answer.number, True
+
+
+async def _unused(client: Client, slot: Slot, numbers: range) -> int:
+    """Return the number that the last user of these labels left behind, 0 if there is a user or no number.
+
+    etcd does not find numbers by their labels, so all are read (0.3 s for 65 000), but only when there is
+    nobody to join.
+    """
+    subject = f"identity of {slot.text}"
+    some = [list_op(slot.value_prefix, limit=transactions.MATCHES_READ)]
+    users = await patiently(subject, lambda: client.txn((), some))
+    if transactions.first_match(slot, users.responses[0].items, numbers):
+        return 0
+    listing = await patiently(subject, lambda: client.snapshot(schema.IDENTITY_IDS))
+    text, found = schema.encode_identity_id(slot.text), []
+    for key, value in listing.items.items():
+        with contextlib.suppress(RecordError):  # not a number: nobody's
+            if value == text and (number := schema.parse_identity_id_key(key)) in numbers:
+                found.append(number)
+    return min(found, default=0)
 
 
 def _number_in(items: Iterable[KeyValue | None], name: str) -> int:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """One allocation against etcd: which transaction follows which answer.
 
-    start: a number to hold on to → JOIN it, else → TAKEN (choose one and create)
+    start: a number to hold on to → JOIN it, else one without users → UNUSED, else → TAKEN (choose and create)
 
+    UNUSED     reuse      done | what create may answer | GONE | FOREIGN
     JOIN       join       done | GONE | FOREIGN
     GONE       create with the same number; when others name it too: restore
     FOREIGN    create with another number
     TAKEN      create with another number
-    LOCKED     wait, then create again
+    LOCKED     wait, then UNUSED or create again
     AMBIGUOUS  the locked way
 
 Called by: identity.allocator; one object an allocation.
@@ -81,15 +82,20 @@ class Attempt:
         self._taken: set[int] = set()
         self._foreign: set[int] = set()
         self._gone: set[int] = set()
+        self._unused = 0
         self._listed = False
 
-    async def run(self, preferred: int = 0) -> Answer:
+    async def run(self, preferred: int = 0, unused: int = 0) -> Answer:
         """Return DONE with the number that the store now holds; `preferred` is taken if it can be.
+
+        `unused` is a number that was seen with these labels: it is taken rather than a new one, but an
+        identity of these labels that has users is joined.
 
         Waits for etcd and for locks of others as long as it takes.  Raises AllocationFailed,
         RangeExhausted, and KvstoreError where waiting can not help.
         """
-        answer = Answer(Outcome.JOIN, preferred) if preferred else Answer(Outcome.TAKEN)
+        self._unused = unused
+        answer = Answer(Outcome.JOIN, preferred) if preferred else self._afresh()
         attempts = 0
         while attempts < MAX_ATTEMPTS:
             if answer.outcome is Outcome.LOCKED:
@@ -106,12 +112,15 @@ class Attempt:
 
     async def _step(self, answer: Answer) -> Answer:
         match answer.outcome:
+            case Outcome.UNUSED:
+                return await self._reuse(answer.number)
             case Outcome.JOIN if answer.number in self._gone:
                 return await self._restore(answer.number)
             case Outcome.JOIN:
                 return await self._join(answer.number)
             case Outcome.GONE:
                 self._gone.add(answer.number)
+                self._unused = 0
                 return await self._create(answer.number)
             case Outcome.AMBIGUOUS:
                 return await self._locked()
@@ -119,11 +128,21 @@ class Attempt:
                 self._note_taken(answer)
                 return await self._create(await self._choose())
 
+    def _afresh(self) -> Answer:
+        return Answer(Outcome.UNUSED, self._unused) if self._unused else Answer(Outcome.TAKEN)
+
     def _note_taken(self, answer: Answer) -> None:
+        if answer.number == self._unused:
+            self._unused = 0
         if answer.number:
             self._taken.add(answer.number)
         if answer.outcome is Outcome.FOREIGN:
             self._foreign.add(answer.number)
+
+    async def _reuse(self, number: int) -> Answer:
+        result = await self._txn(lambda lease: transactions.reuse(self._slot, number, lease))
+        answer = transactions.reused(self._slot, result, self._numbers, self._foreign)
+        return answer._replace(number=answer.number or number, revision=result.revision)
 
     async def _join(self, number: int) -> Answer:
         result = await self._txn(lambda lease: transactions.join(self._slot, number, lease))
@@ -141,11 +160,13 @@ class Attempt:
 
     async def _locked(self) -> Answer:
         # Chosen before the lock is taken: choosing may list, and a lock should be short.
-        number = await self._choose()
+        number = self._unused or await self._choose()
+        take = transactions.join if self._unused else transactions.restore
 
         async def attempt() -> Answer:
+            write = take(self._slot, number, await self._lease())
             return await locked.allocate(
-                self._client, self._slot, self._numbers, self._foreign, number, await self._lease()
+                self._client, self._slot, self._numbers, self._foreign, number, write
             )
 
         return await patiently(f"identity of {shorten(self._slot.text)}", attempt)
@@ -158,7 +179,7 @@ class Attempt:
             while True:
                 await asyncio.sleep(pause.next())
                 if not await patiently(subject, lambda: self._client.count(self._slot.lock_prefix)):
-                    return Answer(Outcome.TAKEN)
+                    return self._afresh()
 
     async def _txn(self, build: Callable[[int], Txn]) -> TxnResult:
         # Built anew for each try: the lease may be another one then.

@@ -29,12 +29,12 @@ LOCK_TTL_S = 25
 
 
 async def allocate(
-    client: Client, slot: Slot, numbers: range, unusable: set[int], fresh: int, lease: int
+    client: Client, slot: Slot, numbers: range, unusable: set[int], fresh: int, write: Txn
 ) -> Answer:
-    """Take the lock, and create with the number `fresh` unless there is an identity to join.
+    """Take the lock, and `write` the identity with the number `fresh` unless there is one to join.
 
-    LOCKED: somebody else holds the lock.  TAKEN: `fresh` is.  Raises KvstoreError; the lock then goes with
-    its lease.
+    LOCKED: somebody else holds the lock.  TAKEN: `fresh` is (its conditions did not hold).  Raises
+    KvstoreError; the lock then goes with its lease.
     """
     async with _lock(client, slot) as held:
         if held is None:
@@ -44,8 +44,7 @@ async def allocate(
         if number:
             return Answer(Outcome.JOIN, number)
         # The lock keeps out everybody who might create these labels; only the number can be taken.
-        create = transactions.restore(slot, fresh, lease)
-        result = await client.txn((held, *create.compares), create.success)
+        result = await client.txn((held, *write.compares), write.success)
         return Answer(Outcome.DONE if result.succeeded else Outcome.TAKEN, fresh, result.revision)
 
 

@@ -2,12 +2,15 @@
 """The transactions of identity allocation, and what their answers mean.  Pure.
 
     create   no value/<labels>/ key, no lock, id/<N> free       → put id/<N> and our value/ key
+    reuse    no value/<labels>/ key, no lock, id/<N> holds them → put our value/ key
     join     id/<N> holds exactly these labels                  → put our value/ key
     restore  id/<N> is gone although value/ keys name it        → put both
     collect  no value/<labels>/ key, id/<N> as it was read      → delete id/<N>
 
 A real cilium-agent takes a lock, lists, creates, writes and unlocks; `create` does nothing while such a
-lock is held.  The etcd range of ``value/container:app=b;/`` also holds ``value/container:app=b;/x=1;/…``
+lock is held, and so does `reuse`: of all who reuse or create at the same moment one wins and the others
+join it, and garbage collection comes before it, which is GONE, or after it, when there is a value/ key.
+The etcd range of ``value/container:app=b;/`` also holds ``value/container:app=b;/x=1;/…``
 of other labels, so keys are compared by their whole label part, and a range that is not empty but holds
 no exact match is left to the locked way (`identity.locked`).
 
@@ -28,6 +31,7 @@ from kvstore import schema
 from kvstore.errors import RecordError
 from kvstore.ops import (
     Compare,
+    Get,
     KeyValue,
     Op,
     Put,
@@ -83,6 +87,7 @@ class Outcome(enum.Enum):
     """What the store said to a transaction."""
 
     DONE = "done"  # it is written
+    UNUSED = "unused"  # id/<N> was seen with these labels and without users: reuse it
     JOIN = "join"  # somebody has an identity of these labels: take its number
     LOCKED = "locked"  # somebody (a real cilium-agent) works on these labels under a lock: wait
     AMBIGUOUS = "ambiguous"  # keys in the range, none of them ours to use: take the locked way
@@ -111,11 +116,7 @@ def create(slot: Slot, number: int, lease: int) -> Txn:
             absent(schema.identity_id_key(number)),
         ),
         _both_keys(slot, number, lease),
-        (
-            get_op(slot.value_key),
-            list_op(slot.value_prefix, limit=MATCHES_READ),
-            list_op(slot.lock_prefix, limit=1, keys_only=True),
-        ),
+        _users_and_locks(slot),
     )
 
 
@@ -123,13 +124,26 @@ def created(slot: Slot, result: TxnResult, numbers: range, unusable: Iterable[in
     """Read the answer to `create`: `unusable` numbers were tried and belong to others."""
     if result.succeeded:
         return Answer(Outcome.DONE)
-    own, found, locks = (response.items for response in result.responses)
+    return _in_the_way(slot, result, numbers, unusable) or Answer(Outcome.TAKEN)
+
+
+def _users_and_locks(slot: Slot) -> tuple[Get, ...]:
+    return (
+        get_op(slot.value_key),
+        list_op(slot.value_prefix, limit=MATCHES_READ),
+        list_op(slot.lock_prefix, limit=1, keys_only=True),
+    )
+
+
+def _in_the_way(slot: Slot, result: TxnResult, numbers: range, unusable: Iterable[int]) -> Answer | None:
+    """Read the answers to `_users_and_locks`; None when there are neither."""
+    own, found, locks = (response.items for response in result.responses[:3])
     number = first_match(slot, (*own, *found), numbers, unusable)
     if number:
         return Answer(Outcome.JOIN, number)
     if locks:
         return Answer(Outcome.LOCKED)
-    return Answer(Outcome.AMBIGUOUS if found else Outcome.TAKEN)
+    return Answer(Outcome.AMBIGUOUS) if found else None
 
 
 def first_match(slot: Slot, items: Iterable[KeyValue], numbers: range, unusable: Iterable[int] = ()) -> int:
@@ -150,6 +164,31 @@ def first_match(slot: Slot, items: Iterable[KeyValue], numbers: range, unusable:
             return number
         metrics.KVSTORE_RECORDS_IGNORED.labels(schema.IDENTITY_VALUES, "range").inc()
     return 0
+
+
+# --- reuse
+
+
+def reuse(slot: Slot, number: int, lease: int) -> Txn:
+    """Use `number`, which has these labels and no users, if still nobody has an identity of them."""
+    id_key = schema.identity_id_key(number)
+    return Txn(
+        (
+            range_absent(slot.value_prefix),
+            range_absent(slot.lock_prefix),
+            value_is(id_key, schema.encode_identity_id(slot.text)),
+        ),
+        (_value_key(slot, number, lease),),
+        (*_users_and_locks(slot), get_op(id_key)),
+    )
+
+
+def reused(slot: Slot, result: TxnResult, numbers: range, unusable: Iterable[int] = ()) -> Answer:
+    """Read the answer to `reuse`."""
+    if result.succeeded:
+        return Answer(Outcome.DONE)
+    there = result.responses[3].items
+    return _in_the_way(slot, result, numbers, unusable) or Answer(Outcome.FOREIGN if there else Outcome.GONE)
 
 
 # --- join and restore

@@ -87,6 +87,51 @@ async def test_unregistering_leaves_the_number_to_garbage_collection(client: Cli
     assert not await everything(client)
 
 
+BEGINS_ALIKE = Resource.of("rack7", ["10.78.0.5"], {"app": "legacyvm", "site": "dc1", "zone": "z"})
+
+
+@pytest.mark.parametrize("others", [[], [BEGINS_ALIKE]], ids=["alone", "labels that begin alike are in use"])
+async def test_registering_after_unregistering_finds_the_number_again(
+    client: Client, others: list[Resource]
+) -> None:
+    for other in others:
+        await registry.register(client, other)
+    number = (await registry.register(client, LEGACY)).number
+    for _ in range(3):
+        await registry.unregister(client, "legacy-1")
+        assert (await registry.register(client, LEGACY)).number == number
+    keys = await everything(client)
+    assert keys.items() >= LEGACY.keys(number).items()
+    assert len([key for key in keys if key.startswith(schema.IDENTITY_IDS)]) == 1 + len(others)
+    assert not [key for key in keys if key.startswith(schema.IDENTITY_LOCKS)]
+
+
+async def test_a_number_of_another_cluster_is_not_used_again(client: Client) -> None:
+    """id/<N> of cluster 3 is a copy in a meshed store: it goes when that cluster says so."""
+    await client.put(schema.identity_id_key((3 << 16) + 500), LEGACY.slot.text)
+    assert (await registry.register(client, LEGACY)).number < 1 << 16
+
+
+async def test_machines_that_come_back_at_once_share_the_number_that_was_left(client: Client) -> None:
+    """Also with garbage collection at work: whoever comes first, every key says the same number."""
+    machines = [Resource.of(f"vm-{n}", [f"10.79.0.{n}"], LABELS) for n in range(1, 9)]
+    collector = Collector(client, deletions_per_minute=1e9)
+    for _ in range(10):
+        first, *rest = machines
+        await registry.register(client, first)
+        await registry.unregister(client, first.name)
+        await collector.collect()
+        outcomes = await asyncio.gather(
+            collector.collect(), *(registry.register(client, each) for each in [first, *rest])
+        )
+        numbers = {outcome.number for outcome in outcomes if isinstance(outcome, registry.Registration)}
+        assert len(numbers) == 1
+        keys = await everything(client)
+        for each in machines:
+            assert keys.items() >= each.keys(min(numbers)).items()
+            await registry.unregister(client, each.name)
+
+
 async def test_two_machines_of_the_same_labels_do_not_release_each_other(client: Client) -> None:
     other = Resource.of("legacy-2", ["10.77.0.6"], LABELS)
     number = (await registry.register(client, LEGACY)).number

@@ -266,11 +266,15 @@ async def test_a_lock_whose_holder_died_ends_with_its_lease(etcd: EtcdServer) ->
 
 async def test_the_locked_way_leaves_no_lock_and_respects_one(etcd: EtcdServer) -> None:
     async with client_of(etcd) as client:
-        answer = await locked.allocate(client, slot(), range(256, 65_536), set(), 300, 0)
+        answer = await locked.allocate(
+            client, slot(), range(256, 65_536), set(), 300, transactions.restore(slot(), 300, 0)
+        )
         assert (answer.outcome, answer.number) == (transactions.Outcome.DONE, 300)
         assert not (await client.list(schema.IDENTITY_LOCKS)).items
         await client.put(schema.identity_lock_key(WEB.serialized, 77), b"")
-        answer = await locked.allocate(client, slot(), range(256, 65_536), set(), 301, 0)
+        answer = await locked.allocate(
+            client, slot(), range(256, 65_536), set(), 301, transactions.restore(slot(), 301, 0)
+        )
         assert answer.outcome is transactions.Outcome.LOCKED
 
 
@@ -299,6 +303,85 @@ async def test_racers_for_ambiguous_labels_make_one_identity(etcd: EtcdServer) -
         answers = await asyncio.gather(*racers)
         assert len({answer.number for answer in answers}) == 1
         assert await numbers_of(client, WEB) == {answers[0].number}
+
+
+# --- a number that its last user left behind
+
+
+async def reuse(client: Client, owner: str = "10.1.0.1", unused: int = 500) -> int:
+    """Return the number that one gets who saw that `unused` has these labels and no users."""
+    return (await Attempt(client, slot(owner=owner), range(256, 65_536)).run(unused=unused)).number
+
+
+async def test_a_number_without_users_is_used_again(etcd: EtcdServer) -> None:
+    async with client_of(etcd) as client:
+        await client.put(schema.identity_id_key(500), WEB.serialized)
+        assert await reuse(client) == 500
+        found = await client.get(slot(owner="10.1.0.1").value_key)
+        assert found is not None
+        assert found.value == b"500"
+        assert await numbers_of(client, WEB) == {500}
+
+
+async def test_an_identity_with_users_counts_more_than_a_number_without(etcd: EtcdServer) -> None:
+    async with client_of(etcd) as client:
+        for number in (500, 700):
+            await client.put(schema.identity_id_key(number), WEB.serialized)
+        await client.put(slot(owner="10.0.0.9").value_key, b"700")
+        assert await reuse(client) == 700
+
+
+async def test_a_number_that_went_or_moved_on_meanwhile_is_not_taken_from_anybody(etcd: EtcdServer) -> None:
+    async with client_of(etcd) as client:
+        revision = await client.put(schema.identity_id_key(500), WEB.serialized)
+        assert (await client.txn(*transactions.collect(500, WEB.serialized, revision))).succeeded
+        await client.put(schema.identity_id_key(501), "container:app=other;")
+        other = await reuse(client, unused=501)
+        assert other != 501
+        assert await numbers_of(client, WEB) == {other}
+        await client.delete(slot(owner="10.1.0.1").value_key)
+        await client.delete(schema.identity_id_key(other))
+        assert await reuse(client, unused=500) == 500  # nobody has it: it is made again
+        assert await numbers_of(client, WEB) == {500}
+
+
+async def test_who_reuses_first_stops_the_collector(etcd: EtcdServer) -> None:
+    async with client_of(etcd) as client:
+        revision = await client.put(schema.identity_id_key(500), WEB.serialized)
+        assert await reuse(client) == 500
+        assert not (await client.txn(*transactions.collect(500, WEB.serialized, revision))).succeeded
+
+
+async def test_a_number_is_not_reused_while_a_real_agent_holds_the_lock(etcd: EtcdServer) -> None:
+    async with client_of(etcd) as cilium, client_of(etcd) as client:
+        await cilium.put(schema.identity_id_key(500), WEB.serialized)
+        await cilium.put(schema.identity_lock_key(WEB.serialized, 77), b"")
+        refused = await client.txn(*transactions.reuse(slot(), 500, 0))
+        assert not refused.succeeded
+        numbers = range(256, 65_536)
+        assert transactions.reused(slot(), refused, numbers).outcome is transactions.Outcome.LOCKED
+        waiting_for = asyncio.create_task(reuse(client))
+        await eventually(lambda: any("lock" in wait.subject for wait in current()))
+        assert not (await cilium.list(slot().value_prefix)).items
+        await cilium.delete(schema.identity_lock_key(WEB.serialized, 77))
+        assert await waiting_for == 500
+        assert await numbers_of(cilium, WEB) == {500}
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "labels that begin alike are in use"])
+async def test_racers_who_reuse_and_who_create_end_with_one_number(etcd: EtcdServer, beside: bool) -> None:
+    """Ten rounds of eight: half saw the number that was left behind, half know nothing."""
+    async with client_of(etcd) as client:
+        for turn in range(10):
+            etcd.ctl("del", "", "--prefix")
+            if beside:
+                await client.put(f"{slot().value_prefix}x:y=1;/10.0.0.9", b"999")
+            await client.put(schema.identity_id_key(500), WEB.serialized)
+            racers = [reuse(client, f"10.1.{turn}.{n}", 500 * (n % 2)) for n in range(8)]
+            numbers = set(await asyncio.gather(*racers))
+            assert len(numbers) == 1
+            users = (await client.list(slot().value_prefix)).items
+            assert {item.value for item in users if "x:y" not in item.key} == {b"%d" % min(numbers)}
 
 
 # --- joiner against garbage collection
