@@ -78,6 +78,16 @@ def test_a_container_started_after_the_restart_gets_its_own_number_and_policy(
     flows.check()
 
 
+def test_a_second_network_is_refused_by_the_next_agent_too(host: AgentHost, flows: Flows) -> None:
+    host.network("second")
+    host.kill_agent()
+    host.start_agent()
+    done = host.engine.docker("network", "connect", "second", "client", check=False)
+    assert "container client is on a network of Holdfast already" in done.stderr
+    host.engine.docker("network", "rm", "second")
+    flows.check()
+
+
 def test_restart_of_the_engine(host: AgentHost, flows: Flows) -> None:
     before = numbers(host)
     host.engine.restart()
