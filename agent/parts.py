@@ -242,7 +242,7 @@ def _enforcement(ground: Ground, store: Store, known: Knowledge) -> Enforcement:
     allocator, endpoints = _endpoints(ground, store, known, table, derivations)
     reconcilers = {
         "endpoints": Reconciler("endpoints", table, _endpoint_target(ground, policy_store)),
-        "own-entries": publish.reconciler(table, _own_entries(ground, store)),
+        "own-entries": publish.reconciler(table, _own_entries(ground, store, known)),
     }
     ip_reconciler = ipcache.reconciler(known.addresses, maps.ipcache, policy_maps.reconciler)
     conntrack = Conntrack((maps.ct_tcp, maps.ct_any))
@@ -303,9 +303,10 @@ def _endpoint_target(ground: Ground, policy_store: PolicyMapStore) -> EndpointTa
     return EndpointTarget(place, ground.devices, ground.routes, lxc, policy_store, ground.programs)
 
 
-def _own_entries(ground: Ground, store: Store) -> publish.OwnEntries:
+def _own_entries(ground: Ground, store: Store, known: Knowledge) -> publish.OwnEntries:
     return publish.OwnEntries(
         store.session,
+        known.addresses,
         space=ground.config["ip-address-space"],
         cluster=ground.config["cluster-name"],
         node=ground.node.name,

@@ -84,6 +84,7 @@ def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
     tasks["grace periods"] = partial(_expire, parts)
     tasks["checkpoint"] = partial(_checkpoint, parts)
     tasks["restored"] = partial(_restored, parts)
+    tasks["former entries"] = partial(_former_entries, parts)
     if parts.driver is not None and parts.engine_watch is not None:
         tasks["network driver"] = parts.driver.serve
         tasks["engine watch"] = parts.engine_watch.run
@@ -117,6 +118,13 @@ async def _restored(parts: Parts) -> None:
     await parts.reconcilers["endpoints"].wait_idle()
     parts.endpoints.restored()
     parts.addresses.source(ipcache.LOCAL_SOURCE).mark_in_sync()
+    await asyncio.Event().wait()
+
+
+async def _former_entries(parts: Parts) -> None:
+    """Have this node's entries compared with its endpoints as soon as it is known what etcd holds."""
+    await parts.addresses.wait_in_sync()
+    parts.reconcilers["own-entries"].poke()
     await asyncio.Event().wait()
 
 

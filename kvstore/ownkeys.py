@@ -4,7 +4,7 @@
     want ──▶ dirty ──▶ (written by the session) ──▶ clean
                 ▲                                     │  deleted or overwritten by somebody
                 └─────────── observed, verify ◀───────┘
-    unwant ──▶ leaving ──▶ (deleted by the session) ──▶ gone
+    unwant, abandon ──▶ leaving ──▶ (deleted by the session) ──▶ gone
 
 Two processes that want the same key would overwrite each other for ever: a key that has to be restored
 again and again is restored at growing intervals.
@@ -95,6 +95,11 @@ class OwnKeys:
             self._dirty.pop(key, None)
             self._turned[key] = None
             self._leaving[key] = None if own.revision else own.value
+
+    def abandon(self, key: str) -> None:
+        """Have a key deleted that a former life of this process left on our lease; no change if wanted."""
+        if key not in self._own:
+            self._leaving.setdefault(key, None)
 
     # --- what is to be done
 

@@ -119,6 +119,14 @@ class Session:
         self._keys.unwant(key)
         self._changed.set()
 
+    async def abandon(self, key: str) -> None:
+        """Delete `key`, which this process does not want, if it hangs on our lease: a former life left it.
+
+        Returns at once; see `settled`.
+        """
+        self._keys.abandon(key)
+        self._changed.set()
+
     async def written(self, key: str) -> None:
         """Wait until `key` is in etcd as wanted; KeyError when it is not (or no longer) wanted."""
         async with self._progress:
