@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -136,6 +137,28 @@ def test_etcd_gone_and_back(host: AgentHost, flows: Flows) -> None:
     assert {f"cilium/state/ip/v1/default/{address}" for _, _, address, _ in before} <= set(
         host.keys("cilium/state/ip/")
     )
+
+
+def test_an_entry_that_could_not_be_deleted_goes_in_the_next_life(host: AgentHost, flows: Flows) -> None:
+    """A container ends while etcd is away, then the agent is killed: nobody remembers to delete its entry."""
+    address = host.container("short-lived", "sleep", "infinity", labels={"app": "short"})
+    entry = f"cilium/state/ip/v1/default/{address}"
+    kept = {f"cilium/state/ip/v1/default/{address}" for _, _, address, _ in numbers(host)}
+    kept.discard(entry)
+    wait_for(lambda: entry in host.keys("cilium/state/ip/"), "entry of the container")
+    wait_for(
+        lambda: json.loads((host.state / "node.json").read_text()).get("lease"), "lease in the checkpoint"
+    )
+    host.stop_etcd()
+    host.engine.docker("rm", "-f", "short-lived")
+    wait_for(lambda: "short-lived" not in [name for _, _, _, name in numbers(host)], "endpoint gone")
+    host.kill_agent()
+    host.start_etcd()
+    assert entry in host.keys("cilium/state/ip/")
+    host.start_agent()
+    wait_for(lambda: entry not in host.keys("cilium/state/ip/"), "entry deleted", seconds=60)
+    assert kept <= set(host.keys("cilium/state/ip/"))
+    flows.check()
 
 
 def test_a_restart_while_etcd_is_away(host: AgentHost, flows: Flows) -> None:
