@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verbs of `python -m certs`: init, issue, list, check.
 
-They say what they do line by line on stdout, warn and fail on stderr, and can be run again at any time:
-what is there and good stays as it is.
+They say what they do line by line on stdout (``-o json``: in one object), warn and fail on stderr, and can be
+run again at any time: what is there and good stays as it is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from certs.inspect import Condition, Finding, examine
 from certs.issue import Request
 from certs.layout import Folder, Holder, Layout
 from certs.material import load_certificate
-from certs.plan import Action, plan
+from certs.plan import Action, Step, plan
 
 ENDPOINT = "https://127.0.0.1:2379"
 SEEN_AT = {
@@ -50,6 +50,7 @@ DAYS = click.option(
 RENEW = click.option(
     "--renew", type=HOLDERS, multiple=True, help="Replace this holder's key and certificate (repeat)."
 )
+OUTPUT = click.option("-o", "--output", type=click.Choice(["json"]), help="Print JSON instead of text.")
 
 
 @click.group(
@@ -85,6 +86,7 @@ def certs() -> None:
 )  # fmt: skip
 @RENEW
 @click.option("--dry-run", is_flag=True, help="Only show what would be done.")
+@OUTPUT
 def init(
     directory: Path,
     etcd_name: str | None,
@@ -98,6 +100,7 @@ def init(
     ca_days: int,
     renew: tuple[str, ...],
     dry_run: bool,
+    output: str | None,
 ) -> None:
     """Make what is missing of a CA and of the certificates that are named."""
     requests = [
@@ -106,7 +109,8 @@ def init(
         if name is not None
     ]
     seen_at = {Holder.AGENT: PurePosixPath(agent_path), Holder.OPERATOR: PurePosixPath(operator_path)}
-    _carry_out(Layout(directory), requests, {}, renew, (days, ca_days), endpoints, seen_at, dry_run)
+    where = Layout(directory)
+    _carry_out(where, requests, {}, renew, (days, ca_days), endpoints, seen_at, dry_run, output)
 
 
 @certs.command("issue")
@@ -119,6 +123,7 @@ def init(
 @click.option("--seen-at", help="Folder in which the holder will see the files (for etcd.config).")
 @DAYS
 @click.option("--renew", is_flag=True, help="Replace a key and certificate that are there.")
+@OUTPUT
 def issue_command(
     directory: Path,
     holder: str,
@@ -129,6 +134,7 @@ def issue_command(
     seen_at: str | None,
     days: int,
     renew: bool,
+    output: str | None,
 ) -> None:
     """Make one certificate with the CA in DIR, for the HOLDER called NAME."""
     kind = Holder(holder)
@@ -136,7 +142,8 @@ def issue_command(
     paths = {**SEEN_AT, **({kind: PurePosixPath(seen_at)} if seen_at else {})}
     request = Request(kind, name, addresses)
     renewed = (holder,) if renew else ()
-    _carry_out(Layout(directory), [request], folders, renewed, (days, 0), endpoints, paths, dry_run=False)
+    where = Layout(directory)
+    _carry_out(where, [request], folders, renewed, (days, 0), endpoints, paths, False, output)
 
 
 @certs.command("list")
@@ -156,7 +163,8 @@ def list_command(directory: Path, output: str) -> None:
 
 @certs.command()
 @DIRECTORY
-def check(directory: Path) -> None:
+@OUTPUT
+def check(directory: Path, output: str | None) -> None:
     """Check every certificate below DIR; status 1 if one is broken, each problem on a line of its own."""
     findings = look(directory)
     for finding in findings:
@@ -164,7 +172,11 @@ def check(directory: Path) -> None:
             click.echo(f"{finding.holder.value}: {finding.condition.value}: {finding.detail}", err=True)
     bad = [each for each in findings if each.condition in (Condition.BROKEN, Condition.KEY_ONLY)]
     present = [each for each in findings if each.condition is not Condition.ABSENT]
-    click.echo(f"{len(present)} checked, {len(bad)} broken")
+    if output:
+        counts = {"checked": len(present), "broken": len(bad)}
+        click.echo(json.dumps(counts | {"certificates": [_row(each) for each in findings]}, indent=2))
+    else:
+        click.echo(f"{len(present)} checked, {len(bad)} broken")
     sys.exit(1 if bad or not present else 0)
 
 
@@ -203,14 +215,29 @@ def _carry_out(
     endpoints: Sequence[str],
     seen_at: Mapping[Holder, PurePosixPath],
     dry_run: bool,
+    output: str | None,
 ) -> None:
     authority, wanted = survey(layout, requests, into=folders)
     steps = plan(authority, wanted, {Holder(each) for each in renew})
     for step in steps:
-        if dry_run or step.action is not Action.REFUSE:
+        if step.warning or (not output and (dry_run or step.action is not Action.REFUSE)):
             click.echo(str(step), err=step.warning)
-    if dry_run:
+    written = [] if dry_run else _write(steps, days, endpoints, seen_at)
+    if output:
+        shown = [_shown(step) for step in steps]
+        click.echo(json.dumps({"steps": shown, "written": [str(file) for file in written]}, indent=2))
         return
+    for file in written:
+        click.echo(f"wrote {file}")
+
+
+def _write(
+    steps: Sequence[Step],
+    days: tuple[int, int],
+    endpoints: Sequence[str],
+    seen_at: Mapping[Holder, PurePosixPath],
+) -> list[Path]:
+    """Carry out the steps, return the files written; CertificateError, and nothing done, if one refuses."""
     leaf_days, authority_days = (datetime.timedelta(days=each) for each in days)
     written = apply(steps, validity=leaf_days, authority_validity=authority_days or authorities.VALIDITY)
     for step in steps:
@@ -218,8 +245,11 @@ def _carry_out(
             urls = endpoints or (ENDPOINT,)
             path = seen_at[step.folder.holder]
             written += etcd_config.write(step.folder, urls, path, overwrite=bool(endpoints))
-    for file in written:
-        click.echo(f"wrote {file}")
+    return written
+
+
+def _shown(step: Step) -> dict[str, Any]:
+    return {"holder": step.folder.holder.value, "action": step.action.value, "reason": step.reason}
 
 
 def _row(finding: Finding) -> dict[str, Any]:

@@ -23,6 +23,15 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def print_done(output: str | None, value: Any, *lines: str) -> None:
+    """Say what a command did: `value` as JSON where ``-o json`` asks for it, else the lines."""
+    if output:
+        print_json(value)
+        return
+    for line in lines:
+        click.echo(line)
+
+
 def print_table(
     headers: Sequence[str], rows: Iterable[Sequence[object]], *, no_headers: bool = False
 ) -> None:

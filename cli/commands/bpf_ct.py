@@ -13,7 +13,7 @@ from cli.base import LazyGroup, examples, output_option
 from cli.commands.bpf import globals_dir, reading
 from cli.commands.kv import ask
 from cli.errors import Missing
-from cli.output import plural, print_json
+from cli.output import plural, print_done, print_json
 from datapath.reasons import protocol_name
 
 if TYPE_CHECKING:
@@ -112,12 +112,14 @@ def direction(flags: int) -> str:
 @click.command(epilog=examples("holdfast bpf ct flush", "holdfast bpf ct flush -f"))
 @click.argument("scope", type=click.Choice(["global"]), default="global")
 @click.option("-f", "--force", is_flag=True, help="Do not ask.")
-def flush(scope: str, force: bool) -> None:
+@output_option
+def flush(scope: str, force: bool, output: str | None) -> None:
     """Forget all connections.  Replies of those that policy would not allow anew are dropped then."""
     names = present()
     if not force:
         ask("Forget all connections? Those whose replies are allowed only by conntrack end.")
-    click.echo(f"{plural(sum(map(empty, names)), 'entry')} removed")
+    gone = sum(map(empty, names))
+    print_done(output, {"deleted": gone}, f"{plural(gone, 'entry')} removed")
 
 
 def empty(name: str) -> int:

@@ -9,7 +9,7 @@ import click
 
 from cli.base import LazyGroup, Settings, examples, output_option
 from cli.errors import Missing
-from cli.output import print_json, print_table, printable
+from cli.output import print_done, print_json, print_table, printable
 
 Json = dict[str, Any]
 _HERE = "cli.commands.config"
@@ -89,12 +89,17 @@ def get(settings: Settings, name: str, output: str | None) -> None:
 @click.command(
     "generate-sample", epilog=examples("holdfast config generate-sample > /etc/holdfast/holdfast.yaml")
 )
-def generate_sample() -> None:
-    """Print a YAML file with every option at its default, each commented out."""
-    from agent.options import OPTIONS
-    from core.options import sample
+@output_option
+def generate_sample(output: str | None) -> None:
+    """Print a YAML file with every option at its default, each commented out.
 
-    click.echo(sample(OPTIONS), nl=False)
+    As JSON nothing is commented out: it is a file that says what is so without it.
+    """
+    from agent.options import OPTIONS
+    from core.options import render, sample
+
+    defaults = {option.name: render(option.default) for option in OPTIONS}
+    print_done(output, defaults, sample(OPTIONS).rstrip("\n"))
 
 
 @click.command(
@@ -106,7 +111,8 @@ def generate_sample() -> None:
     ),
 )
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
-def validate(options: tuple[str, ...]) -> None:
+@output_option
+def validate(options: tuple[str, ...], output: str | None) -> None:
     """Check a configuration as the agent would on its start, from the same places.
 
     Names the option, its value and where it came from if one is refused.
@@ -115,6 +121,5 @@ def validate(options: tuple[str, ...]) -> None:
 
     checked = load_config(list(options))
     changed = sum(value.origin != "default" for value in checked.values.values())
-    click.echo(
-        f"The configuration is valid: {changed} of {len(checked.values)} options differ from the default."
-    )
+    said = f"The configuration is valid: {changed} of {len(checked.values)} options differ from the default."
+    print_done(output, {"valid": True, "options": checked.shown()}, said)

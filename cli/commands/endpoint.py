@@ -9,7 +9,7 @@ import click
 
 from cli.base import LazyGroup, Settings, examples, headers_option, output_option
 from cli.client import api_path
-from cli.output import print_json, print_table
+from cli.output import print_done, print_json, print_table
 
 Json = dict[str, Any]
 
@@ -165,8 +165,9 @@ def create(
 
 @click.command(epilog=examples("holdfast endpoint delete 373"))
 @click.argument("number", type=click.IntRange(1, 65535))
+@output_option
 @click.pass_obj
-def delete(settings: Settings, number: int) -> None:
+def delete(settings: Settings, number: int, output: str | None) -> None:
     """Remove an endpoint that `create` made; containers' go with their container."""
     settings.agent().request("DELETE", api_path("endpoint", str(number)))
-    click.echo(f"Endpoint {number} is removed")
+    print_done(output, {"id": number, "deleted": True}, f"Endpoint {number} is removed")

@@ -35,25 +35,25 @@ def identity() -> None:
     ),
 )
 @click.argument("labels", nargs=-1)
-@click.option(
-    "--endpoints", is_flag=True, help="Only those that endpoints of this host have, with their number."
-)
+@click.option("--endpoints", is_flag=True, help="Only those that endpoints of this host have.")
 @output_option
 @headers_option
 @click.pass_obj
 def list_(
     settings: Settings, labels: tuple[str, ...], endpoints: bool, output: str | None, no_headers: bool
 ) -> None:
-    """List identities, one label a line; with LABELS only those that have all of them."""
+    """List identities, one label a line; with LABELS only those that have all of them.
+
+    REFCOUNT says how many endpoints of this host have the identity.
+    """
     found = [each for each in settings.agent().get("identity") if has_labels(each, labels)]
     if endpoints:
         found = [each for each in found if each["reference-count"]]
     if output:
         print_json(found)
         return
-    headers = ("ID", "LABELS", "REFCOUNT") if endpoints else ("ID", "LABELS")
-    cells = ((each["id"], "\n".join(each["labels"]), each["reference-count"]) for each in found)
-    print_table(headers, (row[: len(headers)] for row in cells), no_headers=no_headers)
+    rows = ((each["id"], "\n".join(each["labels"]), each["reference-count"]) for each in found)
+    print_table(("ID", "LABELS", "REFCOUNT"), rows, no_headers=no_headers)
 
 
 def has_labels(identity: Json, wanted: tuple[str, ...]) -> bool:

@@ -11,7 +11,7 @@ import click
 from cli.base import LazyGroup, examples, output_option
 from cli.errors import CliError, Missing
 from cli.etcd import etcd_option, with_client
-from cli.output import plural, print_json, printable
+from cli.output import plural, print_done, print_json, printable
 
 if TYPE_CHECKING:
     from kvstore.client import Client
@@ -95,13 +95,17 @@ def list_(prefix: str, etcd_config: Path | None, output: str | None) -> None:
 @click.option("--key", help="The key, as Cilium's command takes it.")
 @click.option("--value", help="The value, as Cilium's command takes it.")
 @etcd_option
-def set_(pair: tuple[str, ...], key: str | None, value: str | None, etcd_config: Path | None) -> None:
+@output_option
+def set_(
+    pair: tuple[str, ...], key: str | None, value: str | None, etcd_config: Path | None, output: str | None
+) -> None:
     """Write a key: KEY VALUE, or --key and --value."""
     words = pair or tuple(word for word in (key, value) if word is not None)
     if len(words) != 2 or (pair and (key or value)):
         raise click.UsageError("give KEY VALUE, or --key KEY --value VALUE")
     revision = with_client(etcd_config, lambda client: client.put(words[0], words[1]), writes=True)
-    click.echo(f"{printable(words[0])} is written at revision {revision}")
+    done = {"key": words[0], "revision": revision}
+    print_done(output, done, f"{printable(words[0])} is written at revision {revision}")
 
 
 @click.command(
@@ -111,7 +115,8 @@ def set_(pair: tuple[str, ...], key: str | None, value: str | None, etcd_config:
 @click.option("--recursive", is_flag=True, help="KEY is a prefix: delete everything below it.")
 @click.option("-f", "--force", is_flag=True, help="Do not ask.")
 @etcd_option
-def delete(key: str, recursive: bool, force: bool, etcd_config: Path | None) -> None:
+@output_option
+def delete(key: str, recursive: bool, force: bool, etcd_config: Path | None, output: str | None) -> None:
     """Delete KEY."""
     if not key:
         raise click.UsageError("an empty prefix would delete everything in etcd")
@@ -124,7 +129,7 @@ def delete(key: str, recursive: bool, force: bool, etcd_config: Path | None) -> 
         gone = int(with_client(etcd_config, lambda client: client.delete(key), writes=True))
     if not gone:
         raise Missing(f"etcd has no key {printable(key)}")
-    click.echo(f"{plural(gone, 'key')} deleted")
+    print_done(output, {"key": key, "deleted": gone}, f"{plural(gone, 'key')} deleted")
 
 
 def ask(question: str) -> None:

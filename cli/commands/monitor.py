@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from cli.base import Settings, examples
+from cli.base import Settings, examples, output_option
 from cli.client import api_path
 from cli.output import printable
 
@@ -27,7 +27,8 @@ TYPES = ("drop", "trace", "policy-verdict", "agent")
 @click.option("--to", "destination", multiple=True, type=int, help="Only to this endpoint; repeatable.")
 @click.option("--related-to", "related", multiple=True, type=int, help="Either side; repeatable.")
 @click.option("-v", "--verbose", is_flag=True, help="Also the time and every field of the event.")
-@click.option("-j", "--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.option("-j", "--json", "as_json", is_flag=True, help="One JSON object a line, as -o json.")
+@output_option
 @click.pass_obj
 def monitor(
     settings: Settings,
@@ -37,6 +38,7 @@ def monitor(
     related: tuple[int, ...],
     verbose: bool,
     as_json: bool,
+    output: str | None,
 ) -> None:
     """Follow drops, policy verdicts and traces until interrupted.
 
@@ -47,7 +49,7 @@ def monitor(
         click.echo("Listening for events. Press Ctrl-C to quit", err=True)
     try:
         for line in settings.agent().stream(api_path("monitor", **query)):
-            click.echo(line.decode().rstrip("\n") if as_json else text(line, verbose))
+            click.echo(line.decode().rstrip("\n") if as_json or output else text(line, verbose))
     except KeyboardInterrupt:
         return
     click.echo("The agent ended the stream", err=True)

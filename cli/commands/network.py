@@ -13,7 +13,7 @@ import click
 from cli.base import LazyGroup, Settings, examples, headers_option, output_option
 from cli.client import HttpClient
 from cli.errors import CliError
-from cli.output import print_json, print_table, printable
+from cli.output import print_done, print_json, print_table, printable
 
 Json = dict[str, Any]
 _HERE = "cli.commands.network"
@@ -88,10 +88,11 @@ def create(name: str, labels: tuple[str, ...], internal: bool, docker: str, outp
 @click.command(epilog=examples("holdfast network delete web"))
 @click.argument("name")
 @docker_option
-def delete(name: str, docker: str) -> None:
+@output_option
+def delete(name: str, docker: str, output: str | None) -> None:
     """Remove a network that has no containers."""
     engine(docker).request("DELETE", f"/networks/{quote(name, safe='')}")
-    click.echo(f"Network {printable(name)} is removed")
+    print_done(output, {"name": name, "deleted": True}, f"Network {printable(name)} is removed")
 
 
 @click.command("list", epilog=examples("holdfast network list", "holdfast network list -o json"))

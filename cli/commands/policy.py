@@ -18,7 +18,7 @@ from cli.client import api_path
 from cli.commands.kv import ask
 from cli.errors import CliError, Missing, Unreachable
 from cli.etcd import etcd_option, with_client
-from cli.output import plural, print_json, print_table, printable
+from cli.output import plural, print_done, print_json, print_table, printable
 from cli.policy_files import PolicyFiles, read_files
 
 Json = dict[str, Any]
@@ -212,6 +212,7 @@ def get(
 @click.option("--local", is_flag=True, help="From this host's directory, through its agent.")
 @click.option("-f", "--force", is_flag=True, help="Do not ask.")
 @etcd_option
+@output_option
 @click.pass_obj
 def delete(
     settings: Settings,
@@ -220,6 +221,7 @@ def delete(
     local: bool,
     force: bool,
     etcd_config: Path | None,
+    output: str | None,
 ) -> None:
     """Take policies back, by name.  Endpoints that no policy selects any more allow everything."""
     if bool(names) == everything:
@@ -234,8 +236,8 @@ def delete(
         from cli.policy_store import delete_all
 
         names = tuple(with_client(etcd_config, lambda client: delete_all(client, names), writes=True))
-    for name in names:
-        click.echo(f"{name}: deleted")
+    results = [{"name": name, "change": "deleted"} for name in names]
+    print_done(output, results, *(f"{name}: deleted" for name in names))
 
 
 @click.command(
@@ -263,11 +265,14 @@ def validate(
 @click.argument("revision", type=click.IntRange(0))
 @click.option("--sleep-time", default=1.0, show_default=True, help="Seconds between two looks.")
 @click.option("--max-wait-time", default=360.0, show_default=True, help="Seconds after which it has failed.")
+@output_option
 @click.pass_obj
-def wait(settings: Settings, revision: int, sleep_time: float, max_wait_time: float) -> None:
+def wait(
+    settings: Settings, revision: int, sleep_time: float, max_wait_time: float, output: str | None
+) -> None:
     """Wait until every endpoint of this host enforces REVISION or a later one."""
     wait_revision(settings, revision, time.monotonic() + max_wait_time, sleep_time)
-    click.echo(f"Every endpoint is at revision {revision} or later")
+    print_done(output, {"revision": revision}, f"Every endpoint is at revision {revision} or later")
 
 
 @click.command(epilog=examples("holdfast policy selectors", "holdfast policy selectors -o json"))

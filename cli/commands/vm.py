@@ -14,7 +14,7 @@ import click
 from cli.base import F, LazyGroup, Settings, examples, headers_option, output_option
 from cli.errors import Missing, Unreachable
 from cli.etcd import etcd_option, with_client
-from cli.output import print_json, print_table, printable
+from cli.output import print_done, print_json, print_table, printable
 
 if TYPE_CHECKING:
     from external_resources.registry import Listed, Registration
@@ -92,9 +92,15 @@ def register(
 @click.argument("name")
 @cluster_options
 @etcd_option
+@output_option
 @click.pass_obj
 def unregister(
-    settings: Settings, name: str, cluster_id: int | None, space: str | None, etcd_config: Path | None
+    settings: Settings,
+    name: str,
+    cluster_id: int | None,
+    space: str | None,
+    etcd_config: Path | None,
+    output: str | None,
 ) -> None:
     """Remove the machine NAME and its addresses."""
     from external_resources import registry
@@ -105,7 +111,7 @@ def unregister(
     )
     if not gone:
         raise Missing(f"no machine {printable(name)} is registered")
-    click.echo(f"{name} is no longer registered")
+    print_done(output, {"name": name, "deleted": True}, f"{name} is no longer registered")
 
 
 @click.command("list", epilog=examples("holdfast vm list", "holdfast vm list -o json"))

@@ -86,22 +86,26 @@ def test_delete_all(config: Path) -> None:
     for name in ("a", "b"):
         holdfast(config, "policy", "apply", "-f", "-", "--name", name, stdin=RULE)
     assert holdfast(config, "policy", "delete", "--all")[0] == 1
-    assert holdfast(config, "policy", "delete", "--all", "-f")[1] == "a: deleted\nb: deleted\n"
+    gone = json.loads(holdfast(config, "policy", "delete", "--all", "-f", "-o", "json")[1])
+    assert gone == [{"name": name, "change": "deleted"} for name in "ab"]
 
 
 def test_kvstore_verbs(config: Path) -> None:
-    assert holdfast(config, "kvstore", "set", "test/a", "1")[0] == 0
+    written = json.loads(holdfast(config, "kvstore", "set", "test/a", "1", "-o", "json")[1])
+    assert (written["key"], written["revision"] > 1) == ("test/a", True)
     assert holdfast(config, "kvstore", "set", "--key", "test/b", "--value", "x\x1b[31m")[0] == 0
     assert holdfast(config, "kvstore", "get", "test/a")[1] == "test/a => 1\n"
     assert (
         holdfast(config, "kvstore", "get", "--recursive", "test/")[1] == "test/a => 1\ntest/b => x\\x1b[31m\n"
     )
     assert holdfast(config, "kvstore", "list", "test/")[1] == "test/a\ntest/b\n"
+    assert json.loads(holdfast(config, "kvstore", "list", "test/", "-o", "json")[1]) == ["test/a", "test/b"]
     assert json.loads(holdfast(config, "kvstore", "get", "test/a", "-o", "json")[1]) == {"test/a": "1"}
     assert holdfast(config, "kvstore", "get", "test/c")[0] == 4
     assert holdfast(config, "kvstore", "delete", "test/a")[1] == "1 key deleted\n"
     assert holdfast(config, "kvstore", "delete", "--recursive", "test/")[0] == 1
-    assert holdfast(config, "kvstore", "delete", "--recursive", "-f", "test/")[1] == "1 key deleted\n"
+    gone = json.loads(holdfast(config, "kvstore", "delete", "--recursive", "-f", "test/", "-o", "json")[1])
+    assert gone == {"key": "test/", "deleted": 1}
     assert holdfast(config, "kvstore", "delete", "--recursive", "-f", "")[0] == 2
 
 
@@ -119,12 +123,15 @@ def test_vm_register_list_unregister(config: Path, etcd: EtcdServer) -> None:
     assert "unchanged" in holdfast(config, *words)[1]
     assert '"IP":"10.1.2.3"' in etcd.ctl("get", "cilium/state/ip/v1/default/10.1.2.3")
     table = holdfast(config, "vm", "list")[1].splitlines()
-    assert table[0].split() == ["NAME", "IDENTITY", "LABELS", "ADDRESSES", "HOST"]
-    assert "container:app=legacy" in table[1]
+    assert table[0] == "NAME       IDENTITY   LABELS                 ADDRESSES   HOST"
+    number = output.split("identity ")[1].split(",")[0]
+    assert table[1].split() == ["legacy-1", number, "container:app=legacy", "10.1.2.3"]
+    assert holdfast(config, "vm", "list", "--no-headers")[1].split() == table[1].split()
     assert json.loads(holdfast(config, "vm", "list", "-o", "json")[1])[0]["addresses"] == ["10.1.2.3"]
     taken = holdfast(config, "vm", "register", "other", "--ip", "10.1.2.3", "-l", "app=x")
     assert (taken[0], "legacy-1" in taken[2]) == (1, True)
     assert holdfast(config, "vm", "register", "bad", "--ip", "florp", "-l", "app=x")[0] == 1
-    assert holdfast(config, "vm", "unregister", "legacy-1")[0] == 0
+    gone = json.loads(holdfast(config, "vm", "unregister", "legacy-1", "-o", "json")[1])
+    assert gone == {"name": "legacy-1", "deleted": True}
     assert holdfast(config, "vm", "unregister", "legacy-1")[0] == 4
     assert etcd.ctl("get", "--prefix", "--keys-only", "cilium/state/ip/").strip() == ""

@@ -7,7 +7,7 @@ import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -133,11 +133,54 @@ def test_conntrack(root: Path) -> None:
     assert bpf(root, "ct", "list").stdout == ""
 
 
-@pytest.mark.parametrize(
-    "words", ["ipcache list", "endpoint list", "metrics list", "tunnel list", "policy list", "ct list"]
-)
-def test_json_everywhere(root: Path, words: str) -> None:
-    assert json.loads(bpf(root, *words.split(), "-o", "json").stdout)
+# Command → its first line, and what its JSON says of one entry.
+TABLES: dict[str, tuple[str, Any]] = {
+    "ipcache list": (
+        "IP PREFIX/ADDRESS   IDENTITY",
+        ("10.50.0.9/32", {"identity": 13465, "tunnel_endpoint": "0.0.0.0", "key": 0}),
+    ),
+    "endpoint list": ("IP ADDRESS    LOCAL ENDPOINT INFO", ("10.50.0.9", {"endpoint_id": 373})),
+    "metrics list": (
+        "REASON          DIRECTION   PACKETS   BYTES",
+        (1, {"reason": "Policy denied", "direction": "INGRESS", "packets": 3, "bytes": 180}),
+    ),
+    "tunnel list": ("TUNNEL        VALUE", ("10.51.0.0", "10.99.0.1")),
+    "policy get 373 -n": (
+        "POLICY   DIRECTION   IDENTITY   PORT/PROTO   PROXY PORT   BYTES   PACKETS",
+        ("cilium_policy_00373", [{"identity": 2, "dport": 8, "protocol": 1, "direction": 0, "deny": True}]),
+    ),
+    "policy list": ("ENDPOINT   ENTRIES   PATH", (0, {"endpoint": 373, "entries": 3})),
+}
+
+
+@pytest.mark.parametrize("words", TABLES)
+def test_headers_are_stable_and_can_be_left_out(root: Path, words: str) -> None:
+    assert bpf(root, *words.split()).stdout.splitlines()[0] == TABLES[words][0]
+    assert table(root, *words.split(), "--no-headers") == table(root, *words.split())[1:]
+
+
+@pytest.mark.parametrize("words", TABLES)
+def test_json_says_what_the_table_says(root: Path, words: str) -> None:
+    found = json.loads(bpf(root, *words.split(), "-o", "json").stdout)
+    where, expected = TABLES[words][1]
+    assert holds(found[where], expected), found
+
+
+def holds(found: Any, expected: Any) -> bool:
+    """True when everything expected is in what was found; it may hold more."""
+    if isinstance(expected, dict):
+        return all(name in found and holds(found[name], value) for name, value in expected.items())
+    if isinstance(expected, list):
+        return all(any(holds(each, wanted) for each in found) for wanted in expected)
+    return bool(found == expected)
+
+
+def test_connections_as_json(root: Path) -> None:
+    found = json.loads(bpf(root, "ct", "list", "-o", "json").stdout)
+    ports = {(each["protocol"], each["destination_port"], each["source_identity"]) for each in found}
+    assert ports == {(6, 80, 13465), (17, 53, 13465)}
+    assert json.loads(bpf(root, "ct", "flush", "-f", "-o", "json").stdout) == {"deleted": 2}
+    assert json.loads(bpf(root, "ct", "list", "-o", "json").stdout) == []
 
 
 def test_a_host_without_maps(tmp_path: Path) -> None:

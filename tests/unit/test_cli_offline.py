@@ -103,11 +103,24 @@ def test_validate_a_configuration(tmp_path: Path) -> None:
     path = tmp_path / "holdfast.yaml"
     path.write_text("cluster-name: dc1\ncluster-id: 3\n")
     assert "is valid" in run("config", "validate", "--config", str(path)).stdout
+    checked = json.loads(run("config", "validate", "--config", str(path), "-o", "json").stdout)
+    assert checked["valid"] is True
+    assert checked["options"]["cluster-id"] == {"value": "3", "origin": f"{path} line 2"}
+    assert checked["options"]["cluster-name"]["value"] == "dc1"
     path.write_text("cluster-id: 300\n")
     result = run("config", "validate", "--config", str(path))
     assert result.returncode == 1
     for part in ("cluster-id", "300", str(path), "line 1", "at most 255"):
         assert part in result.stderr
+
+
+def test_sample_as_json_is_a_configuration_that_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "holdfast.yaml"
+    path.write_text(run("config", "generate-sample", "-o", "json").stdout)
+    checked = json.loads(run("config", "validate", "--config", str(path), "-o", "json").stdout)["options"]
+    without = json.loads(run("config", "validate", "-o", "json").stdout)["options"]
+    changed = {name for name in checked if checked[name]["value"] != without[name]["value"]}
+    assert changed == {"config"}, "only where the file itself is"
 
 
 # --- the engine's socket
@@ -137,6 +150,11 @@ class Engine(http.server.BaseHTTPRequestHandler):
             self._answer(409, {"message": "network with name taken already exists"})
         else:
             self._answer(201, {"Id": "b" * 64, "Warning": ""})
+
+    def do_DELETE(self) -> None:
+        self.requests.append(("DELETE", self.path, None))
+        self.send_response(204)
+        self.end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
@@ -181,6 +199,19 @@ def test_network_list(engine: Path) -> None:
     result = run("network", "list", "--docker", str(engine))
     assert result.stdout.splitlines()[0] == "NETWORK ID     NAME   SCOPE   CREATED"
     assert "driver" in Engine.requests[0][1]
+    assert result.stdout.splitlines()[1:] == ["a" * 12 + "   web    local   2026-01-01T00:00:00"]
+    bare = run("network", "list", "--docker", str(engine), "--no-headers").stdout
+    assert bare.split() == result.stdout.splitlines()[1].split()
+    (found,) = json.loads(run("network", "list", "--docker", str(engine), "-o", "json").stdout)
+    assert (found["Id"], found["Name"]) == ("a" * 64, "web")
+
+
+def test_network_delete(engine: Path) -> None:
+    where = ("--docker", str(engine))
+    assert run("network", "delete", "web", *where).stdout == "Network web is removed\n"
+    said = json.loads(run("network", "delete", "a/b", "-o", "json", *where).stdout)
+    assert said == {"name": "a/b", "deleted": True}
+    assert [path for _, path, _ in Engine.requests] == ["/networks/web", "/networks/a%2Fb"]
 
 
 # --- certificates
@@ -192,6 +223,20 @@ def test_certs_make_and_list(tmp_path: Path) -> None:
         run("certs", "init", *where, "--etcd-name", "etcd", "--agent", "host1", "--operator").returncode == 0
     )
     assert "agent:host1" in run("certs", "list", *where).stdout
-    assert run("certs", "check", *where).returncode == 0
+    assert run("certs", "check", *where).stdout == "4 checked, 0 broken\n"
+    checked = json.loads(run("certs", "check", *where, "-o", "json").stdout)
+    assert (checked["checked"], checked["broken"]) == (4, 0)
+    assert {each["state"] for each in checked["certificates"]} == {"good"}
+    into = tmp_path / "host2"
+    issued = json.loads(
+        run("certs", "issue", *where, "agent", "host2", "--into", str(into), "-o", "json").stdout
+    )
+    assert [(each["holder"], each["action"]) for each in issued["steps"]] == [
+        ("ca", "keep"),
+        ("agent", "create"),
+    ]
+    assert sorted(issued["written"]) == sorted(map(str, into.iterdir()))
+    shown = json.loads(run("certs", "init", *where, "--agent", "host1", "--dry-run", "-o", "json").stdout)
+    assert shown["written"] == []
     refused = run("certs", "issue", *where, "agent", "a b")
     assert (refused.returncode, refused.stderr.startswith("Error: ")) == (1, True)
