@@ -105,7 +105,7 @@ def test_validate_a_configuration(tmp_path: Path) -> None:
     assert "is valid" in run("config", "validate", "--config", str(path)).stdout
     checked = json.loads(run("config", "validate", "--config", str(path), "-o", "json").stdout)
     assert checked["valid"] is True
-    assert checked["options"]["cluster-id"] == {"value": "3", "origin": f"{path} line 2"}
+    assert checked["options"]["cluster-id"] == {"value": "3", "origin": f"file {path} line 2"}
     assert checked["options"]["cluster-name"]["value"] == "dc1"
     path.write_text("cluster-id: 300\n")
     result = run("config", "validate", "--config", str(path))
