@@ -60,6 +60,13 @@ class Device:
         number = self.alias.removeprefix(_ALIAS)
         return int(number) if self.is_ours and number.isdigit() else None
 
+    def is_made_for(self, endpoint_id: int, host_mac: str) -> bool:
+        """Whether this is the host side of exactly this endpoint's pair, and completely set up.
+
+        The alias is the last thing that `Devices.create_veth` sets.
+        """
+        return self.endpoint_id == endpoint_id and self.mac == host_mac
+
 
 @dataclass(frozen=True)
 class VethPair:
@@ -112,7 +119,7 @@ class Devices:
         except DeviceError as error:
             if errno_of(error) != errno.EEXIST:
                 raise
-            await self._remove_leftover(name)
+            await self._remove_leftover(endpoint_id)
             await self._link(f"create veth pair {name}", "add", **request)
         try:
             return await self._prepare(endpoint_id, name, other, mac)
@@ -137,12 +144,18 @@ class Devices:
             self._warned = True
             logger.warning("{}: endpoints work, 127.0.0.1:<published port> may not", refused[0])
 
-    async def _remove_leftover(self, name: str) -> None:
+    async def _remove_leftover(self, endpoint_id: int) -> None:
         """Delete the pair that holds our name.  Raises DeviceError when it is somebody else's."""
+        name = host_name(endpoint_id)
         old = await self.find(name)
-        if old is None or not old.is_ours:
+        if old is None or not (old.is_ours or await self._is_half_made(old, endpoint_id)):
             raise DeviceError(f"device {name} exists and is not Holdfast's", hint="rename or remove it")
         await self.delete(name)
+
+    async def _is_half_made(self, device: Device, endpoint_id: int) -> bool:
+        """Whether an agent died while it made this pair: no alias yet, but the other side has our name."""
+        other = await self.find(temporary_name(endpoint_id))
+        return other is not None and (other.index, other.peer) == (device.peer, device.index)
 
     async def get(self, name: str) -> Device:
         """Return a device by name.  Raises DeviceError when there is none."""

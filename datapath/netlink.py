@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """rtnetlink on the running event loop: one socket, pyroute2's errors turned into ours.
 
-Responsible for: naming what was attempted in every error, and flattening pyroute2's messages.
+Responsible for: naming what was attempted in every error, flattening pyroute2's messages, and one request
+at a time: the kernel answers EBUSY to a second dump on the same socket.
 Measured (2 cores): 0.2–0.4 ms a request on the loop, twice that through a thread.
 Called by: `datapath.devices`, `datapath.routes`, `datapath.attach`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from types import TracebackType
 from typing import Any, Self
@@ -25,6 +27,7 @@ class Netlink:
 
     def __init__(self) -> None:
         self._socket = AsyncIPRoute()
+        self._turn = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         return self
@@ -45,13 +48,15 @@ class Netlink:
     ) -> list[Message]:
         """Run one request (`kind` link, addr, route, neigh) and return the answer's messages.
 
-        Raises `error` with `what` and the kernel's words; its __cause__ is the NetlinkError.
+        Several tasks may call it at once: each waits for its turn.  Raises `error` with `what` and the
+        kernel's words; its __cause__ is the NetlinkError.
         """
         try:
-            answer = await getattr(self._socket, kind)(command, **arguments)
-            if command.startswith("dump"):
-                return [message async for message in answer]
-            return list(answer or ())
+            async with self._turn:
+                answer = await getattr(self._socket, kind)(command, **arguments)
+                if command.startswith("dump"):
+                    return [message async for message in answer]
+                return list(answer or ())
         except NetlinkError as refused:
             raise error(f"{what}: {refused.args[1]}") from refused
 

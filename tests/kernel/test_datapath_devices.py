@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from datapath.attach import Attacher
 from datapath.devices import Devices, host_name, temporary_name
 from datapath.errors import DeviceError, RouteError
 from datapath.netlink import Netlink
@@ -55,6 +57,15 @@ async def test_foreign_device_of_our_name_is_left_alone(net: HostNet) -> None:
         await net.devices.create_veth(7, mtu=MTU, mac="0a:58:00:00:00:01")
     assert await net.devices.collect_leaks([]) == []
     assert await net.devices.find("lxc00007")
+
+
+async def test_pair_of_an_agent_that_died_while_it_made_it_is_replaced(net: HostNet) -> None:
+    """It has no alias yet; the name of its other side says whose it is."""
+    net.host.run("ip", "link", "add", "lxc00007", "type", "veth", "peer", "name", "hf00007")
+    half = await net.devices.get("lxc00007")
+    pair = await net.devices.create_veth(7, mtu=MTU, mac="0a:58:00:00:00:01")
+    assert pair.host.index != half.index
+    assert set(await net.devices.ours()) == {"lxc00007"}
 
 
 async def test_failed_creation_leaves_nothing(net: HostNet, tmp_path: Path) -> None:
@@ -159,3 +170,20 @@ async def test_netlink_belongs_to_the_namespace_it_was_opened_in() -> None:
         async with Netlink() as netlink:
             assert [device.name for device in await Devices(netlink).all()] == ["lo"]
             assert await Routes(netlink).ours() == {}
+
+
+async def test_several_tasks_list_on_one_socket(net: HostNet) -> None:
+    """The kernel refuses a second dump while one is under way; with many devices a dump takes several reads."""
+    ids = range(1, 31)
+    for endpoint_id in ids:
+        await net.devices.create_veth(endpoint_id, mtu=MTU, mac=f"0a:58:00:00:00:{endpoint_id:02x}")
+    names = {host_name(each) for each in ids} | {temporary_name(each) for each in ids}
+    async with Netlink() as netlink:
+        devices, routes, attacher = Devices(netlink), Routes(netlink), Attacher(netlink)
+        for _ in range(5):
+            first, second, on_lo, found, filters = await asyncio.gather(
+                devices.all(), devices.all(), devices.routers(), routes.ours(), attacher.filters(1)
+            )
+            assert names < {each.name for each in first}
+            assert first == second
+            assert (on_lo, found, filters) == ({ROUTER}, {}, [])
