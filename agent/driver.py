@@ -238,13 +238,15 @@ class Driver:
 
     async def _oper_info(self, call: calls.EndpointCall) -> Answer:
         endpoint = self._endpoint(call)
-        if endpoint.identity and endpoint.container_id:
-            return {"Value": {}}  # the second call of a start: a container's labels never change
         try:
+            if endpoint.identity and endpoint.container_id:
+                # The second call of a start: labels never change, but the kernel may not be done yet.
+                await self.endpoints.enforced(endpoint.id)
+                return {"Value": {}}
             await self.identify(endpoint)
         except AgentError as error:
             # The container starts all the same: denied until the engine watcher has found its labels.
-            logger.error("endpoint {} has no identity yet: {}", endpoint.id, error)
+            logger.error("endpoint {} is not as it ought to be yet: {}", endpoint.id, error)
         return {"Value": {}}
 
     async def identify(self, endpoint: Endpoint) -> None:

@@ -19,12 +19,14 @@ ENDPOINT_ID_MAX = 65535  # the key of cilium_call_policy; 0 is never an endpoint
 class State(enum.StrEnum):
     """Where an endpoint is in its life; the names are Cilium's."""
 
-    CREATING = "creating"  # the engine asked for an address, no interface yet
+    CREATING = "creating"  # it has its address and its interface is begun; nobody has joined it yet
     WAITING_FOR_IDENTITY = "waiting-for-identity"  # enforced as reserved:init: nothing passes
     REGENERATING = "regenerating"  # programs or policy are being written
     READY = "ready"  # identity and policy are in the kernel
     RESTORING = "restoring"  # read from the checkpoint; the kernel still enforces the last state
     NOT_READY = "not-ready"  # the last write to the kernel failed; the error says why
+    DISCONNECTING = "disconnecting"  # its interface and its identity are being taken away
+    DISCONNECTED = "disconnected"  # they are gone; number and address are kept until it is deleted
 
 
 class Port(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -68,6 +70,11 @@ class Endpoint(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     connected: bool = False  # an interface is wanted
     handed_over: bool = False  # the other side of the interface is in the workload's namespace
     ports: tuple[Port, ...] = ()
+
+    @property
+    def joined(self) -> bool:
+        """Whether the other side of the interface was promised to a workload, which may have it already."""
+        return bool(self.sandbox) or self.handed_over
 
     @property
     def enforced_identity(self) -> int:

@@ -173,7 +173,12 @@ class EndpointManager:
     ) -> Endpoint:
         """Take a container's labels, allocate its identity and put its policy into the kernel."""
         self._connected(endpoint_id)
-        self.store.change(endpoint_id, container_id=container_id, container_name=name, handed_over=True)
+        # An interface that was not made (yet) can not have been handed over: Join may be under way.
+        made = (await self._kernel.interface_settled(endpoint_id)).kind is Kind.DONE
+        handed_over = self._connected(endpoint_id).handed_over or made
+        self.store.change(
+            endpoint_id, container_id=container_id, container_name=name, handed_over=handed_over
+        )
         try:
             everything, relevant = container_labels(self._filter, name, labels, network)
         except EndpointRefused as error:
@@ -194,6 +199,10 @@ class EndpointManager:
         endpoint = self._connected(endpoint_id)
         if not endpoint.identity or endpoint.labels != relevant.serialized:
             await self._wait_for_identity(endpoint_id, relevant)
+        return await self.enforced(endpoint_id)
+
+    async def enforced(self, endpoint_id: int) -> Endpoint:
+        """Wait until an endpoint's identity and policy are in the kernel; AgentError if that failed."""
         await self._expect_kernel(endpoint_id, "policy")
         return self._connected(endpoint_id)
 
@@ -269,6 +278,7 @@ class EndpointManager:
             return
         self._uses.cancel(endpoint_id)
         endpoint = self.store.change(endpoint_id, connected=False, handed_over=False, sandbox="", ports=())
+        self._histories.note(endpoint_id, State.DISCONNECTING, "interface is being taken away")
         status = await self._kernel.interface_settled(endpoint_id)
         if status.kind is Kind.ERROR:
             self._histories.note(endpoint_id, State.NOT_READY, status.error, ok=False)
@@ -342,7 +352,9 @@ class EndpointManager:
         if status.kind is Kind.ERROR:
             self._histories.note(endpoint_id, State.NOT_READY, status.error, ok=False)
             raise AgentError(f"{what} of endpoint {endpoint_id} could not be put in place: {status.error}")
-        self._histories.note(endpoint_id, State.READY, f"{what} in place")
+        identity = self.get(endpoint_id).identity
+        state = State.READY if identity else State.WAITING_FOR_IDENTITY
+        self._histories.note(endpoint_id, state, f"{what} in place")
 
 
 def _user(endpoint_id: int) -> str:

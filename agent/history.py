@@ -51,9 +51,12 @@ def state_of(endpoint: Endpoint, kernel: Status, *, restoring: bool) -> State:
     if kernel.kind is Kind.ERROR:
         return State.NOT_READY
     if not endpoint.connected:
-        return State.CREATING
+        gone = kernel.kind is Kind.DONE and not endpoint.identity
+        return State.DISCONNECTED if gone else State.DISCONNECTING
     if restoring:
         return State.RESTORING
+    if not endpoint.joined:
+        return State.CREATING
     if not endpoint.identity:
         return State.WAITING_FOR_IDENTITY
     return State.REGENERATING if kernel.kind is Kind.PENDING else State.READY

@@ -223,9 +223,13 @@ class EndpointTarget:
             self._placed[endpoint.id] = replace(placed, identity=endpoint.enforced_identity)
 
     async def _device(self, endpoint: Endpoint) -> Device:
-        """Return the host side of the pair; a lost pair can only be made again before it was handed over."""
+        """Return the host side of the pair; a lost pair can only be made again before it was handed over.
+
+        From Join on the other side may be in the container: what a former life of the agent has made for
+        this endpoint is kept, or the container would lose its interface.
+        """
         device = await self._devices.find(endpoint.interface)
-        if device is not None and (endpoint.handed_over or endpoint.id in self._placed):
+        if device is not None and self._is_kept(endpoint, device):
             return device
         if endpoint.handed_over:
             raise DeviceError(
@@ -236,6 +240,11 @@ class EndpointTarget:
             endpoint.id, mtu=self._place.mtu, mac=endpoint.mac, host_mac=endpoint.node_mac
         )
         return pair.host
+
+    def _is_kept(self, endpoint: Endpoint, device: Device) -> bool:
+        if endpoint.handed_over or endpoint.id in self._placed:
+            return True
+        return endpoint.joined and device.is_made_for(endpoint.id, endpoint.node_mac)
 
     async def _load(self, endpoint: Endpoint, device: Device, policy_map: PolicyMap) -> None:
         placed = self._placed.get(endpoint.id)

@@ -17,6 +17,17 @@ from core.reconciler import Kind
 from identity.labels import Labels
 from policy.model import ALLOW, ANY_TRANSPORT, Direction, PolicyKey
 
+# Nobody is behind the interface (yet, or any more).
+UNCONNECTED = frozenset({State.CREATING, State.DISCONNECTING, State.DISCONNECTED})
+# In Cilium's words; every other state is on its way.
+HEALTH = {
+    State.READY: "OK",
+    State.RESTORING: "OK",
+    State.NOT_READY: "Failure",
+    State.DISCONNECTING: "Disabled",
+    State.DISCONNECTED: "Disabled",
+}
+
 
 def endpoints(parts: Parts, found: Iterable[Endpoint]) -> list[models.Endpoint]:
     """Return endpoints as the API shows them."""
@@ -128,10 +139,9 @@ def _enabled(ingress: bool, egress: bool) -> str:
 
 
 def _health(state: State) -> models.EndpointHealth:
-    fine = "OK" if state in (State.READY, State.RESTORING) else "Bootstrap"
-    word = "Failure" if state is State.NOT_READY else fine
+    word = HEALTH.get(state, "Bootstrap")
     return models.EndpointHealth(
-        bpf=word, policy=word, connected=state is not State.CREATING, overall_health=word
+        bpf=word, policy=word, connected=state not in UNCONNECTED, overall_health=word
     )
 
 

@@ -221,7 +221,7 @@ class LogEntry(Model, frozen=True, kw_only=True):
 
 
 class EndpointStatus(Model, frozen=True, kw_only=True):
-    state: str  # creating, waiting-for-identity, regenerating, ready, disconnecting, restoring, not-ready
+    state: str  # agent.endpoint.State
     identity: Identity
     labels: EndpointLabels
     networking: EndpointNetworking

@@ -173,7 +173,7 @@ async def test_netlink_belongs_to_the_namespace_it_was_opened_in() -> None:
 
 
 async def test_several_tasks_list_on_one_socket(net: HostNet) -> None:
-    """The kernel refuses a second dump while one is under way; with many devices a dump takes several reads."""
+    """The kernel refuses a second dump while one is under way; of many devices it takes several reads."""
     ids = range(1, 31)
     for endpoint_id in ids:
         await net.devices.create_veth(endpoint_id, mtu=MTU, mac=f"0a:58:00:00:00:{endpoint_id:02x}")

@@ -14,6 +14,8 @@ import pytest
 from agent import driver as driver_module
 from agent import endpoints as endpoints_module
 from agent.checkpoint import Network
+from agent.endpoint import Endpoint
+from core.reconciler import Status
 from tests.support.driver_host import NETWORK, DriverHost, driver_host
 
 
@@ -254,6 +256,36 @@ def test_the_second_call_of_a_start_asks_the_engine_nothing(tmp_path: Path) -> N
         assert await host.on("EndpointOperInfo", "e-web") == {"Value": {}}
         assert host.fake.asked == []
         assert host.manager.get(endpoint.id) == endpoint
+
+    run(tmp_path, story)
+
+
+def test_the_second_call_of_a_start_waits_for_the_kernel_all_the_same(tmp_path: Path) -> None:
+    """The first one was given up, or its write has failed: a process must not start before the policy."""
+
+    async def story(host: DriverHost) -> None:
+        await host.on("CreateEndpoint", "e1", Interface={})
+        await host.on("Join", "e1", SandboxKey="/run/netns/1")
+        host.fake.add_container("c1", "web", network=NETWORK, endpoint="e1", state="created")
+        writes = asyncio.Event()
+        interface_settled = host.kernel.interface_settled
+
+        async def settled(endpoint: Endpoint) -> Status:
+            await writes.wait()
+            return await interface_settled(endpoint.id)
+
+        host.kernel.settled = settled  # type: ignore[method-assign]
+        first = asyncio.create_task(host.on("EndpointOperInfo", "e1"))
+        while not host.manager.get(1).identity:
+            await asyncio.sleep(0.005)
+        host.fake.asked.clear()
+        second = asyncio.create_task(host.on("EndpointOperInfo", "e1"))
+        await asyncio.wait({first, second}, timeout=0.2)
+        assert not second.done()
+        assert host.fake.asked == []
+        writes.set()
+        for call in (first, second):
+            assert await call == {"Value": {}}
 
     run(tmp_path, story)
 

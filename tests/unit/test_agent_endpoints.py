@@ -120,6 +120,67 @@ def test_a_life() -> None:
     run(story)
 
 
+def test_states_of_a_life() -> None:
+    async def story(host: Host) -> None:
+        manager, pending = host.manager, Status(Kind.PENDING)
+        made = await manager.create(network_id="n", engine_id="web")
+        assert manager.state(made, pending) is manager.state(made, DONE) is State.CREATING
+        joined = await manager.connect(made.id, "/run/netns/web")
+        assert manager.state(joined, DONE) is State.WAITING_FOR_IDENTITY
+        ready = await manager.identify(made.id, "c-web", "web", {}, "holdfast")
+        assert manager.state(ready, pending) is State.REGENERATING
+        assert manager.state(ready, DONE) is State.READY
+        assert manager.state(ready, Status(Kind.ERROR, "no")) is State.NOT_READY
+        host.kernel.settling.clear()
+        leaving = asyncio.create_task(manager.disconnect(made.id))
+        while manager.get(made.id).connected:
+            await asyncio.sleep(0)
+        assert manager.state(manager.get(made.id), pending) is State.DISCONNECTING
+        assert manager.state(manager.get(made.id), DONE) is State.DISCONNECTING, "it has its identity still"
+        host.kernel.settling.set()
+        await leaving
+        assert manager.state(manager.get(made.id), DONE) is State.DISCONNECTED
+        told = [each.state for each in manager.history(made.id)]
+        wanted = "creating", "waiting-for-identity", "regenerating", "ready", "disconnecting"
+        assert told == list(wanted)
+
+    run(story)
+
+
+def test_an_interface_that_does_not_exist_was_not_handed_over() -> None:
+    """Somebody asks for the identity inside Join, before the interface was made."""
+
+    async def story(host: Host) -> None:
+        made = await host.manager.create(network_id="n", engine_id="web")
+        host.kernel.settling.clear()
+        joining = asyncio.create_task(host.manager.connect(made.id, "/run/netns/web"))
+        identity = asyncio.create_task(host.manager.identify(made.id, "c", "web", {}, "holdfast"))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not host.manager.get(made.id).handed_over
+        host.kernel.settling.set()
+        await joining
+        assert (await identity).handed_over
+        host.check()
+
+    run(story)
+
+
+def test_an_interface_that_could_not_be_made_was_not_handed_over() -> None:
+    async def story(host: Host) -> None:
+        made = await host.manager.create(network_id="n", engine_id="web")
+        host.kernel.trouble[made.id] = "no memory"
+        with pytest.raises(AgentError, match="no memory"):
+            await host.manager.identify(made.id, "c", "web", {}, "holdfast")
+        assert not host.manager.get(made.id).handed_over
+        assert host.manager.get(made.id).identity, "others must know who it is"
+        host.kernel.trouble.clear()
+        await host.manager.delete(made.id)
+        host.check()
+
+    run(story)
+
+
 def test_every_call_twice() -> None:
     async def story(host: Host) -> None:
         first = await host.start("web", app="web")
