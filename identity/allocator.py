@@ -158,7 +158,8 @@ class Allocator:
     def verify_all(self) -> None:
         """Have every identity in use read back from etcd now."""
         for use in self._uses.values():
-            self._settle_later(use)
+            if use.number:  # else it is being asked for at this moment
+                self._settle_later(use)
 
     # --- the background
 

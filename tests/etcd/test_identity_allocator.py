@@ -238,6 +238,20 @@ async def test_reserved_labels_have_their_number_and_no_labels_have_none(etcd: E
             await one.allocator.allocate(Labels())
 
 
+async def test_a_list_that_comes_during_an_allocation_has_nothing_written_twice(etcd: EtcdServer) -> None:
+    async with host(etcd) as one:
+        allocation = asyncio.create_task(one.allocator.allocate(WEB))
+        while not one.allocator.count(WEB):
+            await asyncio.sleep(0)
+        one.allocator.verify_all()
+        await allocation
+        await eventually(lambda: not one.allocator._unsettled)
+        async with one.allocator._uses[WEB].lock:
+            found = await one.client.get(Slot(WEB, "10.0.0.1").value_key)
+        assert found is not None
+        assert found.version == 1
+
+
 # --- locks of real agents
 
 
