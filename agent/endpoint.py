@@ -54,6 +54,7 @@ class Endpoint(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
     id: int
     ipv4: str
+    ipv6: str = ""  # empty without IPv6
     mac: str
     node_mac: str
     interface: str  # host side of the veth pair
@@ -75,6 +76,11 @@ class Endpoint(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     def joined(self) -> bool:
         """Whether the other side of the interface was promised to a workload, which may have it already."""
         return bool(self.sandbox) or self.handed_over
+
+    @property
+    def addresses(self) -> dict[int, str]:
+        """Return the address of each family that the endpoint has one of: 4, and 6 with IPv6."""
+        return {4: self.ipv4, 6: self.ipv6} if self.ipv6 else {4: self.ipv4}
 
     @property
     def enforced_identity(self) -> int:

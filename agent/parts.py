@@ -245,7 +245,7 @@ def _enforcement(ground: Ground, store: Store, known: Knowledge) -> Enforcement:
         "own-entries": publish.reconciler(table, _own_entries(ground, store, known)),
     }
     ip_reconciler = ipcache.reconciler(known.addresses, maps.ipcache, policy_maps.reconciler)
-    conntrack = Conntrack((maps.ct_tcp, maps.ct_any))
+    conntrack = Conntrack(maps.conntrack)
     forward = ForwardChain() if config["install-iptables-rules"] else None
     firewall = FirewallRules(_firewall_state(config, ground.pool), FirewallTarget(Firewall(), forward))
     derivations.attach(reconcilers["endpoints"], ip_reconciler, conntrack, firewall)

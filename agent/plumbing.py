@@ -41,7 +41,7 @@ class Programs(Protocol):
 
     def set_identity(self, endpoint_id: int, identity: int) -> None: ...
 
-    async def attached(self, ifindex: int) -> bool: ...
+    async def attached(self, endpoint: Endpoint, ifindex: int) -> bool: ...
 
     def unload(self, endpoint_id: int) -> None: ...
 
@@ -250,7 +250,7 @@ class EndpointTarget:
         placed = self._placed.get(endpoint.id)
         if placed is not None and placed.ifindex == device.index:
             self._identify(endpoint, placed)
-            if await self._programs.attached(device.index):
+            if await self._programs.attached(endpoint, device.index):
                 return
         try:
             with metrics.ENDPOINT_REGENERATION_SECONDS.labels("bpfLoadProg", "success").time():

@@ -9,18 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from agent.endpoint import Endpoint
 from core.options import Config
-from datapath.attach import NAME_PREFIX, Attacher, Hook, attach_endpoint, remove_policy
+from datapath.attach import NAME_PREFIX, PLACES, Attacher, Hook, attach_endpoint, remove_policy
 from datapath.bpffs import ensure_bpffs, raise_memlock
 from datapath.constants import Aggregation, DatapathOptions, EndpointConstants, netdev_constants
 from datapath.handle import MapHandle
-from datapath.loader import ENDPOINT_OBJECT, NETDEV_OBJECT, POLICY_MAP, IdentityCell, Template
+from datapath.loader import (
+    ENDPOINT_OBJECTS,
+    NETDEV_OBJECTS,
+    POLICY_MAP,
+    IdentityCell,
+    Programs,
+    Template,
+)
 from datapath.maps import CtMap, EventsLost, IpcacheMap, LxcMap, MetricsMap, MonitorFlag, PolicyMap, TunnelMap
 from datapath.mapspec import MapCatalogue, open_or_create
 from datapath.netlink import Netlink
@@ -38,21 +46,27 @@ class _Closable(Protocol):
 Opened = TypeVar("Opened", bound=_Closable)
 
 
+class FamilyMaps(NamedTuple):
+    """The maps that each address family has for itself."""
+
+    ct_tcp: CtMap
+    ct_any: CtMap
+    call_policy: MapHandle
+    fragments: MapHandle
+
+
 @dataclass(frozen=True)
 class HostMaps:
     """The maps that a host has once."""
 
     lxc: LxcMap
     ipcache: IpcacheMap
-    ct_tcp: CtMap
-    ct_any: CtMap
     metrics: MetricsMap
     tunnel: TunnelMap
     monitor: MonitorFlag
-    call_policy: MapHandle
-    fragments: MapHandle
     lost: EventsLost
     ring: EventRing
+    families: Mapping[int, FamilyMaps]
 
     @classmethod
     def open(cls, catalogue: MapCatalogue, root: Path) -> HostMaps:
@@ -66,26 +80,53 @@ class HostMaps:
             maps = cls(
                 lxc=held(LxcMap.open(catalogue.lxc, root)),
                 ipcache=held(IpcacheMap.open(catalogue.ipcache, root)),
-                ct_tcp=held(CtMap.open(catalogue.ct(tcp=True), root)),
-                ct_any=held(CtMap.open(catalogue.ct(tcp=False), root)),
                 metrics=held(MetricsMap.open(catalogue.metrics, root)),
                 tunnel=held(TunnelMap.open(catalogue.tunnel, root)),
                 monitor=held(MonitorFlag.open(catalogue.monitor, root)),
-                call_policy=held(open_or_create(catalogue.call_policy, root)),
-                fragments=held(open_or_create(catalogue.fragments4, root)),
                 lost=held(EventsLost.open(catalogue.events_lost, root)),
                 ring=EventRing.create(),
+                families={
+                    family: FamilyMaps(
+                        ct_tcp=held(CtMap.open(catalogue.ct(tcp=True, family=family), root)),
+                        ct_any=held(CtMap.open(catalogue.ct(tcp=False, family=family), root)),
+                        call_policy=held(open_or_create(catalogue.call_policy(family=family), root)),
+                        fragments=held(open_or_create(catalogue.fragments(family=family), root)),
+                    )
+                    for family in catalogue.families
+                },
             )
             # An attempt that fails is repeated for as long as it takes: it must leave nothing open.
             stack.pop_all()
             return maps
 
+    def close(self) -> None:
+        """Close every descriptor; what is pinned stays."""
+        for each in (self.lxc, self.ipcache, self.metrics, self.tunnel, self.monitor, self.lost, self.ring):
+            each.close()
+        for maps in self.families.values():
+            for own in maps:
+                own.close()
+
     def by_name(self) -> dict[str, int]:
         """Return descriptors by the names that the objects use."""
-        handles = (self.lxc, self.ipcache, self.ct_tcp, self.ct_any, self.metrics, self.monitor, self.lost)
-        plain = (self.call_policy, self.fragments)
-        found = {each.name: each.fd for each in handles} | {each.name: each.fd for each in plain}
+        found = {
+            each.name: each.fd for each in (self.lxc, self.ipcache, self.metrics, self.monitor, self.lost)
+        }
+        for maps in self.families.values():
+            found |= {each.name: each.fd for each in maps}
         return found | self.ring.descriptors
+
+    @property
+    def conntrack(self) -> tuple[CtMap, ...]:
+        """Return every conntrack map."""
+        return tuple(ct for each in self.families.values() for ct in (each.ct_tcp, each.ct_any))
+
+
+class Templates(NamedTuple):
+    """The objects of one address family."""
+
+    endpoint: Template
+    netdev: Template
 
 
 class HostPrograms:
@@ -96,7 +137,7 @@ class HostPrograms:
         catalogue: MapCatalogue,
         root: Path,
         maps: HostMaps,
-        templates: tuple[Template, Template],
+        templates: Mapping[int, Templates],
         options: DatapathOptions,
         netlink: Netlink,
     ) -> None:
@@ -105,9 +146,10 @@ class HostPrograms:
         self.maps = maps
         self._options = options
         self._attacher = Attacher(netlink)
-        self._endpoint, self._netdev = templates
+        self._templates = templates
         self._on_devices: dict[int, str] = {}
-        self._cells: dict[int, IdentityCell] = {}
+        # One for each family that an endpoint has programs for.
+        self._cells: dict[int, list[IdentityCell]] = {}
 
     @classmethod
     def open(cls, config: Config) -> HostPrograms:
@@ -123,7 +165,13 @@ class HostPrograms:
             fragments_max=config["bpf-fragments-map-max"],
         )
         objects = object_dir(config)
-        templates = Template.read(objects / ENDPOINT_OBJECT), Template.read(objects / NETDEV_OBJECT)
+        templates = {
+            family: Templates(
+                Template.read(objects / ENDPOINT_OBJECTS[family]),
+                Template.read(objects / NETDEV_OBJECTS[family]),
+            )
+            for family in catalogue.families
+        }
         maps = HostMaps.open(catalogue, root)
         return cls(catalogue, root, maps, templates, options_of(config), Netlink())
 
@@ -131,49 +179,61 @@ class HostPrograms:
 
     async def load(self, endpoint: Endpoint, ifindex: int, policy_map: PolicyMap) -> None:
         """Load an endpoint's programs and put them in the place of the former ones, without a gap."""
-        constants = EndpointConstants(
-            endpoint_id=endpoint.id,
-            identity=endpoint.enforced_identity,
-            ifindex=ifindex,
-            ipv4=IPv4Address(endpoint.ipv4),
-            host_mac=endpoint.node_mac,
-            options=self._options,
-        )
         maps = self.maps.by_name() | {POLICY_MAP: policy_map.fd}
-        with await asyncio.to_thread(self._endpoint.load, constants, maps) as programs:
-            await attach_endpoint(self._attacher, ifindex, endpoint.id, programs, self.maps.call_policy.fd)
-            self._forget_cell(endpoint.id)
-            self._cells[endpoint.id] = programs.take_identity()
+        call_policy = {family: each.call_policy.fd for family, each in self.maps.families.items()}
+        with contextlib.ExitStack() as stack:
+            programs = {}
+            for family, address in endpoint.addresses.items():
+                constants = EndpointConstants(
+                    endpoint_id=endpoint.id,
+                    identity=endpoint.enforced_identity,
+                    ifindex=ifindex,
+                    address=ip_address(address),
+                    host_mac=endpoint.node_mac,
+                    options=self._options,
+                )
+                loaded = await asyncio.to_thread(self._templates[family].endpoint.load, constants, maps)
+                programs[family] = stack.enter_context(loaded)
+            await attach_endpoint(self._attacher, ifindex, endpoint.id, programs, call_policy)
+            self._take_cells(endpoint.id, programs.values())
 
     def set_identity(self, endpoint_id: int, identity: int) -> None:
         """Give an endpoint's running programs another identity.  Raises MapError; KeyError if not loaded."""
-        self._cells[endpoint_id].set(identity)
+        for cell in self._cells[endpoint_id]:
+            cell.set(identity)
 
-    async def attached(self, ifindex: int) -> bool:
-        """True when both of our filters are on a device."""
-        return {each.hook for each in await self._attacher.filters(ifindex) if each.ours} == set(Hook)
+    async def attached(self, endpoint: Endpoint, ifindex: int) -> bool:
+        """True when a filter of ours is on both hooks of a device for each of the endpoint's addresses."""
+        found = {(each.hook, each.place) for each in await self._attacher.filters(ifindex) if each.ours}
+        return found == {(hook, PLACES[family]) for hook in Hook for family in endpoint.addresses}
 
     def unload(self, endpoint_id: int) -> None:
         """Make an endpoint unreachable for tail calls; its filters go with its device."""
-        self._forget_cell(endpoint_id)
-        remove_policy(self.maps.call_policy.fd, endpoint_id)
+        self._forget_cells(endpoint_id)
+        for each in self.maps.families.values():
+            remove_policy(each.call_policy.fd, endpoint_id)
 
-    def _forget_cell(self, endpoint_id: int) -> None:
-        cell = self._cells.pop(endpoint_id, None)
-        if cell is not None:
+    def _take_cells(self, endpoint_id: int, programs: Iterable[Programs]) -> None:
+        self._forget_cells(endpoint_id)
+        self._cells[endpoint_id] = [each.take_identity() for each in programs]
+
+    def _forget_cells(self, endpoint_id: int) -> None:
+        for cell in self._cells.pop(endpoint_id, ()):
             cell.close()
 
     # --- agent.keeper.NetdevPrograms
 
     async def attach_netdev(self, name: str, index: int) -> bool:
         """Attach from_netdev to a device of the host; return whether anything was done."""
-        filters = await self._attacher.filters(index)
-        if self._on_devices.get(index) == name and any(each.ours for each in filters):
+        places = {each.place for each in await self._attacher.filters(index) if each.ours}
+        if self._on_devices.get(index) == name and places == {PLACES[family] for family in self._templates}:
             return False
-        with await asyncio.to_thread(
-            self._netdev.load, netdev_constants(self._options), self.maps.by_name()
-        ) as programs:
-            await self._attacher.attach(index, Hook.INGRESS, programs[NETDEV_PROGRAM], NETDEV_PROGRAM)
+        constants, maps = netdev_constants(self._options), self.maps.by_name()
+        for family, templates in self._templates.items():
+            with await asyncio.to_thread(templates.netdev.load, constants, maps) as programs:
+                program = programs[NETDEV_PROGRAM]
+                await self._attacher.attach(index, Hook.INGRESS, program, NETDEV_PROGRAM, family=family)
+        await self._attacher.keep_only(index, self._templates)
         self._on_devices[index] = name
         return True
 

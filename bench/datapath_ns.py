@@ -74,9 +74,9 @@ def new_flows(host: Lab) -> float:
         outcome = testrun.run(program, frames.tcp(A, B, source_port, 80))
         assert outcome.verdict == ACT_REDIRECT
         total += outcome.nanoseconds
-    opened = [key for key, _ in host.ct_tcp.items() if key.source_port < 40_000]
+    opened = [key for key, _ in host.ct["cilium_ct4_global"].items() if key.source_port < 40_000]
     assert len(opened) == 2 * FLOWS
-    host.ct_tcp.delete(opened)
+    host.ct["cilium_ct4_global"].delete(opened)
     return total / FLOWS
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from bench import harness
 from datapath.constants import EndpointConstants
-from datapath.loader import ENDPOINT_OBJECT, POLICY_MAP, Programs, Template
+from datapath.loader import ENDPOINT_OBJECTS, POLICY_MAP, Programs, Template
 from tests.support.bpflab import OBJECTS, Lab, lab
 
 ROUNDS = 9
@@ -44,7 +44,7 @@ def compile_anew(directory: Path) -> float:
     """Return how many milliseconds the compiler takes for the object."""
     start = time.perf_counter()
     subprocess.run(
-        ["make", "-s", "-B", "-C", str(SOURCES), f"BUILD={directory}", f"{directory}/{ENDPOINT_OBJECT}"],
+        ["make", "-s", "-B", "-C", str(SOURCES), f"BUILD={directory}", f"{directory}/{ENDPOINT_OBJECTS[4]}"],
         check=True,
     )
     return (time.perf_counter() - start) * 1e3
@@ -61,7 +61,7 @@ def verified(programs: Programs) -> dict[str, str]:
 
 
 def measure(host: Lab, directory: Path) -> tuple[list[float], list[float]]:
-    template = Template.read(OBJECTS / ENDPOINT_OBJECT)
+    template = Template.read(OBJECTS / ENDPOINT_OBJECTS[4])
     maps = host.fds | {POLICY_MAP: host.policies[1].fd}
     load(template, maps)  # libbpf probes the kernel once
     loads, compiles = [], []

@@ -17,8 +17,8 @@
  * A reply to a connection that came through the stack goes back there (from_stack): a published port is
  * translated there, so its answers must be too.
  */
-#include "arp.h"
 #include "deliver.h"
+#include "neighbour.h"
 #include "policy.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
@@ -43,60 +43,59 @@ static __always_inline int to_stack(struct __sk_buff *ctx, enum trace_point poin
 }
 
 /* forward sends an allowed packet on its way. */
-static __always_inline int forward(struct __sk_buff *ctx, const struct addresses *ends, enum family family,
+static __always_inline int forward(struct __sk_buff *ctx, const struct addresses *ends,
 				   const struct parties *who)
 {
 	const struct endpoint_info *to = NULL;
 	enum trace_point point = TRACE_TO_STACK;
 
 	if (!(flow_get(ctx, traits) & FLOW_FROM_STACK))
-		to = endpoint_of(&ends->destination, family);
+		to = endpoint_of(&ends->destination);
 	if (to && to->flags & ENDPOINT_IS_HOST)
 		point = TRACE_TO_HOST;
-	else if (to && l3_hop(ctx, family))
+	else if (to && l3_hop(ctx))
 		return deliver_local(ctx, to, own_identity);
 	return to_stack(ctx, point, who);
 }
 
-static __always_inline int egress(struct __sk_buff *ctx, enum family family, struct parties *who)
+static __always_inline int egress(struct __sk_buff *ctx, struct parties *who)
 {
 	struct addresses ends = {};
-	int ret = l3_parse(ctx, family, &ends);
+	int ret = l3_parse(ctx, &ends);
 
 	if (ret < 0)
 		return ret;
-	if (!l3_is_own(&ends.source, family))
+	if (!l3_is_own(&ends.source))
 		return -DROP_INVALID_SOURCE;
-	if (l3_unroutable(&ends.destination, family))
+	if (l3_unroutable(&ends.destination))
 		return -DROP_UNROUTABLE;
-	ret = l3_parse_l4(ctx, family);
+	ret = l3_parse_l4(ctx);
 	if (ret < 0)
 		return ret;
 	flow_set(ctx, now, clock_seconds());
-	who->destination = identity_of(&ends.destination, family);
+	who->destination = identity_of(&ends.destination);
 	ret = judge(ctx, &ends, EGRESS, who->destination);
-	return ret < 0 ? ret : forward(ctx, &ends, family, who);
+	return ret < 0 ? ret : forward(ctx, &ends, who);
 }
 
 SEC("tc")
 int from_endpoint(struct __sk_buff *ctx)
 {
 	struct parties who = {.source = own_identity};
-	int ret = -DROP_UNSUPPORTED_L3;
+	int ret;
 
-	packet_gather(ctx);
+	packet_gather(ctx, HEADERS);
 	notify_arrival(ctx, TRACE_FROM_ENDPOINT, &who);
-	if (ctx->protocol == bpf_htons(ETH_P_IP))
-		ret = egress(ctx, FAMILY_IPV4, &who);
-	else if (ctx->protocol == bpf_htons(ETH_P_ARP))
-		ret = arp_answer(ctx);
+	ret = neighbour_answer(ctx);
+	if (!ret)
+		ret = l3_is_ours(ctx) ? egress(ctx, &who) : -DROP_UNSUPPORTED_L3;
 	return ret < 0 ? drop(ctx, ret, EGRESS, &who) : ret;
 }
 
-static __always_inline int ingress(struct __sk_buff *ctx, enum family family, const struct parties *who)
+static __always_inline int ingress(struct __sk_buff *ctx, const struct parties *who)
 {
 	struct addresses ends = {};
-	int ret = l3_addresses(ctx, family, &ends);
+	int ret = l3_addresses(ctx, &ends);
 
 	if (ret < 0)
 		return ret;
@@ -117,28 +116,28 @@ int policy_ingress(struct __sk_buff *ctx)
 	/* The rest was said of the sender's half. */
 	flow_set(ctx, traits, flow_get(ctx, traits) & (FLOW_PORTLESS | FLOW_ICMP_ERROR | FLOW_VIA_STACK));
 	parties_ingress(&who, flow_get(ctx, sender));
-	if (ctx->protocol == bpf_htons(ETH_P_IP))
-		ret = ingress(ctx, FAMILY_IPV4, &who);
+	if (l3_is_ours(ctx))
+		ret = ingress(ctx, &who);
 	if (ret < 0)
 		return drop(ctx, ret, INGRESS, &who);
 	return flow_get(ctx, traits) & FLOW_VIA_STACK ? TC_ACT_OK : bpf_redirect_peer(config.ifindex, 0);
 }
 
-static __always_inline int ingress_from_stack(struct __sk_buff *ctx, enum family family, struct parties *who)
+static __always_inline int ingress_from_stack(struct __sk_buff *ctx, struct parties *who)
 {
 	struct addresses ends = {};
-	int ret = l3_parse(ctx, family, &ends);
+	int ret = l3_parse(ctx, &ends);
 
 	if (ret < 0)
 		return ret;
-	if (is_forged(ctx, &ends.source, family))
+	if (is_forged(ctx, &ends.source))
 		return -DROP_INVALID_SOURCE;
-	ret = l3_parse_l4(ctx, family);
+	ret = l3_parse_l4(ctx);
 	if (ret < 0)
 		return ret;
 	flow_set(ctx, now, clock_seconds());
 	flow_mark(ctx, FLOW_VIA_STACK);
-	who->source = identity_of(&ends.source, family);
+	who->source = identity_of(&ends.source);
 	return judge_ingress(ctx, config.endpoint_id, who->source);
 }
 
@@ -150,9 +149,9 @@ int to_endpoint(struct __sk_buff *ctx)
 
 	if (ctx->protocol == bpf_htons(ETH_P_ARP))
 		return TC_ACT_OK;
-	packet_gather(ctx);
+	packet_gather(ctx, HEADERS);
 	parties_ingress(&who, 0);
-	if (ctx->protocol == bpf_htons(ETH_P_IP))
-		ret = ingress_from_stack(ctx, FAMILY_IPV4, &who);
+	if (l3_is_ours(ctx))
+		ret = ingress_from_stack(ctx, &who);
 	return drop(ctx, ret, INGRESS, &who);
 }

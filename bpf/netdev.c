@@ -12,35 +12,35 @@
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 /* identity_from_wire never believes that the host itself speaks from outside. */
-static __always_inline __u32 identity_from_wire(const union address *ip, enum family family)
+static __always_inline __u32 identity_from_wire(const union address *ip)
 {
-	__u32 identity = identity_of(ip, family);
+	__u32 identity = identity_of(ip);
 
 	return identity == IDENTITY_HOST ? IDENTITY_WORLD : identity;
 }
 
 /* enter delivers a packet to the endpoint it is for; TC_ACT_OK leaves it to the stack. */
-static __always_inline int enter(struct __sk_buff *ctx, enum family family, struct parties *who)
+static __always_inline int enter(struct __sk_buff *ctx, struct parties *who)
 {
 	struct addresses ends = {};
 	const struct endpoint_info *to;
 	int ret;
 
-	packet_gather(ctx);
-	if (l3_parse(ctx, family, &ends) < 0)
+	packet_gather(ctx, HEADERS);
+	if (l3_parse(ctx, &ends) < 0)
 		return TC_ACT_OK;
-	to = endpoint_of(&ends.destination, family);
+	to = endpoint_of(&ends.destination);
 	if (!is_workload(to))
 		return TC_ACT_OK;
-	who->source = identity_from_wire(&ends.source, family);
+	who->source = identity_from_wire(&ends.source);
 	who->receiver = to->lxc_id;
-	if (is_workload(endpoint_of(&ends.source, family)))
+	if (is_workload(endpoint_of(&ends.source)))
 		return -DROP_INVALID_SOURCE;
 	notify_arrival(ctx, TRACE_FROM_NETWORK, who);
-	ret = l3_parse_l4(ctx, family);
+	ret = l3_parse_l4(ctx);
 	if (ret < 0)
 		return ret;
-	if (!l3_hop(ctx, family))
+	if (!l3_hop(ctx))
 		return TC_ACT_OK;
 	flow_set(ctx, now, clock_seconds());
 	return deliver_local(ctx, to, who->source);
@@ -56,7 +56,7 @@ int from_netdev(struct __sk_buff *ctx)
 	 * only because somebody listens to everything. */
 	if (ctx->vlan_present || ctx->pkt_type != PACKET_HOST)
 		return TC_ACT_OK;
-	if (ctx->protocol == bpf_htons(ETH_P_IP))
-		ret = enter(ctx, FAMILY_IPV4, &who);
+	if (l3_is_ours(ctx))
+		ret = enter(ctx, &who);
 	return ret < 0 ? drop(ctx, ret, INGRESS, &who) : ret;
 }

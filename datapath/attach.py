@@ -6,6 +6,9 @@ handle of its own, so attaching again replaces it in one step of the kernel, pac
 or the new one; an element of cilium_call_policy is swapped likewise.  Filters of others are never
 touched.  The kernel keeps what is attached: descriptors may be closed and the process may end.
 
+The programs for IPv6 have a filter for that protocol before the other, which takes every protocol: so
+without them IPv6 meets a program too, one that knows only IPv4 and drops it.
+
 Called by: the agent.  `netlink` must have been opened in the device's namespace.
 """
 
@@ -14,19 +17,31 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import socket
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from datapath import syscall
 from datapath.errors import AttachError, KeyAbsent
 from datapath.loader import Programs
 from datapath.netlink import Message, Netlink, errno_of
 
-PRIORITY = 1  # first: a filter before ours could pass packets by
 HANDLE = 0x486F  # ours alone: "Ho"; others number from 1
 NAME_PREFIX = "holdfast:"  # of filter names, for people and for `attached`
-_ALL_PROTOCOLS = 3  # ETH_P_ALL, in the byte order that pyroute2 wants
-_CALL_POLICY = "cilium_call_policy"
+_CALL_POLICY = "call_policy"
+
+
+class Place(NamedTuple):
+    """Where the filter of an address family stands; `protocol` is an Ethernet type, 3 for all of them."""
+
+    priority: int
+    protocol: int
+
+
+# First of all: a filter before ours could pass packets by.
+PLACES = {6: Place(1, 0x86DD), 4: Place(2, 0x0003)}
 
 
 class Hook(enum.Enum):
@@ -42,13 +57,13 @@ class Filter:
 
     ifindex: int
     hook: Hook
-    priority: int
+    place: Place
     handle: int
     name: str
 
     @property
     def ours(self) -> bool:
-        return (self.priority, self.handle) == (PRIORITY, HANDLE) and self.name.startswith(NAME_PREFIX)
+        return self.handle == HANDLE and self.name.startswith(NAME_PREFIX)
 
 
 class Attacher:
@@ -57,43 +72,46 @@ class Attacher:
     def __init__(self, netlink: Netlink) -> None:
         self._netlink = netlink
 
-    async def attach(self, ifindex: int, hook: Hook, program: int, name: str) -> None:
-        """Attach `program` (a descriptor), replacing in one step what we had there.
+    async def attach(self, ifindex: int, hook: Hook, program: int, name: str, *, family: int = 4) -> None:
+        """Attach `program` (a descriptor), replacing in one step what we had there for this family.
 
         Raises AttachError: no such device, or a filter of another kind holds our priority.
         """
         what = f"attach {name} to {hook.name.lower()} of device {ifindex}"
         try:
-            await self._replace(what, ifindex, hook, program, name)
+            await self._replace(what, ifindex, hook, program, name, PLACES[family])
         except AttachError as error:
             if errno_of(error) not in (errno.EINVAL, errno.ENOENT):
                 raise
             await self._add_clsact(ifindex)
-            await self._replace(what, ifindex, hook, program, name)
+            await self._replace(what, ifindex, hook, program, name, PLACES[family])
 
-    async def detach(self, ifindex: int, hook: Hook) -> bool:
-        """Remove our filter; return whether there was one."""
-        if not any(one.ours and one.hook is hook for one in await self.filters(ifindex)):
-            return False
-        what = f"detach from {hook.name.lower()} of device {ifindex}"
+    async def keep_only(self, ifindex: int, families: Iterable[int]) -> int:
+        """Remove our filters of other families and of an earlier version's places; return how many."""
+        wanted = {PLACES[family] for family in families}
+        surplus = [one for one in await self.filters(ifindex) if one.ours and one.place not in wanted]
+        for one in surplus:
+            await self._remove(one)
+        return len(surplus)
+
+    async def _remove(self, one: Filter) -> None:
+        what = f"detach {one.name} from {one.hook.name.lower()} of device {one.ifindex}"
         await self._netlink.request(
             what,
             AttachError,
             "tc",
             "del-filter",
             kind="bpf",
-            index=ifindex,
-            parent=hook.value,
-            prio=PRIORITY,
-            handle=HANDLE,
-            protocol=_ALL_PROTOCOLS,
+            index=one.ifindex,
+            parent=one.hook.value,
+            prio=one.place.priority,
+            handle=one.handle,
+            protocol=one.place.protocol,
         )
-        return True
 
     async def release(self, ifindex: int) -> None:
         """Remove our filters and, when nobody else has any, the hooks themselves."""
-        for hook in Hook:
-            await self.detach(ifindex, hook)
+        await self.keep_only(ifindex, ())
         if not [message for hook in Hook for message in await self._dump(ifindex, hook)]:
             with contextlib.suppress(AttachError):  # there were no hooks
                 await self._netlink.request(
@@ -124,7 +142,9 @@ class Attacher:
                 return []
             raise
 
-    async def _replace(self, what: str, ifindex: int, hook: Hook, program: int, name: str) -> None:
+    async def _replace(
+        self, what: str, ifindex: int, hook: Hook, program: int, name: str, place: Place
+    ) -> None:
         await self._netlink.request(
             what,
             AttachError,
@@ -133,9 +153,9 @@ class Attacher:
             kind="bpf",
             index=ifindex,
             parent=hook.value,
-            prio=PRIORITY,
+            prio=place.priority,
             handle=HANDLE,
-            protocol=_ALL_PROTOCOLS,
+            protocol=place.protocol,
             fd=program,
             name=NAME_PREFIX + name,
             direct_action=True,
@@ -157,20 +177,28 @@ def _filter_of(message: Message, ifindex: int, hook: Hook) -> list[Filter]:
         return []
     options = message.get("TCA_OPTIONS")
     name = options.get("TCA_BPF_NAME") if options is not None else None
-    return [Filter(ifindex, hook, message["info"] >> 16, message["handle"], str(name or ""))]
+    place = Place(message["info"] >> 16, socket.ntohs(message["info"] & 0xFFFF))
+    return [Filter(ifindex, hook, place, message["handle"], str(name or ""))]
 
 
 async def attach_endpoint(
-    attacher: Attacher, ifindex: int, endpoint_id: int, programs: Programs, call_policy: int
+    attacher: Attacher,
+    ifindex: int,
+    endpoint_id: int,
+    programs: Mapping[int, Programs],
+    call_policy: Mapping[int, int],
 ) -> None:
     """Put all programs of an endpoint in force: the receiving side first, so that nothing arrives unjudged.
 
-    `ifindex` is the host-side veth's, `call_policy` a descriptor of cilium_call_policy.  Raises
-    AttachError or MapError; what was in force before stays where a step did not come through.
+    `programs` by address family, `ifindex` is the host-side veth's, `call_policy` has the descriptor of each
+    family's map.  Raises AttachError or MapError; what was in force before stays where a step did not come
+    through.
     """
-    install_policy(call_policy, endpoint_id, programs["policy_ingress"])
-    await attacher.attach(ifindex, Hook.EGRESS, programs["to_endpoint"], "to_endpoint")
-    await attacher.attach(ifindex, Hook.INGRESS, programs["from_endpoint"], "from_endpoint")
+    for family, each in programs.items():
+        install_policy(call_policy[family], endpoint_id, each["policy_ingress"])
+        await attacher.attach(ifindex, Hook.EGRESS, each["to_endpoint"], "to_endpoint", family=family)
+        await attacher.attach(ifindex, Hook.INGRESS, each["from_endpoint"], "from_endpoint", family=family)
+    await attacher.keep_only(ifindex, programs)
 
 
 def install_policy(call_policy: int, endpoint_id: int, program: int) -> None:

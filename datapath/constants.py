@@ -24,8 +24,7 @@ _MAC6 = Scalar("u8[6]", "6s", 6, 1)
 CONFIG = Layout(
     "config",
     (
-        Field("ipv4", ADDRESS),
-        Field("ipv6", ADDRESS),
+        Field("address", ADDRESS),
         Field("gateway", ADDRESS),
         Field("endpoint_id", U32),
         Field("ifindex", U32),
@@ -43,7 +42,9 @@ CONFIG = Layout(
 )
 
 
-GATEWAY = IPv4Address("169.254.1.1")  # of every endpoint; exists only in the programs
+# Of every endpoint; they exist only in the programs.
+GATEWAY = IPv4Address("169.254.1.1")
+GATEWAY6 = IPv6Address("fe80::1")
 
 
 class Aggregation(enum.IntEnum):
@@ -73,16 +74,16 @@ class DatapathOptions:
 class EndpointConstants:
     """What the programs of one endpoint know; `ifindex` and `host_mac` are the host-side veth's.
 
+    `address` says the family: an endpoint has one set of programs, and one of its addresses, for each.
+
     `identity` is only where they begin: `datapath.loader.IdentityCell` changes it while they run.
     """
 
     endpoint_id: int
     identity: int
     ifindex: int
-    ipv4: IPv4Address
+    address: IPv4Address | IPv6Address
     host_mac: str
-    gateway: IPv4Address = GATEWAY
-    ipv6: IPv6Address | None = None
     options: DatapathOptions = field(default_factory=DatapathOptions)
 
     def pack(self) -> bytes:
@@ -92,8 +93,7 @@ class EndpointConstants:
 
 def netdev_constants(options: DatapathOptions) -> EndpointConstants:
     """Return what the programs on the host's own devices know: the options only."""
-    nowhere = IPv4Address(0)
-    return EndpointConstants(0, 0, 0, nowhere, "00:00:00:00:00:00", nowhere, options=options)
+    return EndpointConstants(0, 0, 0, IPv4Address(0), "00:00:00:00:00:00", options=options)
 
 
 def mac_bytes(mac: str) -> bytes:
@@ -112,9 +112,8 @@ def _pack(constants: EndpointConstants) -> bytes:
     if not 0 <= options.payload_length <= EVENT_PAYLOAD:
         raise LoadError(f"trace payload of {options.payload_length} bytes is not in 0…{EVENT_PAYLOAD}")
     return CONFIG.pack(
-        _address(constants.ipv4),
-        _address(constants.ipv6),
-        _address(constants.gateway),
+        _address(constants.address),
+        _address(GATEWAY if constants.address.version == 4 else GATEWAY6),
         constants.endpoint_id,
         constants.ifindex,
         int(options.aggregation),
@@ -130,8 +129,8 @@ def _pack(constants: EndpointConstants) -> bytes:
     )
 
 
-def _address(address: IPv4Address | IPv6Address | None) -> bytes:
-    return (b"" if address is None else address.packed).ljust(16, b"\0")
+def _address(address: IPv4Address | IPv6Address) -> bytes:
+    return address.packed.ljust(16, b"\0")
 
 
 @functools.cache

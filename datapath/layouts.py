@@ -219,7 +219,17 @@ FRAG4_KEY = _layout(
     ("pad", U8),
     packed=True,
 )
+FRAG6_KEY = _layout(
+    "ipv6_frag_id",
+    ("daddr", ADDRESS),
+    ("saddr", ADDRESS),
+    ("id", BE32),
+    ("proto", U8),
+    ("pad", U8X3),
+    packed=True,
+)
 FRAG4_PORTS = _layout("ipv4_frag_l4ports", ("sport", BE16), ("dport", BE16), packed=True)
+FRAG6_PORTS = _layout("ipv6_frag_l4ports", ("sport", BE16), ("dport", BE16), packed=True)
 
 LAYOUTS = (
     ENDPOINT_KEY,
@@ -235,4 +245,6 @@ LAYOUTS = (
     CT_ENTRY,
     FRAG4_KEY,
     FRAG4_PORTS,
+    FRAG6_KEY,
+    FRAG6_PORTS,
 )

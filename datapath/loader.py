@@ -29,7 +29,9 @@ from datapath.errors import LoadError
 from datapath.layouts import Layout
 from datapath.libbpf import checked, explain, library, opened
 
-ENDPOINT_OBJECT, NETDEV_OBJECT = "endpoint.o", "netdev.o"
+# By address family: one object each for endpoints and for the host's devices.
+ENDPOINT_OBJECTS = {4: "endpoint.o", 6: "endpoint6.o"}
+NETDEV_OBJECTS = {4: "netdev.o", 6: "netdev6.o"}
 POLICY_MAP = "cilium_policy"  # in objects; user space gives the endpoint's own cilium_policy_<id>
 _CONFIG_SECTION = ".rodata.config"
 _IDENTITY_SECTION = ".data.identity"

@@ -26,6 +26,8 @@ from datapath.layouts import (
     ENDPOINT_KEY,
     FRAG4_KEY,
     FRAG4_PORTS,
+    FRAG6_KEY,
+    FRAG6_PORTS,
     IPCACHE_KEY,
     METRICS_KEY,
     METRICS_VALUE,
@@ -84,6 +86,7 @@ class MapCatalogue:
     policy_max: int = 16_384
     fragments_max: int = 8_192
     preallocate: bool = True
+    enable_ipv6: bool = False
 
     @property
     def _hash_flags(self) -> int:
@@ -99,9 +102,10 @@ class MapCatalogue:
             "cilium_ipcache", MapType.LPM_TRIE, IPCACHE_KEY, REMOTE_ENDPOINT_INFO, 512_000, NO_PREALLOC
         )
 
-    @property
-    def call_policy(self) -> MapSpec:
-        return MapSpec("cilium_call_policy", MapType.PROG_ARRAY, U32, U32, 65_535)
+    def call_policy(self, *, family: int = 4) -> MapSpec:
+        """Ingress policy programs by endpoint id; Cilium's serve both families, ours one each."""
+        name = "cilium_call_policy" if family == 4 else "holdfast_call_policy6"
+        return MapSpec(name, MapType.PROG_ARRAY, U32, U32, 65_535)
 
     @property
     def metrics(self) -> MapSpec:
@@ -115,11 +119,11 @@ class MapCatalogue:
             "cilium_tunnel_map", MapType.HASH, ENDPOINT_KEY, ENDPOINT_KEY, 65_536, self._hash_flags
         )
 
-    @property
-    def fragments4(self) -> MapSpec:
-        return MapSpec(
-            "cilium_ipv4_frag_datagrams", MapType.LRU_HASH, FRAG4_KEY, FRAG4_PORTS, self.fragments_max
-        )
+    def fragments(self, *, family: int = 4) -> MapSpec:
+        """The ports of fragmented datagrams; Cilium 1.11 has none for IPv6, where it drops them."""
+        key, ports = (FRAG4_KEY, FRAG4_PORTS) if family == 4 else (FRAG6_KEY, FRAG6_PORTS)
+        name = f"cilium_ipv{family}_frag_datagrams"
+        return MapSpec(name, MapType.LRU_HASH, key, ports, self.fragments_max)
 
     @property
     def monitor(self) -> MapSpec:
@@ -149,19 +153,24 @@ class MapCatalogue:
         return MapSpec(name, MapType.LRU_HASH, tuples, CT_ENTRY, size)
 
     def shared(self) -> tuple[MapSpec, ...]:
-        """Return the maps that a host has once, for IPv4; policy maps come with their endpoint."""
-        return (
+        """Return the maps that a host has once; policy maps come with their endpoint."""
+        maps = [
             self.lxc,
             self.ipcache,
-            self.call_policy,
-            self.ct(tcp=True),
-            self.ct(tcp=False),
             self.metrics,
             self.tunnel,
-            self.fragments4,
             self.monitor,
             self.events_lost,
-        )
+        ]
+        for family in self.families:
+            maps += [self.ct(tcp=True, family=family), self.ct(tcp=False, family=family)]
+            maps += [self.fragments(family=family), self.call_policy(family=family)]
+        return tuple(maps)
+
+    @property
+    def families(self) -> tuple[int, ...]:
+        """Return the address families that this host has: 4, and 6 with `enable_ipv6`."""
+        return (4, 6) if self.enable_ipv6 else (4,)
 
 
 def policy_map_name(endpoint_id: int) -> str:

@@ -26,12 +26,6 @@ struct arp_frame {
 	struct arp_ipv4 arp;
 } __attribute__((packed));
 
-static __always_inline void copy_mac(__u8 *to, const volatile __u8 *from)
-{
-	for (int i = 0; i < ETH_ALEN; i++)
-		to[i] = from[i];
-}
-
 static __always_inline bool arp_asks_for_gateway(const struct arp_ipv4 *arp)
 {
 	__be32 target;
@@ -42,13 +36,16 @@ static __always_inline bool arp_asks_for_gateway(const struct arp_ipv4 *arp)
 	       arp->operation == bpf_htons(ARPOP_REQUEST) && target == config.gateway.v4;
 }
 
-/* arp_answer sends a request for the gateway back as its answer; anything else is dropped. */
-static __always_inline int arp_answer(struct __sk_buff *ctx)
+/* neighbour_answer sends a request for the gateway back as its answer; any other is dropped.  0: this is
+ * none. */
+static __always_inline int neighbour_answer(struct __sk_buff *ctx)
 {
 	struct arp_frame *frame = packet_at(ctx, 0, sizeof(*frame));
 	__be32 gateway = config.gateway.v4;
 	struct arp_ipv4 *arp;
 
+	if (ctx->protocol != bpf_htons(ETH_P_ARP))
+		return 0;
 	if (!frame || !arp_asks_for_gateway(&frame->arp))
 		return -DROP_UNSUPPORTED_L2;
 	arp = &frame->arp;

@@ -2,6 +2,9 @@
 /* What every other header here stands on: kernel types, numbers that user space knows too, and how
  * bytes of a packet are reached.
  *
+ * Every object is compiled twice, with IP_VERSION 4 and 6 (Makefile): ipv4.h and ipv6.h define the same
+ * names, and nothing else differs.
+ *
  * Functions that judge a packet return 0 or more to go on and -(drop reason) to end; the program at the
  * top turns a negative result into counters, an event and TC_ACT_SHOT, in one place.
  */
@@ -39,6 +42,7 @@ enum drop_reason {
 	DROP_MISSED_TAIL_CALL = 140,
 	DROP_UNROUTABLE = 151,
 	DROP_CT_CREATE = 155,
+	DROP_INVALID_EXTENSION = 156,
 	DROP_UNSUPPORTED_L2 = 166,
 	DROP_FRAGMENT_NOT_FOUND = 175,
 	DROP_POLICY_DENY = 181,
@@ -54,10 +58,16 @@ enum direction {
 /* The same in cilium_metrics and in policy-verdict events. */
 #define METRIC_DIRECTION(dir) ((dir) == EGRESS ? 2 : 1)
 
-enum family {
-	FAMILY_IPV4 = 1,
-	FAMILY_IPV6 = 2,
-};
+/* `family` in keys of maps, and how many bits an address has. */
+#if IP_VERSION == 4
+#define FAMILY 1
+#define ADDRESS_BITS 32
+#elif IP_VERSION == 6
+#define FAMILY 2
+#define ADDRESS_BITS 128
+#else
+#error "IP_VERSION must be 4 or 6"
+#endif
 
 /* Reserved identities that the data path itself needs. */
 enum identity {
@@ -87,17 +97,18 @@ union address {
 		pointer;                                                                             \
 	})
 
-/* Ethernet, the longest IPv4 header, and what is read of the longest L4 header. */
-#define HEADERS (ETH_HLEN + 60 + 20)
+/* What is read of the longest L4 header; Ethernet, the longest IPv4 header, and that. */
+#define L4_HEADER 20
+#define HEADERS (ETH_HLEN + 60 + L4_HEADER)
 
-/* packet_gather brings the headers into reach when they lie in page fragments; once, before the first
- * packet_at, because it moves the packet. */
-static __always_inline void packet_gather(struct __sk_buff *ctx)
+/* packet_gather brings the first `needed` bytes into reach when they lie in page fragments; before their
+ * first packet_at, because it moves the packet. */
+static __always_inline void packet_gather(struct __sk_buff *ctx, __u64 needed)
 {
 	__u64 length = ctx->len;
 
-	if (length > HEADERS)
-		length = HEADERS;
+	if (length > needed)
+		length = needed;
 	if (unlikely(CTX_POINTER(ctx, data) + length > CTX_POINTER(ctx, data_end)))
 		bpf_skb_pull_data(ctx, length);
 }
@@ -108,6 +119,12 @@ static __always_inline void *packet_at(struct __sk_buff *ctx, __u32 off, __u32 l
 	void *found = CTX_POINTER(ctx, data) + off;
 
 	return likely(found + len <= CTX_POINTER(ctx, data_end)) ? found : NULL;
+}
+
+static __always_inline void copy_mac(__u8 *to, const volatile __u8 *from)
+{
+	for (int i = 0; i < ETH_ALEN; i++)
+		to[i] = from[i];
 }
 
 /* A function that the verifier looks at once, and at its callers as if nothing were behind the call; only

@@ -17,9 +17,8 @@ enum aggregation {
 };
 
 struct config {
-	union address ipv4;    /* the endpoint's own */
-	union address ipv6;
-	union address gateway; /* who answers ARP; it is nobody's address */
+	union address address; /* the endpoint's own */
+	union address gateway; /* who answers ARP or neighbour discovery; it is nobody's address */
 	__u32 endpoint_id;
 	__u32 ifindex; /* of the host-side veth */
 	__u32 aggregation;

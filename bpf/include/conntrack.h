@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Connections: cilium_ct4_global (TCP) and cilium_ct_any4_global (all else), layouts of Cilium 1.11.
+/* Connections: CT_TCP and CT_ANY (all else), which are cilium_ct4_global, cilium_ct_any4_global and the like
+ * for IPv6; layouts of Cilium 1.11.
  *
  * Each endpoint makes its own entry: OUT where a connection leaves the sender, IN where it arrives at the
  * receiver.  A packet may belong to an entry made for its own direction (ESTABLISHED) or to one made for
@@ -13,7 +14,7 @@
 
 #include "config.h"
 #include "conntrack_state.h"
-#include "ipv4.h"
+#include "l3.h"
 
 /* TCP flags that are worth a trace event when first seen. */
 #define REPORT_FLAGS (TCP_FIN | TCP_SYN | TCP_RST)
@@ -27,10 +28,10 @@ static __always_inline __u32 clock_seconds(void)
 
 /* ct_key makes the tuple of the entry that a packet in `dir` would create. */
 static __always_inline void ct_key(struct __sk_buff *ctx, const struct addresses *ends, enum direction dir,
-				   struct ipv4_ct_tuple *key)
+				   struct ct_tuple *key)
 {
-	key->daddr = ends->source.v4;
-	key->saddr = ends->destination.v4;
+	key->daddr = l3_key(&ends->source);
+	key->saddr = l3_key(&ends->destination);
 	key->dport = flow_get(ctx, dport);
 	key->sport = flow_get(ctx, sport);
 	key->nexthdr = flow_get(ctx, proto);
@@ -38,9 +39,9 @@ static __always_inline void ct_key(struct __sk_buff *ctx, const struct addresses
 }
 
 /* ct_reverse turns a tuple into that of the same connection opened from the other end. */
-static __always_inline void ct_reverse(struct ipv4_ct_tuple *key)
+static __always_inline void ct_reverse(struct ct_tuple *key)
 {
-	__be32 address = key->daddr;
+	ip_address address = key->daddr;
 	__be16 port = key->dport;
 
 	key->daddr = key->saddr;
@@ -51,14 +52,14 @@ static __always_inline void ct_reverse(struct ipv4_ct_tuple *key)
 }
 
 /* ct_find returns the live entry of a tuple. */
-static __always_inline struct ct_entry *ct_find(struct __sk_buff *ctx, const struct ipv4_ct_tuple *key, bool tcp)
+static __always_inline struct ct_entry *ct_find(struct __sk_buff *ctx, const struct ct_tuple *key, bool tcp)
 {
 	struct ct_entry *entry;
 
 	if (tcp)
-		entry = bpf_map_lookup_elem(&cilium_ct4_global, key);
+		entry = bpf_map_lookup_elem(&CT_TCP, key);
 	else
-		entry = bpf_map_lookup_elem(&cilium_ct_any4_global, key);
+		entry = bpf_map_lookup_elem(&CT_ANY, key);
 	return entry && entry->lifetime >= flow_get(ctx, now) ? entry : NULL;
 }
 
@@ -76,11 +77,17 @@ enum related {
 /* ct_related says whether an ICMP error is about a packet of a connection: one that went the other way. */
 SEPARATE int ct_related(struct __sk_buff *ctx, __u32 direction)
 {
-	struct ipv4_ct_tuple key __attribute__((aligned(8)));
+	struct ct_tuple key __attribute__((aligned(8)));
+	struct embedded inner = {};
 	const struct ct_entry *entry;
 
-	if (!ipv4_embedded_key(ctx, &key))
+	if (!l3_embedded(ctx, &inner))
 		return NOT_RELATED;
+	key.daddr = l3_key(&inner.ends.source);
+	key.saddr = l3_key(&inner.ends.destination);
+	key.dport = inner.dport;
+	key.sport = inner.sport;
+	key.nexthdr = inner.proto;
 	key.flags = direction == EGRESS ? INGRESS : EGRESS;
 	entry = ct_find(ctx, &key, key.nexthdr == IPPROTO_TCP);
 	if (!entry) {
@@ -109,14 +116,14 @@ static __always_inline bool ct_reopens(struct __sk_buff *ctx, const struct ct_en
 	return flow_opens_tcp(ctx) && (entry->rx_closing || entry->tx_closing);
 }
 
-static __always_inline void ct_turn(struct __sk_buff *ctx, struct ipv4_ct_tuple *key)
+static __always_inline void ct_turn(struct __sk_buff *ctx, struct ct_tuple *key)
 {
 	ct_reverse(key);
 	flow_set(ctx, reply, flow_get(ctx, reply) ^ 1);
 }
 
 /* ct_find_either looks a packet up in its own direction and as a reply; flow.reply says which it was. */
-static __always_inline struct ct_entry *ct_find_either(struct __sk_buff *ctx, struct ipv4_ct_tuple *key)
+static __always_inline struct ct_entry *ct_find_either(struct __sk_buff *ctx, struct ct_tuple *key)
 {
 	struct ct_entry *entry;
 
@@ -135,7 +142,7 @@ static __always_inline struct ct_entry *ct_find_either(struct __sk_buff *ctx, st
 static __always_inline struct ct_entry *ct_lookup(struct __sk_buff *ctx, const struct addresses *ends,
 						  enum direction dir)
 {
-	struct ipv4_ct_tuple key __attribute__((aligned(8)));
+	struct ct_tuple key __attribute__((aligned(8)));
 	struct ct_entry *entry;
 
 	flow_set(ctx, state, CT_NEW);
@@ -154,10 +161,10 @@ static __always_inline struct ct_entry *ct_lookup(struct __sk_buff *ctx, const s
 /* ct_is_reply says whether a packet that was found in its own direction is a reply as well. */
 static __always_inline bool ct_is_reply(struct __sk_buff *ctx, enum direction dir)
 {
-	struct ipv4_ct_tuple key __attribute__((aligned(8)));
+	struct ct_tuple key __attribute__((aligned(8)));
 	struct addresses ends;
 
-	if (flow_opens_tcp(ctx) || ipv4_addresses(ctx, &ends) < 0)
+	if (flow_opens_tcp(ctx) || l3_addresses(ctx, &ends) < 0)
 		return false;
 	ct_key(ctx, &ends, dir, &key);
 	ct_reverse(&key);
@@ -248,12 +255,12 @@ static __always_inline void ct_first_packet(struct __sk_buff *ctx, struct ct_ent
 /* ct_create makes the entry of a new connection.  `opener`: identity of who opened it. */
 SEPARATE int ct_create(struct __sk_buff *ctx, __u32 direction, __u32 opener)
 {
-	struct ipv4_ct_tuple key __attribute__((aligned(8)));
+	struct ct_tuple key __attribute__((aligned(8)));
 	struct ct_entry entry = {.src_sec_id = opener};
 	struct addresses ends;
 	long failed;
 
-	if (ipv4_addresses(ctx, &ends) < 0)
+	if (l3_addresses(ctx, &ends) < 0)
 		return -DROP_INVALID;
 	ct_key(ctx, &ends, direction, &key);
 	ct_first_packet(ctx, &entry, direction);
@@ -261,8 +268,8 @@ SEPARATE int ct_create(struct __sk_buff *ctx, __u32 direction, __u32 opener)
 	entry.from_stack = !!(flow_get(ctx, traits) & FLOW_VIA_STACK);
 	entry.lifetime = flow_get(ctx, now) + ct_first_timeout(ctx);
 	if (is_tcp(ctx))
-		failed = bpf_map_update_elem(&cilium_ct4_global, &key, &entry, BPF_ANY);
+		failed = bpf_map_update_elem(&CT_TCP, &key, &entry, BPF_ANY);
 	else
-		failed = bpf_map_update_elem(&cilium_ct_any4_global, &key, &entry, BPF_ANY);
+		failed = bpf_map_update_elem(&CT_ANY, &key, &entry, BPF_ANY);
 	return failed ? -DROP_CT_CREATE : 0;
 }

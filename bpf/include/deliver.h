@@ -19,7 +19,7 @@ static __always_inline int drop(struct __sk_buff *ctx, int error, enum direction
 static __always_inline int judge_ingress(struct __sk_buff *ctx, __u32 endpoint_id, __u32 sender)
 {
 	flow_set(ctx, sender, sender);
-	bpf_tail_call(ctx, &cilium_call_policy, endpoint_id);
+	bpf_tail_call(ctx, &CALL_POLICY, endpoint_id);
 	return -DROP_MISSED_TAIL_CALL;
 }
 

@@ -159,7 +159,7 @@ SEPARATE int emit_trace(struct __sk_buff *ctx, __u32 point, __u32 source, __u32 
 	event->dst_label = destination;
 	event->dst_id = receiver;
 	event->reason = flow_get(ctx, state);
-	event->ipv6 = 0;
+	event->ipv6 = IP_VERSION == 6;
 	event->pad = 0;
 	event->ifindex = point == TRACE_TO_ENDPOINT ? config.ifindex : ctx->ifindex;
 	event->orig_ip = (union address){};
@@ -178,7 +178,7 @@ SEPARATE int emit_verdict(struct __sk_buff *ctx, __u32 remote, __u32 direction, 
 	event->verdict = verdict;
 	event->dst_port = bpf_ntohs(flow_get(ctx, dport));
 	event->proto = flow_get(ctx, proto);
-	event->flags = direction | match << 3;
+	event->flags = direction | (IP_VERSION == 6) << 2 | match << 3;
 	event->pad = 0;
 	bpf_ringbuf_submit(event, 0);
 	return 0;

@@ -4,11 +4,11 @@
 
 #include "maps.h"
 
-static __always_inline __u32 identity_of(const union address *ip, enum family family)
+static __always_inline __u32 identity_of(const union address *ip)
 {
 	struct ipcache_key key __attribute__((aligned(8))) = {
-		.prefixlen = IPCACHE_STATIC_PREFIX + (family == FAMILY_IPV4 ? 32 : 128),
-		.family = family,
+		.prefixlen = IPCACHE_STATIC_PREFIX + ADDRESS_BITS,
+		.family = FAMILY,
 		.ip = *ip,
 	};
 	const struct remote_endpoint_info *info = bpf_map_lookup_elem(&cilium_ipcache, &key);
@@ -16,9 +16,9 @@ static __always_inline __u32 identity_of(const union address *ip, enum family fa
 	return info && info->sec_label ? info->sec_label : IDENTITY_WORLD;
 }
 
-static __always_inline const struct endpoint_info *endpoint_of(const union address *ip, enum family family)
+static __always_inline const struct endpoint_info *endpoint_of(const union address *ip)
 {
-	struct endpoint_key key __attribute__((aligned(8))) = {.ip = *ip, .family = family};
+	struct endpoint_key key __attribute__((aligned(8))) = {.ip = *ip, .family = FAMILY};
 
 	return bpf_map_lookup_elem(&cilium_lxc, &key);
 }
@@ -31,9 +31,9 @@ static __always_inline bool is_workload(const struct endpoint_info *endpoint)
 /* is_forged says that a packet from the stack claims the address of an endpoint of this host, but did not
  * come in by that endpoint's device, where its address was checked: by a bridge, say, or a device that
  * nobody watches.  What an endpoint sends to a published port comes back this way, and is not. */
-static __always_inline bool is_forged(struct __sk_buff *ctx, const union address *source, enum family family)
+static __always_inline bool is_forged(struct __sk_buff *ctx, const union address *source)
 {
-	const struct endpoint_info *claimed = endpoint_of(source, family);
+	const struct endpoint_info *claimed = endpoint_of(source);
 
 	return is_workload(claimed) && claimed->ifindex != ctx->ingress_ifindex;
 }

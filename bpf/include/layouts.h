@@ -74,10 +74,26 @@ struct metrics_value {
 	__u64 bytes;
 };
 
+#if IP_VERSION == 4
+#define ct_tuple ipv4_ct_tuple
+#define frag_id ipv4_frag_id
+#define frag_l4ports ipv4_frag_l4ports
+typedef __be32 ip_address;
+typedef __be16 frag_ident;
+#define FRAG_PAD 1
+#else
+#define ct_tuple ipv6_ct_tuple
+#define frag_id ipv6_frag_id
+#define frag_l4ports ipv6_frag_l4ports
+typedef union address ip_address;
+typedef __be32 frag_ident;
+#define FRAG_PAD 3
+#endif
+
 /* Addresses are those of the first packet swapped, ports are as it has them. */
-struct ipv4_ct_tuple {
-	__be32 daddr;
-	__be32 saddr;
+struct ct_tuple {
+	ip_address daddr;
+	ip_address saddr;
 	__be16 dport;
 	__be16 sport;
 	__u8 nexthdr;
@@ -104,15 +120,16 @@ struct ct_entry {
 	__u32 last_rx_report;
 };
 
-struct ipv4_frag_id {
-	__be32 daddr;
-	__be32 saddr;
-	__be16 id;
+/* A fragmented datagram; Cilium 1.11 has this for IPv4 only. */
+struct frag_id {
+	ip_address daddr;
+	ip_address saddr;
+	frag_ident id;
 	__u8 proto;
-	__u8 pad;
+	__u8 pad[FRAG_PAD];
 } __attribute__((packed));
 
-struct ipv4_frag_l4ports {
+struct frag_l4ports {
 	__be16 sport;
 	__be16 dport;
 } __attribute__((packed));

@@ -20,12 +20,25 @@ MAP(cilium_lxc, BPF_MAP_TYPE_HASH, struct endpoint_key, struct endpoint_info, 65
 MAP(cilium_ipcache, BPF_MAP_TYPE_LPM_TRIE, struct ipcache_key, struct remote_endpoint_info, 512000,
     BPF_F_NO_PREALLOC);
 MAP(cilium_metrics, BPF_MAP_TYPE_PERCPU_HASH, struct metrics_key, struct metrics_value, 1024, 0);
-MAP(cilium_ct4_global, BPF_MAP_TYPE_LRU_HASH, struct ipv4_ct_tuple, struct ct_entry, 524288, 0);
-MAP(cilium_ct_any4_global, BPF_MAP_TYPE_LRU_HASH, struct ipv4_ct_tuple, struct ct_entry, 262144, 0);
-MAP(cilium_ipv4_frag_datagrams, BPF_MAP_TYPE_LRU_HASH, struct ipv4_frag_id, struct ipv4_frag_l4ports, 8192, 0);
+
+/* The maps that each family has for itself. */
+#if IP_VERSION == 4
+#define CT_TCP cilium_ct4_global
+#define CT_ANY cilium_ct_any4_global
+#define FRAGMENTS cilium_ipv4_frag_datagrams
+#define CALL_POLICY cilium_call_policy
+#else
+#define CT_TCP cilium_ct6_global
+#define CT_ANY cilium_ct_any6_global
+#define FRAGMENTS cilium_ipv6_frag_datagrams
+#define CALL_POLICY holdfast_call_policy6
+#endif
+MAP(CT_TCP, BPF_MAP_TYPE_LRU_HASH, struct ct_tuple, struct ct_entry, 524288, 0);
+MAP(CT_ANY, BPF_MAP_TYPE_LRU_HASH, struct ct_tuple, struct ct_entry, 262144, 0);
+MAP(FRAGMENTS, BPF_MAP_TYPE_LRU_HASH, struct frag_id, struct frag_l4ports, 8192, 0);
 
 /* Ingress policy programs by endpoint id: how a local packet reaches its receiver. */
-MAP(cilium_call_policy, BPF_MAP_TYPE_PROG_ARRAY, __u32, __u32, 65535, 0);
+MAP(CALL_POLICY, BPF_MAP_TYPE_PROG_ARRAY, __u32, __u32, 65535, 0);
 
 /* One word: not 0 while somebody reads events. */
 MAP(holdfast_monitor, BPF_MAP_TYPE_ARRAY, __u32, __u32, 1, 0);

@@ -20,7 +20,7 @@ volatile __u32 own_identity SEC(IDENTITY_SECTION) = 0;
 /* policy_port is what stands in the key's port; ICMP has its type there. */
 static __always_inline __be16 policy_port(struct __sk_buff *ctx)
 {
-	return flow_get(ctx, proto) == IPPROTO_ICMP ? bpf_htons(flow_get(ctx, icmp_type)) : flow_get(ctx, dport);
+	return flow_get(ctx, proto) == ICMP_PROTOCOL ? bpf_htons(flow_get(ctx, icmp_type)) : flow_get(ctx, dport);
 }
 
 static __always_inline struct policy_entry *policy_find(struct __sk_buff *ctx, __u32 remote, enum direction dir,

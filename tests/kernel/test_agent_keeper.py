@@ -15,11 +15,11 @@ from loguru import logger
 from agent import ipcache
 from agent.host import look
 from agent.keeper import Keeper
-from agent.programs import HostMaps, HostPrograms
+from agent.programs import HostMaps, HostPrograms, Templates
 from datapath.attach import Attacher, Hook
 from datapath.constants import DatapathOptions, netdev_constants
 from datapath.devices import host_name
-from datapath.loader import ENDPOINT_OBJECT, NETDEV_OBJECT
+from datapath.loader import ENDPOINT_OBJECTS, NETDEV_OBJECTS
 from datapath.netlink import Netlink
 from tests.support.bpf import own_bpffs
 from tests.support.bpflab import CATALOGUE, template
@@ -28,6 +28,7 @@ from tests.support.require import require_root, require_tools
 
 WIRE, NIC = "wire", "nic2"
 NETDEV = "holdfast:from_netdev"
+NETDEVS = [NETDEV] * len(CATALOGUE.families)  # one filter a family
 
 
 class Host:
@@ -41,9 +42,11 @@ class Host:
 
     def programs(self) -> HostPrograms:
         maps = HostMaps.open(CATALOGUE, self._root)
-        for each in vars(maps).values():
-            self._stack.callback(each.close)
-        templates = template(ENDPOINT_OBJECT), template(NETDEV_OBJECT)
+        self._stack.callback(maps.close)
+        templates = {
+            family: Templates(template(ENDPOINT_OBJECTS[family]), template(NETDEV_OBJECTS[family]))
+            for family in CATALOGUE.families
+        }
         return HostPrograms(CATALOGUE, self._root, maps, templates, DatapathOptions(), self._netlink)
 
     async def life(self, *devices: str, pool: str = POOL, router: str = ROUTER) -> Keeper:
@@ -98,7 +101,7 @@ async def test_a_device_that_faces_nobody_any_more(host: Host, said: list[str]) 
     host.add_nic()
     keeper = await host.life()
     await keeper.once()
-    assert await host.filters(WIRE) == await host.filters(NIC) == [NETDEV]
+    assert await host.filters(WIRE) == await host.filters(NIC) == NETDEVS
     assert set(keeper.devices) == {WIRE, NIC}
     host.run("ip", "address", "flush", "dev", NIC)
     said.clear()
@@ -107,10 +110,10 @@ async def test_a_device_that_faces_nobody_any_more(host: Host, said: list[str]) 
         assert await host.filters(NIC) == []
     assert "clsact" not in host.run("tc", "qdisc", "show", "dev", NIC)
     assert said == [f"program from_netdev taken off {NIC}: it faces no other machine now"]
-    assert await host.filters(WIRE) == [NETDEV]
+    assert await host.filters(WIRE) == NETDEVS
     host.run("ip", "address", "add", "192.0.2.1/24", "dev", NIC)
     await keeper.once()
-    assert await host.filters(NIC) == [NETDEV]
+    assert await host.filters(NIC) == NETDEVS
 
 
 async def test_a_device_of_a_former_life(host: Host) -> None:
@@ -119,12 +122,14 @@ async def test_a_device_of_a_former_life(host: Host) -> None:
     await (await host.life()).once()
     endpoint = (await host.net.devices.create_veth(5, mtu=MTU, mac="0a:58:00:00:00:05")).host
     programs = host.programs()
-    with template(NETDEV_OBJECT).load(netdev_constants(DatapathOptions()), programs.maps.by_name()) as loaded:
+    with template(NETDEV_OBJECTS[4]).load(
+        netdev_constants(DatapathOptions()), programs.maps.by_name()
+    ) as loaded:
         for hook in Hook:
             await host.attacher.attach(endpoint.index, hook, loaded["from_netdev"], "from_endpoint")
     await (await host.life(WIRE)).once()
     assert await host.filters(NIC) == []
-    assert await host.filters(WIRE) == [NETDEV]
+    assert await host.filters(WIRE) == NETDEVS
     assert await host.filters(host_name(5)) == ["holdfast:from_endpoint"] * 2
 
 
@@ -135,7 +140,7 @@ async def test_a_device_that_is_down_keeps_its_program(host: Host) -> None:
     host.run("ip", "link", "set", NIC, "down")
     await keeper.once()
     assert set(keeper.devices) == {WIRE}
-    assert await host.filters(NIC) == [NETDEV]
+    assert await host.filters(NIC) == NETDEVS
     host.run("ip", "address", "flush", "dev", NIC)
     host.run("ip", "link", "set", NIC, "up")
     await keeper.once()

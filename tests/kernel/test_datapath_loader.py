@@ -14,7 +14,7 @@ from datapath import constants, loader, testrun
 from datapath.constants import CONFIG, DatapathOptions, EndpointConstants, netdev_constants
 from datapath.errors import LoadError
 from datapath.layouts import U8, Field, Layout
-from datapath.loader import ENDPOINT_OBJECT, NETDEV_OBJECT, POLICY_MAP, Template
+from datapath.loader import ENDPOINT_OBJECTS, NETDEV_OBJECTS, POLICY_MAP, Template
 from datapath.testrun import ACT_OK, ACT_REDIRECT, ACT_SHOT
 from tests.support import frames
 from tests.support.bpflab import EGRESS, INGRESS, lab, template
@@ -27,20 +27,20 @@ def open_descriptors() -> int:
 
 
 def test_the_constants_table_equals_the_objects() -> None:
-    for name in (ENDPOINT_OBJECT, NETDEV_OBJECT):
+    for name in (*ENDPOINT_OBJECTS.values(), *NETDEV_OBJECTS.values()):
         template(name).check()
 
 
 def test_an_object_of_another_version_is_named_with_its_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     other = Layout("config", (*CONFIG.fields[:-1], Field("surprise", U8), Field("more", U8)))
     monkeypatch.setattr(loader, "CONFIG", other)
-    with pytest.raises(LoadError, match=r"surprise is at None, expected 91.*different versions"):
-        template(ENDPOINT_OBJECT).check()
+    with pytest.raises(LoadError, match=r"surprise is at None, expected 75.*different versions"):
+        template(ENDPOINT_OBJECTS[4]).check()
 
 
 def test_loading_leaves_nothing_open_but_the_programs_and_their_identity() -> None:
     with lab(1) as host:
-        made = template(ENDPOINT_OBJECT)
+        made = template(ENDPOINT_OBJECTS[4])
         maps = host.fds | {POLICY_MAP: host.policies[1].fd}
         before = open_descriptors()
         with made.load(CONSTANTS, maps) as programs:
@@ -55,7 +55,7 @@ def test_running_programs_take_another_identity_at_once() -> None:
         host.allow(1, EGRESS)
         maps = host.fds | {POLICY_MAP: host.policies[1].fd}
         seen = []
-        with template(ENDPOINT_OBJECT).load(CONSTANTS, maps) as programs:
+        with template(ENDPOINT_OBJECTS[4]).load(CONSTANTS, maps) as programs:
             cell = programs.take_identity()
             for port, identity in ((4000, CONSTANTS.identity), (4001, 70_000)):
                 cell.set(identity)
@@ -72,7 +72,7 @@ def test_running_programs_take_another_identity_at_once() -> None:
 def test_the_hosts_own_programs_have_no_identity() -> None:
     with (
         lab(1) as host,
-        template(NETDEV_OBJECT).load(netdev_constants(DatapathOptions()), host.fds) as programs,
+        template(NETDEV_OBJECTS[4]).load(netdev_constants(DatapathOptions()), host.fds) as programs,
         pytest.raises(LoadError, match="of no endpoint"),
     ):
         programs.take_identity()
@@ -81,7 +81,7 @@ def test_the_hosts_own_programs_have_no_identity() -> None:
 def test_an_identity_changes_under_running_programs() -> None:
     with lab(1, 2) as host:
         maps = host.fds | {POLICY_MAP: host.policies[1].fd}
-        with template(ENDPOINT_OBJECT).load(CONSTANTS, maps) as programs:
+        with template(ENDPOINT_OBJECTS[4]).load(CONSTANTS, maps) as programs:
             cell = programs.take_identity()
             host.programs[1].close()
             host.programs[1] = programs
@@ -102,7 +102,7 @@ def test_a_missing_map_is_named() -> None:
     with lab(1) as host:
         before = open_descriptors()
         with pytest.raises(LoadError, match="no map cilium_policy was given"):
-            template(ENDPOINT_OBJECT).load(CONSTANTS, host.fds)
+            template(ENDPOINT_OBJECTS[4]).load(CONSTANTS, host.fds)
         assert open_descriptors() == before
 
 
@@ -110,7 +110,7 @@ def test_a_map_of_another_layout_is_named() -> None:
     with lab(1) as host:
         maps = host.fds | {POLICY_MAP: host.fds["cilium_ct4_global"]}
         with pytest.raises(LoadError, match="map cilium_policy: type, key size"):
-            template(ENDPOINT_OBJECT).load(CONSTANTS, maps)
+            template(ENDPOINT_OBJECTS[4]).load(CONSTANTS, maps)
 
 
 @pytest.mark.parametrize("elf", [b"", b"\x7fELF", bytes(4096)])
@@ -129,7 +129,7 @@ def test_an_absent_object_says_how_to_make_it(tmp_path: Path) -> None:
 def test_the_verifiers_words_are_in_the_error() -> None:
     """A call of bpf_redirect becomes one of a helper that no kernel has."""
     call, redirect, unknown = b"\x85\0\0\0", b"\x17\0\0\0", b"\xff\x7f\0\0"
-    elf = template(ENDPOINT_OBJECT).elf
+    elf = template(ENDPOINT_OBJECTS[4]).elf
     assert call + redirect in elf
     elf = elf.replace(call + redirect, call + unknown)
     with lab(1) as host:

@@ -186,7 +186,7 @@ def test_many_entries_written_read_and_deleted(kind: MapType, batches: bool) -> 
 
 
 def test_a_type_without_batches_falls_back() -> None:
-    with create(CATALOGUE.call_policy) as handle:
+    with create(CATALOGUE.call_policy()) as handle:
         assert handle._batches
         assert handle.delete_many([number(3), number(4)]) == 0
         assert not handle._batches

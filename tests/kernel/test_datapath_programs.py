@@ -13,7 +13,7 @@ import pytest
 
 from datapath.constants import DatapathOptions
 from datapath.layouts import CT_BITS
-from datapath.maps import CtMap
+from datapath.mapspec import MapCatalogue
 from datapath.records import CtKey, IpcacheEntry, LxcEntry
 from datapath.testrun import ACT_OK, ACT_REDIRECT, ACT_SHOT
 from tests.support import frames
@@ -211,10 +211,12 @@ def test_a_packet_denied_in_its_own_direction_still_passes_as_a_reply(host: Lab)
     """Both ends opened the same UDP flow; then one loses its right to."""
     open_all(host, 1, 2)
     host.send(1, frames.udp(A, B, 5000, 4000))
-    host.ct_any.delete([CtKey(A, B, 5000, 4000, frames.UDP, flags) for flags in (0, 1)])
+    host.ct["cilium_ct_any4_global"].delete([CtKey(A, B, 5000, 4000, frames.UDP, flags) for flags in (0, 1)])
     host.send(2, frames.udp(B, A, 4000, 5000))
     out = CtKey(A, B, 5000, 4000, frames.UDP, 0)
-    host.ct_any.upsert([(out, host.connections()[CtKey(B, A, 4000, 5000, frames.UDP, 0)])])
+    host.ct["cilium_ct_any4_global"].upsert(
+        [(out, host.connections()[CtKey(B, A, 4000, 5000, frames.UDP, 0)])]
+    )
     host.policies[1].sync([])
     assert host.send(1, frames.udp(A, B, 5000, 4000)).verdict == ACT_REDIRECT
 
@@ -225,7 +227,9 @@ def test_an_entry_past_its_lifetime_counts_as_absent(host: Lab, age: int) -> Non
     host.allow(2, INGRESS)
     host.send(1, frames.udp(A, B, 4000, 53))
     for key, entry in host.connections().items():
-        host.ct_any.upsert([(key, entry._replace(lifetime=int(time.monotonic()) - age + 5))])
+        host.ct["cilium_ct_any4_global"].upsert(
+            [(key, entry._replace(lifetime=int(time.monotonic()) - age + 5))]
+        )
     reply = host.send(2, frames.udp(B, A, 53, 4000))
     assert reply.verdict == (ACT_SHOT if age else ACT_REDIRECT)
 
@@ -332,7 +336,6 @@ def test_options_move_the_ports(host: Lab) -> None:
         pytest.param(frames.tcp("0.0.0.0", VM, 4000, 80), 132, id="no source"),
         pytest.param(frames.tcp(A, "127.0.0.1", 4000, 80), 151, id="the host's loopback"),
         pytest.param(frames.tcp(A, "127.9.9.9", 4000, 80), 151, id="loopback network"),
-        pytest.param(frames.ethernet(b"\x60" + bytes(39), frames.ETH_IPV6), 139, id="IPv6"),
         pytest.param(frames.ethernet(bytes(40), 0x88CC), 139, id="LLDP"),
         pytest.param(frames.ethernet(frames.ipv4(A, VM, 6, bytes(20), version=5)), 134, id="version"),
         pytest.param(
@@ -483,4 +486,11 @@ def test_a_full_conntrack_map_makes_room(host: Lab) -> None:
     open_all(host, 1)
     for port in range(6000):
         assert host.send(1, frames.udp(A, VM, 10_000 + port, 53)).verdict == ACT_OK
-    assert 0 < sum(1 for _ in CtMap.items(host.ct_any)) <= 4096
+    assert 0 < sum(1 for _ in host.ct["cilium_ct_any4_global"].items()) <= 4096
+
+
+def test_without_ipv6_every_packet_of_it_is_dropped() -> None:
+    with lab(1, catalogue=MapCatalogue(ct_tcp_max=1024, ct_any_max=1024)) as host:
+        open_all(host, 1)
+        assert host.send(1, frames.ethernet(b"\x60" + bytes(39), frames.ETH_IPV6)).verdict == ACT_SHOT
+        assert host.dropped() == {(139, 2): 1}

@@ -25,7 +25,7 @@ from pathlib import Path
 from datapath.attach import Attacher, Hook, attach_endpoint
 from datapath.constants import DatapathOptions, EndpointConstants, netdev_constants
 from datapath.handle import MapHandle
-from datapath.loader import ENDPOINT_OBJECT, NETDEV_OBJECT, POLICY_MAP
+from datapath.loader import ENDPOINT_OBJECTS, NETDEV_OBJECTS, POLICY_MAP
 from datapath.maps import IpcacheMap, LxcMap, MetricsMap, PolicyMap
 from datapath.mapspec import MapCatalogue, open_or_create
 from datapath.netlink import Netlink
@@ -84,11 +84,10 @@ class Loader:
 
         async def attach() -> None:
             async with Netlink() as netlink:
-                await attach_endpoint(
-                    Attacher(netlink), ifindex, number, programs, self.fds["cilium_call_policy"]
-                )
+                call_policy = {4: self.fds["cilium_call_policy"]}
+                await attach_endpoint(Attacher(netlink), ifindex, number, {4: programs}, call_policy)
 
-        with template(ENDPOINT_OBJECT).load(constants, maps) as programs:
+        with template(ENDPOINT_OBJECTS[4]).load(constants, maps) as programs:
             asyncio.run(attach())
 
     def netdev(self, ifindex: int) -> None:
@@ -98,7 +97,7 @@ class Loader:
             async with Netlink() as netlink:
                 await Attacher(netlink).attach(ifindex, Hook.INGRESS, programs["from_netdev"], "from_netdev")
 
-        with template(NETDEV_OBJECT).load(netdev_constants(DatapathOptions()), self.fds) as programs:
+        with template(NETDEV_OBJECTS[4]).load(netdev_constants(DatapathOptions()), self.fds) as programs:
             asyncio.run(attach())
 
 

@@ -15,7 +15,7 @@ from datapath.constants import DatapathOptions, EndpointConstants, netdev_consta
 from datapath.devices import host_name
 from datapath.firewall import Firewall, FirewallState, PublishedPort
 from datapath.forward import ForwardChain
-from datapath.loader import ENDPOINT_OBJECT, NETDEV_OBJECT, POLICY_MAP
+from datapath.loader import ENDPOINT_OBJECTS, NETDEV_OBJECTS, POLICY_MAP
 from datapath.maps import IpcacheMap, LxcMap, MetricsMap, PolicyMap
 from datapath.mapspec import create
 from datapath.netlink import Netlink
@@ -59,7 +59,7 @@ class EnforcedHost:
         self._call_policy = handles["cilium_call_policy"].fd
         ring = stack.enter_context(EventRing.create(1 << 16))
         self._fds = {name: handle.fd for name, handle in handles.items()} | ring.descriptors
-        self._endpoint, self._netdev = template(ENDPOINT_OBJECT), template(NETDEV_OBJECT)
+        self._endpoint, self._netdev = template(ENDPOINT_OBJECTS[4]), template(NETDEV_OBJECTS[4])
 
     async def start(self, *ports: PublishedPort) -> None:
         """Write the host's own entries and rules, with FORWARD DROP around them, and attach to the wire."""
@@ -93,7 +93,9 @@ class EnforcedHost:
             endpoint_id, identity(endpoint_id), device.index, IPv4Address(address), device.mac
         )
         with self._endpoint.load(constants, self._fds | {POLICY_MAP: handle.fd}) as programs:
-            await attach_endpoint(self._attacher, device.index, endpoint_id, programs, self._call_policy)
+            await attach_endpoint(
+                self._attacher, device.index, endpoint_id, {4: programs}, {4: self._call_policy}
+            )
         self.lxc.upsert([(address, LxcEntry(device.index, endpoint_id, 0, mac, device.mac))])
         return inside
 

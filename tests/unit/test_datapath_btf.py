@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from datapath.layouts import CT6_TUPLE, LAYOUTS, Layout
+from datapath.layouts import LAYOUTS, Layout
 from tests.support.require import require, require_tools
 
-OBJECT = Path(__file__).parents[2] / "bpf" / "build" / "endpoint.o"
+BUILD = Path(__file__).parents[2] / "bpf" / "build"
 
 Member = tuple[str, int, int]  # name, offset in bits, width of a bit field (0: none)
 
@@ -52,8 +52,12 @@ def members(layout: Layout) -> list[Member]:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_layout_is_the_compiled_struct(layout: Layout) -> None:
     require_tools("bpftool")
-    require(OBJECT.exists(), f"{OBJECT} is not built: make -C bpf")
-    compiled = structs(OBJECT)
-    if layout is CT6_TUPLE and layout.name not in compiled:
-        return  # the programs speak IPv4 so far
-    assert (layout.size, members(layout)) == compiled[layout.name]
+    found = []
+    for name in ("endpoint.o", "endpoint6.o"):
+        require((BUILD / name).exists(), f"{BUILD / name} is not built: make -C bpf")
+        compiled = structs(BUILD / name)
+        if layout.name in compiled:
+            found.append(compiled[layout.name])
+    # What both families have is the same struct in both.
+    assert found
+    assert found == [(layout.size, members(layout))] * len(found)

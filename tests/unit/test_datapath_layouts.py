@@ -76,7 +76,9 @@ def test_sizes_are_those_of_the_format() -> None:
         "ipv6_ct_tuple": 38,
         "ct_entry": 56,
         "ipv4_frag_id": 12,
+        "ipv6_frag_id": 40,
         "ipv4_frag_l4ports": 4,
+        "ipv6_frag_l4ports": 4,
     }
 
 

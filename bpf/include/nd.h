@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Neighbour discovery (RFC 4861), as far as endpoints need it: who is the gateway?  See arp.h. */
+#pragma once
+
+#include "l3.h"
+
+#define ND_SOLICITATION 135
+#define ND_ADVERTISEMENT 136
+#define ND_HOP_LIMIT 255
+#define ND_SOURCE_LINK 1
+#define ND_TARGET_LINK 2
+#define ND_ROUTER_SOLICITED_OVERRIDE 0xe0000000
+
+struct nd_message {
+	__u8 type;
+	__u8 code;
+	__sum16 checksum;
+	__be32 flags;
+	union address target;
+	__u8 option; /* the link-layer address of who speaks: it may be missing, with all that follows */
+	__u8 option_length; /* in units of eight bytes */
+	__u8 mac[ETH_ALEN];
+} __attribute__((packed));
+
+struct nd_frame {
+	struct ethhdr eth;
+	struct ipv6hdr ip;
+	struct nd_message nd;
+} __attribute__((packed));
+
+struct nd_pseudo_header {
+	union address source;
+	union address destination;
+	__be32 length;
+	__be32 next;
+};
+
+static __always_inline bool nd_asks_for_gateway(const struct nd_frame *frame)
+{
+	union address target = frame->nd.target;
+
+	return frame->ip.nexthdr == ICMP_PROTOCOL && frame->ip.hop_limit == ND_HOP_LIMIT &&
+	       frame->ip.payload_len == bpf_htons(sizeof(struct nd_message)) && frame->nd.type == ND_SOLICITATION &&
+	       frame->nd.option == ND_SOURCE_LINK && frame->nd.option_length == 1 &&
+	       l3_equal(&target, &config.gateway);
+}
+
+static __always_inline __sum16 nd_checksum(struct nd_frame *frame)
+{
+	struct nd_pseudo_header pseudo = {
+		.length = bpf_htonl(sizeof(struct nd_message)),
+		.next = bpf_htonl(ICMP_PROTOCOL),
+	};
+	__u64 sum;
+
+	ipv6_take(&frame->ip.saddr, &pseudo.source);
+	ipv6_take(&frame->ip.daddr, &pseudo.destination);
+	frame->nd.checksum = 0;
+	sum = bpf_csum_diff(NULL, 0, (__be32 *)&pseudo, sizeof(pseudo), 0);
+	sum = bpf_csum_diff(NULL, 0, (__be32 *)&frame->nd, sizeof(frame->nd), sum);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return ~sum;
+}
+
+/* neighbour_answer sends a solicitation for the gateway back as the advertisement; it returns 0 for what is no
+ * such thing. */
+SEPARATE int neighbour_answer(struct __sk_buff *ctx)
+{
+	struct nd_frame *frame = packet_at(ctx, 0, sizeof(*frame));
+	union address gateway;
+
+	if (!frame || !nd_asks_for_gateway(frame))
+		return 0;
+	gateway = frame->nd.target;
+	memcpy(&frame->ip.daddr, &frame->ip.saddr, sizeof(gateway));
+	memcpy(&frame->ip.saddr, &gateway, sizeof(gateway));
+	frame->nd.type = ND_ADVERTISEMENT;
+	frame->nd.flags = bpf_htonl(ND_ROUTER_SOLICITED_OVERRIDE);
+	frame->nd.option = ND_TARGET_LINK;
+	copy_mac(frame->eth.h_dest, frame->nd.mac);
+	copy_mac(frame->nd.mac, config.host_mac);
+	copy_mac(frame->eth.h_source, config.host_mac);
+	frame->nd.checksum = nd_checksum(frame);
+	return bpf_redirect(ctx->ifindex, 0);
+}
