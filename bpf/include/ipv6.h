@@ -36,7 +36,7 @@ static __always_inline bool icmp_is_error(__u8 type)
 #define IPV6_FRAGMENT_OFFSET 0xfff8
 #define IPV6_MORE_FRAGMENTS 0x0001
 #define IPV6_BEHIND (ETH_HLEN + sizeof(struct ipv6hdr)) /* where the next header begins */
-#define IPV6_EXTENSIONS 4 /* one header more is refused, as in Cilium */
+#define IPV6_EXTENSIONS 4 /* more are refused, as in Cilium */
 #define IPV6_L4_FARTHEST 200 /* flow.l4_off has eight bits */
 
 /* The first eight bytes of an extension header; the last two members are a fragment header's. */
@@ -88,18 +88,33 @@ static __always_inline int l3_parse(struct __sk_buff *ctx, struct addresses *end
 	return l3_addresses(ctx, ends);
 }
 
-/* ipv6_load_l4 reads the L4 header at `off`, which may lie outside of what was gathered. */
-static __always_inline int ipv6_load_l4(struct __sk_buff *ctx, __u32 off, __u32 length, __u8 proto)
+static __always_inline bool ipv6_is_extension(__u8 header)
 {
-	flow_set(ctx, proto, proto);
-	flow_set(ctx, l4_off, off);
-	packet_gather(ctx, off + L4_HEADER);
-	return l4_load(ctx, off, length, proto);
+	return header == IPV6_NEXT_HOP_BY_HOP || header == IPV6_NEXT_DESTINATION || header == IPV6_NEXT_AUTH ||
+	       header == IPV6_NEXT_ROUTING || header == IPV6_NEXT_FRAGMENT;
 }
 
-/* ipv6_load_fragment deals with what is behind a fragment header: `head`, which ends at `off`. */
+/* ipv6_skip passes one extension header, which `head` is the beginning of; -(drop reason) for one that is
+ * not to be passed.  What is left of the way is in flow.l4_off and flow.proto. */
+static __always_inline int ipv6_skip(struct __sk_buff *ctx, struct ipv6_extension *head)
+{
+	__u32 off = flow_get(ctx, l4_off);
+	__u8 header = flow_get(ctx, proto);
+	__u32 units = header == IPV6_NEXT_FRAGMENT ? 0 : head->length;
+
+	if (header == IPV6_NEXT_ROUTING)
+		return -DROP_INVALID_EXTENSION;
+	off += sizeof(*head) + units * (header == IPV6_NEXT_AUTH ? 4 : 8);
+	if (off > IPV6_L4_FARTHEST)
+		return -DROP_INVALID_EXTENSION;
+	flow_set(ctx, l4_off, off);
+	flow_set(ctx, proto, head->next);
+	return 0;
+}
+
+/* ipv6_load_fragment reads what is behind a fragment header. */
 static __always_inline int ipv6_load_fragment(struct __sk_buff *ctx, const struct ipv6_extension *head,
-					      __u32 off, __u32 length)
+					      __u32 length)
 {
 	struct frag_id key __attribute__((aligned(8))) = {.id = head->id, .proto = head->next};
 	struct addresses ends;
@@ -108,47 +123,45 @@ static __always_inline int ipv6_load_fragment(struct __sk_buff *ctx, const struc
 		return -DROP_INVALID;
 	key.daddr = ends.destination;
 	key.saddr = ends.source;
-	if (head->fragment & bpf_htons(IPV6_FRAGMENT_OFFSET)) {
-		flow_set(ctx, proto, head->next);
+	if (head->fragment & bpf_htons(IPV6_FRAGMENT_OFFSET))
 		return l4_recall(ctx, &key);
-	}
-	if (!(head->fragment & bpf_htons(IPV6_MORE_FRAGMENTS)))
-		return ipv6_load_l4(ctx, off, length, head->next);
-	flow_set(ctx, proto, head->next);
-	flow_set(ctx, l4_off, off);
-	packet_gather(ctx, off + L4_HEADER);
-	return l4_load_first(ctx, off, length, &key);
+	return l4_load_first(ctx, flow_get(ctx, l4_off), length, &key);
 }
 
 /* ipv6_extended reads a packet that has headers before L4. */
 SEPARATE int ipv6_extended(struct __sk_buff *ctx)
 {
 	const struct ipv6hdr *ip = packet_at(ctx, ETH_HLEN, sizeof(*ip));
-	__u32 off = IPV6_BEHIND, end;
-	struct ipv6_extension head;
-	__u8 next;
+	struct ipv6_extension head = {};
+	__u32 off, end;
+	int ret;
 
 	if (!ip)
 		return -DROP_INVALID;
-	next = ip->nexthdr;
-	end = off + ipv6_payload(ctx, ip);
-	for (int i = 0; i <= IPV6_EXTENSIONS; i++) {
-		if (off > IPV6_L4_FARTHEST)
-			return -DROP_INVALID_EXTENSION;
-		if (next != IPV6_NEXT_HOP_BY_HOP && next != IPV6_NEXT_DESTINATION && next != IPV6_NEXT_AUTH &&
-		    next != IPV6_NEXT_FRAGMENT)
-			return next == IPV6_NEXT_ROUTING ? -DROP_INVALID_EXTENSION : ipv6_load_l4(ctx, off, end - off, next);
-		if (off + sizeof(head) > end || bpf_skb_load_bytes(ctx, off, &head, sizeof(head)))
+	end = IPV6_BEHIND + ipv6_payload(ctx, ip);
+	for (int i = 0; i < IPV6_EXTENSIONS; i++) {
+		head.fragment = 0;
+		if (!ipv6_is_extension(flow_get(ctx, proto)))
+			break;
+		if (bpf_skb_load_bytes(ctx, flow_get(ctx, l4_off), &head, sizeof(head)))
 			return -DROP_INVALID;
-		off += sizeof(head);
-		if (next == IPV6_NEXT_FRAGMENT)
-			return ipv6_load_fragment(ctx, &head, off, end - off);
-		off += next == IPV6_NEXT_AUTH ? head.length * 4 : head.length * 8;
-		if (off > end)
-			return -DROP_INVALID;
-		next = head.next;
+		if (flow_get(ctx, proto) != IPV6_NEXT_FRAGMENT)
+			head.fragment = 0;
+		ret = ipv6_skip(ctx, &head);
+		if (ret < 0)
+			return ret;
+		if (head.fragment)
+			break;
 	}
-	return -DROP_INVALID_EXTENSION;
+	off = flow_get(ctx, l4_off);
+	if (ipv6_is_extension(flow_get(ctx, proto)))
+		return -DROP_INVALID_EXTENSION;
+	if (off > end)
+		return -DROP_INVALID;
+	packet_gather(ctx, off + L4_HEADER);
+	if (head.fragment & bpf_htons(IPV6_FRAGMENT_OFFSET | IPV6_MORE_FRAGMENTS))
+		return ipv6_load_fragment(ctx, &head, end - off);
+	return l4_load(ctx, off, end - off, flow_get(ctx, proto));
 }
 
 static __always_inline int l3_parse_l4(struct __sk_buff *ctx)
