@@ -212,11 +212,11 @@ class Driver:
         return {"Interface": answer}
 
     async def _join(self, call: calls.Join) -> Answer:
-        endpoint = self._endpoint(call)
+        endpoint = await self.endpoints.connect(self._endpoint(call).id)
         sandbox = call.sandbox_key or ""
         self._refuse_second(sandbox, endpoint.id)
         # From the look to the record there is no pause: two joins of one container never both pass.
-        endpoint = await self.endpoints.connect(endpoint.id, sandbox)
+        endpoint = self.endpoints.join(endpoint.id, sandbox)
         return {
             "InterfaceName": {"SrcName": endpoint.peer, "DstPrefix": CONTAINER_PREFIX},
             "Gateway": GATEWAY,

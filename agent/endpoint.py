@@ -74,7 +74,7 @@ class Endpoint(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
     @property
     def joined(self) -> bool:
-        """Whether the other side of the interface was promised to a workload, which may have it already."""
+        """Whether the interface was made and promised to a workload, which may have it already."""
         return bool(self.sandbox) or self.handed_over
 
     @property

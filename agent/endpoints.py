@@ -8,6 +8,7 @@ for them (`Kernel`).  A start:
     create      number, address, MACs         checkpointed before the engine hears the address
                 interface, programs, empty policy map are begun: everything is denied (identity init)
     connect     waits for them; the engine makes its sandbox meanwhile
+    join        from here on the other side may be in the container
     identify    labels → identity → policy map → ip→identity entry, all in the kernel on return
 
 and an end, in the opposite order, so that an address never stands for nobody while packets still flow:
@@ -154,14 +155,23 @@ class EndpointManager:
         self._histories.note(number, State.CREATING, f"address {address}")
         return endpoint
 
-    async def connect(self, endpoint_id: int, sandbox: str = "") -> Endpoint:
+    async def connect(self, endpoint_id: int) -> Endpoint:
         """Wait for the interface and its programs; on return all that it sends and receives is denied."""
         ending = self._endings.get(endpoint_id)
         if ending is not None:
             await asyncio.wait({ending})
-        self.store.change(endpoint_id, connected=True, sandbox=sandbox)
+        self.store.change(endpoint_id, connected=True)
         await self._expect_kernel(endpoint_id, "interface")
-        return self.get(endpoint_id)
+        return self._connected(endpoint_id)
+
+    def join(self, endpoint_id: int, sandbox: str) -> Endpoint:
+        """Note whose namespace the interface goes to.
+
+        Not before `connect`: by this note the next life of the agent knows that the interface which it
+        finds is this endpoint's, and perhaps in use already.
+        """
+        self._connected(endpoint_id)
+        return self.store.change(endpoint_id, sandbox=sandbox)
 
     async def identify(
         self,

@@ -225,8 +225,8 @@ class EndpointTarget:
     async def _device(self, endpoint: Endpoint) -> Device:
         """Return the host side of the pair; a lost pair can only be made again before it was handed over.
 
-        From Join on the other side may be in the container: what a former life of the agent has made for
-        this endpoint is kept, or the container would lose its interface.
+        Once it was joined the other side may be in the container: what a former life of the agent has made
+        for this endpoint is kept, or the container would lose its interface.
         """
         device = await self._devices.find(endpoint.interface)
         if device is not None and self._is_kept(endpoint, device):

@@ -218,6 +218,22 @@ def test_one_interface_a_container(tmp_path: Path) -> None:
     run(tmp_path, story)
 
 
+def test_two_joins_of_one_container_at_once(tmp_path: Path) -> None:
+    async def story(host: DriverHost) -> None:
+        for engine_id in ("e1", "e2"):
+            await host.on("CreateEndpoint", engine_id, Interface={})
+        host.kernel.settling.clear()
+        joins = [
+            asyncio.create_task(host.on("Join", each, SandboxKey="/run/netns/1")) for each in ("e1", "e2")
+        ]
+        await asyncio.wait(joins, timeout=0.1)
+        host.kernel.settling.set()
+        answers = await asyncio.gather(*joins)
+        assert sorted("Err" in each for each in answers) == [False, True]
+
+    run(tmp_path, story)
+
+
 def test_one_interface_a_container_after_a_restart_of_the_agent(tmp_path: Path) -> None:
     async def story(host: DriverHost) -> None:
         first = await host.start("web")
@@ -239,11 +255,12 @@ def test_an_interface_is_begun_with_the_endpoint_and_join_waits_for_it(tmp_path:
         host.kernel.catch_up()  # the reconciler, which nobody waits for yet
         assert host.kernel.interfaces == {1: "10.9.0.2"}
         joining = asyncio.create_task(host.on("Join", "e1", SandboxKey="/run/netns/1"))
-        while not host.manager.get(1).sandbox:
-            await asyncio.sleep(0.005)
+        await asyncio.wait({joining}, timeout=0.1)
         assert not joining.done()
+        assert host.manager.get(1).sandbox == "", "by this the next agent knows that the interface was made"
         host.kernel.settling.set()
         assert "InterfaceName" in await joining
+        assert host.manager.get(1).sandbox == "/run/netns/1"
         assert host.kernel.interfaces == {1: "10.9.0.2"}
 
     run(tmp_path, story)

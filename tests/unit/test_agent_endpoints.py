@@ -125,7 +125,8 @@ def test_states_of_a_life() -> None:
         manager, pending = host.manager, Status(Kind.PENDING)
         made = await manager.create(network_id="n", engine_id="web")
         assert manager.state(made, pending) is manager.state(made, DONE) is State.CREATING
-        joined = await manager.connect(made.id, "/run/netns/web")
+        assert manager.state(await manager.connect(made.id), DONE) is State.CREATING
+        joined = manager.join(made.id, "/run/netns/web")
         assert manager.state(joined, DONE) is State.WAITING_FOR_IDENTITY
         ready = await manager.identify(made.id, "c-web", "web", {}, "holdfast")
         assert manager.state(ready, pending) is State.REGENERATING
@@ -153,7 +154,7 @@ def test_an_interface_that_does_not_exist_was_not_handed_over() -> None:
     async def story(host: Host) -> None:
         made = await host.manager.create(network_id="n", engine_id="web")
         host.kernel.settling.clear()
-        joining = asyncio.create_task(host.manager.connect(made.id, "/run/netns/web"))
+        joining = asyncio.create_task(host.manager.connect(made.id))
         identity = asyncio.create_task(host.manager.identify(made.id, "c", "web", {}, "holdfast"))
         for _ in range(20):
             await asyncio.sleep(0)
