@@ -10,7 +10,7 @@ import os
 import time
 
 from bench.harness import emit_median
-from tests.support.agent import AgentHost, prepare
+from tests.support.agent import AgentHost
 from tests.support.host import Hub
 
 RUNS = 3
@@ -31,7 +31,7 @@ def main() -> None:
     samples = []
     with Hub() as hub, AgentHost("hfbench") as host:
         host.address = hub.join(host)
-        prepare(host)
+        host.start_etcd()
         agent = host.start_agent(debug="false")
         host.network()
         for number in range(ENDPOINTS):

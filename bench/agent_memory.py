@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 
 from bench.harness import emit_median
-from tests.support.agent import AgentHost, prepare
+from tests.support.agent import AgentHost
 from tests.support.host import Hub
 
 RUNS = 3
@@ -25,7 +25,7 @@ def main() -> None:
     samples = []
     with Hub() as hub, AgentHost("hfbench") as host:
         host.address = hub.join(host)
-        prepare(host)
+        host.start_etcd()
         for _ in range(RUNS):
             agent = host.start_agent(debug="false")
             time.sleep(SETTLE_S)

@@ -21,7 +21,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 
 from bench.harness import emit, load, note
-from tests.support.agent import AgentHost, prepare
+from tests.support.agent import AgentHost
 from tests.support.engine import WORKLOAD_IMAGE
 from tests.support.host import Hub, wait_for
 from tests.support.netns import Netns
@@ -132,7 +132,7 @@ def main() -> None:
     """Print the figures."""
     with Hub() as hub, AgentHost("hfbench") as host:
         host.address = hub.join(host)
-        prepare(host)
+        host.start_etcd()
         (host.policies / "rules.yaml").write_text(POLICY)
         host.start_agent(debug="false")
         host.network()

@@ -12,7 +12,7 @@ import json
 import re
 
 from bench.harness import emit_median
-from tests.support.agent import AgentHost, prepare
+from tests.support.agent import AgentHost
 from tests.support.host import Hub, run, wait_for
 
 RUNS = 15
@@ -41,7 +41,7 @@ def main() -> None:
     """Print the figure."""
     with Hub() as hub, AgentHost("hfbench") as host:
         host.address = hub.join(host)
-        prepare(host)
+        host.start_etcd()
         (host.policies / "rules.json").write_text(json.dumps(RULES))
         host.start_agent(debug="false")
         host.network()

@@ -8,9 +8,12 @@ stays denied, and everybody has his numbers afterwards.
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
 import socket
+import socketserver
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +28,6 @@ from tests.support.engine import (
     WORKLOAD_IMAGE,
     DockerHost,
     project_images,
-    workload_image,
 )
 from tests.support.engine_fixtures import engine_parts, hub
 from tests.support.host import REPO, Hub, wait_for
@@ -105,11 +107,8 @@ class Project:
 
 @pytest.fixture(scope="module")
 def project(hub: Hub) -> Iterator[Project]:
-    archives = project_images(), workload_image()
-    with DockerHost("upc") as host:
+    with DockerHost("upc", images=project_images()) as host:
         host.address = hub.join(host)
-        for archive in archives:
-            host.engine.load(archive)
         made = Project(host)
         made.setup("up.sh")
         yield made
@@ -195,6 +194,35 @@ def test_project_restarted(project: Project, traffic: Traffic, restart: Restart)
     traffic.check()
 
 
+class Refusal(http.server.BaseHTTPRequestHandler):
+    """Answers every call of the engine with an error."""
+
+    def do_POST(self) -> None:
+        body = b'{"Err": "nobody is here"}'
+        self.send_response(500)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@contextlib.contextmanager
+def calls_of_the_engine_fail(host: DockerHost) -> Iterator[None]:
+    """Have the engine give up on the driver at once: where nobody listens it takes 45 s, and gives up too."""
+    path = host.private("/run/docker") / "plugins" / "holdfast.sock"
+    path.unlink(missing_ok=True)
+    with socketserver.ThreadingUnixStreamServer(str(path), Refusal) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+            path.unlink()
+
+
 def test_container_ends_while_the_project_is_away(project: Project, traffic: Traffic) -> None:
     """The kernel enforces meanwhile, and nobody else loses a number by it."""
     before = project.numbers()
@@ -202,7 +230,8 @@ def test_container_ends_while_the_project_is_away(project: Project, traffic: Tra
         assert len(project.numbers()) == 4
         project.compose("stop", "--timeout", "20")
         traffic.check()
-        project.host.engine.docker("kill", "passing")
+        with calls_of_the_engine_fail(project.host):
+            project.host.engine.docker("kill", "passing")
         traffic.check()
         project.compose("start")
         wait_for(project.healthy, "healthy agent", seconds=120, pause=0.5)

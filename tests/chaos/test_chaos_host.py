@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from tests.support import live, snapshot
-from tests.support.agent import AgentHost, prepare
+from tests.support.agent import AgentHost
 from tests.support.engine_fixtures import engine_parts, hub
 from tests.support.host import Hub, wait_for
 from tests.support.places import PORTS, PacketTap, Place
@@ -209,7 +209,7 @@ def scene(request: pytest.FixtureRequest, hub: Hub) -> Iterator[Scene]:
     with contextlib.ExitStack() as stack:
         host = stack.enter_context(AgentHost("hfh", options=("--live-restore",)))
         host.address = hub.join(host)
-        prepare(host)
+        host.start_etcd()
         strangers_things(host)
         host.exec("iptables-restore", "--noflush", stdin=request.param)
         saved = host.exec("iptables-save").stdout

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support import snapshot
-from tests.support.agent import AgentHost, prepare
+from tests.support.agent import AgentHost
 from tests.support.engine_fixtures import engine_parts, hub
 from tests.support.host import Hub, wait_for
 
@@ -27,7 +27,7 @@ SILENCE_S = 8.0  # every part has looked at the host once
 def host(hub: Hub) -> Iterator[AgentHost]:
     with AgentHost("hfw") as new:
         new.address = hub.join(new)
-        prepare(new)
+        new.start_etcd()
         new.start_agent()
         new.network()
         yield new

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.agent import AgentHost, prepare
+from tests.support.agent import AgentHost
 from tests.support.engine import WORKLOAD_IMAGE
 from tests.support.host import REPO, Hub, wait_for
 from tests.support.stream import POLICY, Flows
@@ -26,7 +26,7 @@ PIN = f"{PINS}/cilium_ipcache"
 def small(hub: Hub) -> Iterator[AgentHost]:
     with AgentHost("hfp") as host:
         host.address = hub.join(host)
-        prepare(host)
+        host.start_etcd()
         (host.policies / "server.yaml").write_text(POLICY)
         host.start_agent(ipv4_range=SMALL)
         host.network()

@@ -7,7 +7,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-from tests.support.engine import WORKLOAD_IMAGE, DockerHost, workload_image
+from tests.support.engine import WORKLOAD_IMAGE, DockerHost, workload_images
 from tests.support.host import run, wait_for
 
 SERVE_ONCE = "socat TCP-LISTEN:7000,reuseaddr,fork SYSTEM:'hostname'"
@@ -26,6 +26,20 @@ def test_container_runs_on_docker_bridge(host: DockerHost) -> None:
         "run", "--rm", "--init", WORKLOAD_IMAGE, "ip", "-4", "-o", "addr", "show", "eth0"
     )
     assert "172.17." in done.stdout
+
+
+def test_hosts_share_an_image_and_nothing_that_is_written(host: DockerHost) -> None:
+    """Every engine's layers are links to the same files."""
+
+    def inside(of: DockerHost, command: str) -> str:
+        return of.engine.docker("run", "--rm", WORKLOAD_IMAGE, "sh", "-c", command).stdout
+
+    write = "echo mine >/etc/debian_version && rm /etc/shadow && chmod 0 /etc/profile"
+    look = "cat /etc/debian_version; stat -c '%n %a' /etc/*"
+    with DockerHost(images=workload_images()) as other:
+        before = inside(other, look)
+        assert inside(host, f"{write}; {look}").startswith("mine\n")
+        assert inside(other, look) == inside(host, look) == before
 
 
 def test_published_port_is_reached_from_the_host(host: DockerHost) -> None:
@@ -69,8 +83,7 @@ def test_signals_reach_the_process_itself(host: DockerHost) -> None:
 
 
 def test_containers_survive_a_killed_engine_and_nothing_is_left_of_the_host(engine_parts: None) -> None:
-    with DockerHost(options=["--live-restore"]) as broken:
-        broken.engine.load(workload_image())
+    with DockerHost(options=["--live-restore"], images=workload_images()) as broken:
         broken.engine.docker("run", "-d", "--init", "--name", "stays", WORKLOAD_IMAGE)
         before = broken.engine.inspect("stays")["State"]
         broken.engine.kill()

@@ -32,10 +32,8 @@ UP_SECONDS = 300
 @pytest.fixture(scope="module")
 def bare(hub: Hub) -> Iterator[DockerHost]:
     """A host on which `make up` has run, with images that were built before."""
-    archive = project_images()
-    with DockerHost("up") as host:
+    with DockerHost("up", images=project_images()) as host:
         hub.join(host)
-        host.engine.load(archive)
         up(host)
         yield host
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tests.support.engine import WORKLOAD_IMAGE, DockerHost, workload_image
+from tests.support.engine import WORKLOAD_IMAGE, DockerHost, workload_images
 from tests.support.host import REPO, Process, run, wait_for
 
 POOL = "10.50.0.0/16"
@@ -22,10 +22,10 @@ ETCD_PORT = 2379
 
 
 class AgentHost(DockerHost):
-    """A docker host with etcd on its loopback and an agent; `start_agent` makes it complete."""
+    """A docker host with the workload image; `start_etcd` and `start_agent` make it complete."""
 
     def __init__(self, prefix: str = "hfa", *, options: Sequence[str] = ()) -> None:
-        super().__init__(prefix, options=options)
+        super().__init__(prefix, options=options, images=workload_images())
         self.agent: Process | None = None
         self.state = self.directory / "state"
         self.run_dir = self.directory / "run"
@@ -46,9 +46,15 @@ class AgentHost(DockerHost):
             *("--data-dir", str(self.directory / "etcd-data")),
             *("--listen-client-urls", url, "--advertise-client-urls", url),
             *("--listen-peer-urls", "http://127.0.0.1:2380", "--unsafe-no-fsync"),
+            *("--logger", "zap"),
         )
-        wait_for(
-            lambda: "member" in self.etcdctl("member", "list", "-w", "json", check=False), "etcd's answer"
+        wait_for(self._etcd_answers, "etcd's answer")
+
+    def _etcd_answers(self) -> bool:
+        # etcdctl that comes too early comes again after a second.
+        assert self._etcd is not None
+        return "serving client" in self._etcd.output() and "member" in self.etcdctl(
+            "member", "list", "-w", "json", check=False
         )
 
     def stop_etcd(self) -> None:
@@ -182,9 +188,3 @@ class AgentHost(DockerHost):
 
 def _text(encoded: str) -> str:
     return base64.b64decode(encoded).decode()
-
-
-def prepare(host: AgentHost) -> None:
-    """Load the workload image and start etcd."""
-    host.engine.load(workload_image())
-    host.start_etcd()

@@ -3,8 +3,9 @@
 
 `Engine` starts, stops, kills and restarts the daemon and runs `docker` and both composes against it; a
 `DockerHost` is a host that has one.  Images are made once for the sources they are made from, in a host with
-a way out, and loaded by the others from compose/.cache: `workload_image` (Debian with python3 and what the
-tests send traffic with) and `project_images` (the agent's and etcd's).
+a way out, and kept in compose/.cache: `workload_images` (Debian with python3 and what the tests send traffic
+with) and `project_images` (also the agent's and etcd's).  They are kept as an engine keeps them, so another
+has them at once, as links to the same files.
 
 The fixtures are in `tests.support.engine_fixtures`.  Needs root and the packages of `make test`.
 """
@@ -44,6 +45,7 @@ class Engine:
         self.host = host
         self.directory = host.directory / "engine"
         self.directory.mkdir()
+        self.data = self.directory / "data"
         self.socket = self.directory / "docker.sock"
         self._options = tuple(options)
         self._daemon: Process | None = None
@@ -63,7 +65,7 @@ class Engine:
         base = self.directory
         self._daemon = self.host.popen(
             "dockerd",
-            *("--data-root", f"{base}/data", "--exec-root", f"{base}/exec"),
+            *("--data-root", str(self.data), "--exec-root", f"{base}/exec"),
             *("--pidfile", f"{base}/dockerd.pid", "--host", self.url),
             *("--cgroup-parent", f"/{self.host.name}"),
             *self._options,
@@ -130,9 +132,15 @@ class Engine:
         found: list[dict[str, object]] = json.loads(self.docker("inspect", container).stdout)
         return found[0]
 
-    def load(self, archive: Path) -> None:
-        """Load images from a file that `docker save` wrote."""
-        self.docker("load", "--quiet", "--input", str(archive), timeout=BUILD_SECONDS)
+    def plant(self, images: Path) -> None:
+        """Give an engine that was never started the images that another left in a directory.
+
+        What lists them is copied.  Layers are links where they can be: no engine writes to one again, what a
+        container changes goes to a copy.
+        """
+        self.data.mkdir()
+        for part in images.iterdir():
+            _copy(part, self.data, link=part.name != "image")
 
     def _answers(self) -> bool:
         assert self._daemon is None or self._daemon.running, (
@@ -142,12 +150,21 @@ class Engine:
 
 
 class DockerHost(Host):
-    """A host with a running engine; its own docker socket is where an agent looks for it."""
+    """A host with a running engine, which has the images of that directory."""
 
-    def __init__(self, prefix: str = "hf", *, uplink: bool = False, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        prefix: str = "hf",
+        *,
+        uplink: bool = False,
+        options: Sequence[str] = (),
+        images: Path | None = None,
+    ) -> None:
         super().__init__(prefix, uplink=uplink)
         self.engine = Engine(self, options=options)
         try:
+            if images is not None:
+                self.engine.plant(images)
             self.engine.start()
         except BaseException:
             self.stop()
@@ -172,16 +189,16 @@ def _major(command: str) -> int:
     return int(text.split(".")[0]) if text[:1].isdigit() else 0
 
 
-def workload_image() -> Path:
-    """Return the file with the workload image: python3, socat, nc, ping, iperf3, curl on Debian slim."""
-    name = f"workload-{digest_of([WORKLOAD_SOURCES])}.tar"
-    return _cached(name, [WORKLOAD_IMAGE], _build_workload)
+def workload_images() -> Path:
+    """Return the directory with the workload image: python3, socat, nc, ping, iperf3, curl on Debian slim."""
+    return _cached(f"workload-{digest_of([WORKLOAD_SOURCES])}", _build_workload)
 
 
 def project_images() -> Path:
-    """Return the file with the agent's and etcd's images, built by the script that `make up` runs."""
-    name = f"project-{digest_of([REPO / path for path in IMAGE_SOURCES])}.tar"
-    return _cached(name, [AGENT_IMAGE, ETCD_IMAGE], lambda engine: setup(engine, "up.sh", "image"))
+    """Return the directory with that and the project's two images, built by the script of `make up`."""
+    sources = [WORKLOAD_SOURCES, *(REPO / path for path in IMAGE_SOURCES)]
+    base = workload_images()
+    return _cached(f"project-{digest_of(sources)}", lambda engine: setup(engine, "up.sh", "image"), base)
 
 
 def _build_workload(engine: Engine) -> None:
@@ -189,26 +206,43 @@ def _build_workload(engine: Engine) -> None:
     engine.docker("build", "--tag", WORKLOAD_IMAGE, str(WORKLOAD_SOURCES), timeout=BUILD_SECONDS)
 
 
-def _cached(name: str, images: Sequence[str], build: Callable[[Engine], object]) -> Path:
-    """Return the cached file of that name, made by `build` in a host of its own when it is missing."""
+def _cached(name: str, build: Callable[[Engine], object], base: Path | None = None) -> Path:
+    """Return the cached directory of that name, filled by `build` in a host of its own when it is missing."""
     target = CACHE / "images" / name
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{name}.{os.getpid()}")
-        with DockerHost("hfb", uplink=True) as host:
+        shutil.rmtree(partial, ignore_errors=True)  # of a test before this one that failed in here
+        partial.mkdir(parents=True)
+        with DockerHost("hfb", uplink=True, images=base) as host:
             build(host.engine)
-            host.engine.docker("save", "--output", str(partial), *images, timeout=BUILD_SECONDS)
+            host.engine.docker("image", "prune", "--force", timeout=BUILD_SECONDS)  # the stages of the build
+            driver = host.engine.docker("info", "--format", "{{.Driver}}").stdout.strip()
+            host.engine.stop()
+            for part in ("image", driver):
+                _copy(host.engine.data / part, partial, link=part != "image")
         _drop_older(target)
-        partial.rename(target)
+        if target.exists():  # by a concurrent run
+            shutil.rmtree(partial)
+        else:
+            partial.rename(target)
     return target
 
 
+def _copy(source: Path, target: Path, *, link: bool) -> None:
+    """Copy a directory into another, by links unless it is on another file system."""
+    if not link or run(["cp", "-al", str(source), str(target)], check=False).returncode:
+        run(["cp", "-a", "--remove-destination", str(source), str(target)], timeout=BUILD_SECONDS)
+
+
 def _drop_older(target: Path) -> None:
-    """Keep only the newest other one of its kind: a concurrent run may be loading that."""
+    """Keep only the newest other one of its kind: a concurrent run may be copying that."""
     kind = target.name.partition("-")[0]
     others = sorted(target.parent.glob(f"{kind}-*"), key=lambda path: path.stat().st_mtime)
     for older in others[:-1]:
-        older.unlink(missing_ok=True)
+        if older.is_dir():
+            shutil.rmtree(older)
+        else:
+            older.unlink()
 
 
 def setup(

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.support.engine import DockerHost, workload_image
+from tests.support.engine import DockerHost, workload_images
 from tests.support.host import Hub
 from tests.support.require import require_root, require_tools
 
@@ -46,8 +46,6 @@ def three_hosts(hub: Hub) -> Iterator[tuple[DockerHost, DockerHost, DockerHost]]
 
 
 def _joined_host(stack: ExitStack, hub: Hub) -> DockerHost:
-    archive = workload_image()
-    new = stack.enter_context(DockerHost())
+    new = stack.enter_context(DockerHost(images=workload_images()))
     new.address = hub.join(new)
-    new.engine.load(archive)
     return new

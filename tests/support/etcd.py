@@ -50,6 +50,8 @@ class EtcdServer:
         self.client_port, peer_port = free_ports(2)
         self._cluster = cluster or {name: peer_port}
         self._process: subprocess.Popen[bytes] | None = None
+        self._log = self.directory / "etcd.log"
+        self._begun = 0  # where in the log its present life begins
         self.pki = TestPki(self.directory) if tls else None
         if self.pki is not None:
             for user in ("server", "root", "agent"):
@@ -80,8 +82,8 @@ class EtcdServer:
     # --- its life
 
     def start(self, *, wait: bool = True) -> EtcdServer:
-        log = open(self.directory / "etcd.log", "ab")  # noqa: SIM115 - handed to the process
-        with log:
+        with open(self._log, "ab") as log:
+            self._begun = log.tell()
             self._process = subprocess.Popen(self._command(), stdout=log, stderr=log, start_new_session=True)
         if wait:
             self.wait_healthy()
@@ -93,10 +95,17 @@ class EtcdServer:
         while time.monotonic() < deadline:
             if self._process is not None and self._process.poll() is not None:
                 raise AssertionError(f"etcd ended: {self.log_tail()}")
-            if self._ctl(["get", "health"], timeout=5).returncode == 0:
+            # etcdctl that comes too early comes again after a second.
+            if self._serves() and self._ctl(["get", "health"], timeout=5).returncode == 0:
                 return
-            time.sleep(0.05)
+            time.sleep(0.02)
         raise AssertionError(f"etcd is not healthy after {START_DEADLINE_S} s: {self.log_tail()}")
+
+    def _serves(self) -> bool:
+        """True once it says so: its port takes connections long before."""
+        with open(self._log, "rb") as log:
+            log.seek(self._begun)
+            return b"serving client" in log.read()
 
     def stop(self) -> None:
         self._end(signal.SIGTERM)
@@ -165,7 +174,7 @@ class EtcdServer:
         self.ctl("auth", "enable")
 
     def log_tail(self) -> str:
-        return (self.directory / "etcd.log").read_text(errors="replace")[-2000:]
+        return self._log.read_text(errors="replace")[-2000:]
 
     def _ctl(self, arguments: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
         command = ["etcdctl", "--endpoints", self.endpoint, *self._ctl_tls(), *arguments]
@@ -195,7 +204,7 @@ class EtcdServer:
             *("--initial-advertise-peer-urls", peers[self.name]),
             *("--initial-cluster", ",".join(f"{name}={url}" for name, url in peers.items())),
             *("--logger", "zap"),
-            "--unsafe-no-fsync" if _knows_no_fsync() else "--log-level=warn",
+            "--unsafe-no-fsync" if _knows_no_fsync() else "--log-level=info",
         ]
         if self.pki is None:
             return command

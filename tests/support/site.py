@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.support.agent import ETCD_PORT, POOL, AgentHost, prepare
+from tests.support.agent import ETCD_PORT, POOL, AgentHost
 from tests.support.host import Hub, run, wait_for
 from tests.support.netns import Netns
 from tests.support.places import Neighbour, Place, opened
@@ -169,7 +169,7 @@ def new_site(hub: Hub) -> Iterator[Site]:
     with contextlib.ExitStack() as stack:
         host = stack.enter_context(AgentHost("hfs"))
         host.address = hub.join(host)
-        prepare(host)
+        host.start_etcd()
         agent = host.start_agent()
         made = Site(host, hub, stack)
         yield made
