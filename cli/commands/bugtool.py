@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`holdfast bugtool`: everything that helps to understand a problem, in one archive, without secrets.
 
-What the agent says, what the kernel says, and a fixed list of commands.  A part that fails is in the archive
-as its error; private keys, environments of processes and etcd's contents are never in it.
+What the agent says, what the engine and the kernel say, and a fixed list of commands.  A part that fails is
+in the archive as its error; private keys, environments of processes and etcd's contents are never in it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import click
 
-from cli.base import Settings, examples
+from cli.base import Settings, examples, output_option
 from cli.client import AgentClient, api_path
+from cli.commands.network import docker_option, engine
 from cli.errors import CliError
+from cli.output import print_done
 from core.errors import HoldfastError
 
 # name in the archive → path below /v1
@@ -54,10 +57,17 @@ COMMANDS = (
     "bpftool prog",
     "bpftool net",
     "ps -eo pid,ppid,user,rss,etime,comm",
-    "docker version",
-    "docker network ls",
-    "docker ps -a --format {{.ID}}\t{{.Names}}\t{{.Status}}\t{{.Networks}}",
 )
+# name in the archive → path of the engine's API, and what of each entry is kept: labels, options and command
+# lines are other people's, and may hold secrets.
+ENGINE_PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "version": ("/version", ("Version", "ApiVersion", "KernelVersion", "Os", "Arch")),
+    "networks": ("/networks", ("Id", "Name", "Created", "Driver", "Scope", "IPAM", "Internal", "EnableIPv6")),
+    "containers": (
+        "/containers/json?all=1",
+        ("Id", "Names", "Created", "State", "Status", "Ports", "HostConfig", "NetworkSettings"),
+    ),
+}
 FILES = (
     "/proc/meminfo",
     "/proc/loadavg",
@@ -79,8 +89,12 @@ LARGE_MAPS = ("cilium_ct",)
 )
 @click.option("--archive", type=click.Path(path_type=Path), help="The file to write.  [default: in /tmp]")
 @click.option("--no-commands", is_flag=True, help="Only what the agent says.")
+@docker_option
+@output_option
 @click.pass_obj
-def bugtool(settings: Settings, archive: Path | None, no_commands: bool) -> None:
+def bugtool(
+    settings: Settings, archive: Path | None, no_commands: bool, docker: str, output: str | None
+) -> None:
     """Collect statuses, maps, logs and the state of the host in an archive.
 
     It holds no secrets, but addresses and labels.  Works with the agent stopped.
@@ -92,9 +106,9 @@ def bugtool(settings: Settings, archive: Path | None, no_commands: bool) -> None
     with create(path) as file, tarfile.open(fileobj=file, mode="w:gz") as tar:
         for name, text in parts:
             add(tar, f"{root}/{name}", text)
-        for name, text in () if no_commands else from_host():
+        for name, text in () if no_commands else chain(from_engine(docker), from_host()):
             add(tar, f"{root}/{name}", text)
-    click.echo(f"Archive: {path}")
+    print_done(output, {"archive": str(path)}, f"Archive: {path}")
 
 
 def create(path: Path) -> IO[bytes]:
@@ -127,10 +141,27 @@ def from_agent(agent: AgentClient) -> Iterator[tuple[str, str]]:
         yield "agent/metrics.error", str(error)
 
 
+def from_engine(address: str) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of what the engine says of itself, its networks and its containers."""
+    for name, (path, fields) in ENGINE_PARTS.items():
+        try:
+            answer = engine(address).request("GET", path)
+            yield f"engine/{name}.json", json.dumps(kept(answer, fields), indent=1)
+        except (HoldfastError, ValueError) as error:
+            yield f"engine/{name}.error", str(error)
+
+
+def kept(answer: Any, fields: tuple[str, ...]) -> Any:
+    """Return an object, or each object of a list, with these fields only."""
+    if isinstance(answer, list):
+        return [kept(each, fields) for each in answer]
+    return {field: answer[field] for field in fields if field in answer} if isinstance(answer, dict) else None
+
+
 def from_host() -> Iterator[tuple[str, str]]:
     """Yield (name, text) of commands, files and pinned maps."""
     for command in COMMANDS:
-        yield f"commands/{command.replace('/', '_').split(' --format')[0]}.txt", run(command.split(" "))
+        yield f"commands/{command.replace('/', '_')}.txt", run(command.split(" "))
     for path in FILES:
         yield f"files{path}", read(Path(path))
     for pin in sorted(GLOBALS.iterdir()) if GLOBALS.is_dir() else []:

@@ -116,9 +116,11 @@ class FakeEngine:
         if path == "/version":
             return self.version
         if path == "/networks":
-            drivers = filters.get("driver", [])
+            drivers = filters.get("driver")
             return [
-                {**each, "Containers": {}} for each in self.networks.values() if each["Driver"] in drivers
+                {**each, "Containers": {}}
+                for each in self.networks.values()
+                if drivers is None or each["Driver"] in drivers
             ]
         if path.startswith("/networks/"):
             return self.networks.get(path.removeprefix("/networks/"))

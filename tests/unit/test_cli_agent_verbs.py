@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from agent.api import models
 from cli.commands.status import NOT_KNOWN, duration, identities, ipam, node
 from tests.support.agent_view import FakeAgent, Serving, make_endpoint, serving
 from tests.support.cli import ROOT, command, run
+from tests.support.fake_engine import FakeEngine
 
 RULE = '[{"endpointSelector": {"matchLabels": {"app": "web"}}, "ingress": [{}]}]'
 
@@ -71,7 +73,7 @@ TABLES = [
     (["endpoint", "list"], "ENDPOINT   POLICY (ingress)   POLICY (egress)   IDENTITY   "
                            "LABELS (source:key[=value])   IPv6   IPv4          STATUS"),
     (["endpoint", "log", "373"], "Timestamp              Status   State   Message"),
-    (["identity", "list"], "ID      LABELS"),
+    (["identity", "list"], "ID      LABELS               REFCOUNT"),
     (["identity", "list", "--endpoints"], "ID      LABELS               REFCOUNT"),
     (["identity", "get", "1"], "ID   LABELS"),
     (["ip", "list"], "IP               IDENTITY             SOURCE"),
@@ -126,7 +128,8 @@ def test_endpoint_create_and_delete(agent: Serving) -> None:
     created = run("endpoint", "create", "/proc/self/ns/net", "-l", "app=x", socket=agent.path)
     assert created.stdout.startswith("Endpoint 999 with address")
     assert agent.view.created[0].labels == ["app=x"]
-    assert run("endpoint", "delete", "999", socket=agent.path).returncode == 0
+    deleted = run("endpoint", "delete", "999", "-o", "json", socket=agent.path)
+    assert json.loads(deleted.stdout) == {"id": 999, "deleted": True}
     assert run("endpoint", "delete", "999", socket=agent.path).returncode == 4
     refused = run("endpoint", "create", "/no/such/netns", socket=agent.path)
     assert (refused.returncode, "/no/such/netns" in refused.stderr) == (1, True)
@@ -195,12 +198,14 @@ def test_policy_delete_all_asks_and_no_terminal_means_no(agent: Serving) -> None
     refused = run("policy", "delete", "--local", "--all", socket=agent.path)
     assert (refused.returncode, "nothing was changed" in refused.stderr) == (1, True)
     assert agent.view.local
-    assert run("policy", "delete", "--local", "--all", "-f", socket=agent.path).returncode == 0
+    deleted = run("policy", "delete", "--local", "--all", "-f", "-o", "json", socket=agent.path)
+    assert json.loads(deleted.stdout) == [{"name": "web", "change": "deleted"}]
     assert not agent.view.local
 
 
 def test_policy_wait(agent: Serving) -> None:
-    assert run("policy", "wait", "3", socket=agent.path).returncode == 0
+    assert run("policy", "wait", "3", socket=agent.path).stdout.startswith("Every endpoint is at revision 3")
+    assert json.loads(run("policy", "wait", "3", "-o", "json", socket=agent.path).stdout) == {"revision": 3}
     late = run("policy", "wait", "4", "--max-wait-time", "0", socket=agent.path)
     assert (late.returncode, "endpoint 373" in late.stderr) == (1, True)
 
@@ -257,10 +262,11 @@ def test_monitor_prints_lines_until_it_is_interrupted(agent: Serving) -> None:
         agent.wait_for_listeners(0)
 
 
-def test_monitor_json_ends_with_the_agent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["-j", "-ojson"])
+def test_monitor_json_ends_with_the_agent(tmp_path: Path, option: str) -> None:
     with serving(FakeAgent(), tmp_path / "h.sock") as agent:
         process = subprocess.Popen(
-            command("monitor", "-j", socket=agent.path),
+            command("monitor", option, socket=agent.path),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -302,10 +308,31 @@ def test_bugtool_collects_from_the_agent(agent: Serving, tmp_path: Path) -> None
 
 def test_bugtool_works_without_an_agent(tmp_path: Path) -> None:
     path = tmp_path / "b.tar.gz"
-    assert run("bugtool", "--archive", str(path), socket=tmp_path / "none").returncode == 0
+    result = run("bugtool", "--archive", str(path), "-o", "json", socket=tmp_path / "none")
+    assert json.loads(result.stdout) == {"archive": str(path)}
     with tarfile.open(path) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
     assert {"agent/status.error", "commands/uname -a.txt", "files/proc/meminfo"} <= names
+
+
+async def test_bugtool_keeps_names_and_networks_of_the_engine_and_no_labels(tmp_path: Path) -> None:
+    path = tmp_path / "b.tar.gz"
+    async with FakeEngine(tmp_path / "docker.sock") as engine:
+        engine.add_network("n1", "shop")
+        engine.add_container("c1", "till", labels={"password": "hunter2"})
+        engine.broken["/version"] = (200, b"not json")
+        words = ("bugtool", "--archive", str(path), "--docker", f"unix://{engine.socket}")
+        result = await asyncio.to_thread(run, *words, socket=tmp_path / "none")
+    assert result.returncode == 0, result
+    with tarfile.open(path) as tar:
+        parts = {
+            name.rpartition("/")[2]: tar.extractfile(name) for name in tar.getnames() if "/engine/" in name
+        }
+        texts = {name: file.read().decode() for name, file in parts.items() if file}
+    assert set(texts) == {"version.error", "networks.json", "containers.json"}
+    assert json.loads(texts["networks.json"])[0]["Name"] == "shop"
+    assert json.loads(texts["containers.json"])[0]["Names"] == ["/till"]
+    assert "hunter2" not in texts["containers.json"]
 
 
 def test_version_with_and_without_an_agent(agent: Serving, tmp_path: Path) -> None:
