@@ -25,7 +25,7 @@ from loguru import logger
 from agent.endpoint import ENDPOINT_ID_MAX, Endpoint
 from agent.errors import CheckpointDamaged
 from agent.remembered import VERSION as VIEW_VERSION
-from agent.remembered import View
+from agent.remembered import Place, View
 from core.errors import HoldfastError, shorten
 from core.files import set_aside, write_atomic
 from datapath.devices import host_name, temporary_name
@@ -57,6 +57,7 @@ class Node(msgspec.Struct, frozen=True, omit_defaults=True):
     last_address: str = ""  # the one handed out last: the next one follows it
     local_identities: dict[str, int] = {}
     lease: int = 0
+    addresses_at: Place = Place()  # where in etcd's history cilium_ipcache stands, or has stood before
 
 
 class Checkpoint:

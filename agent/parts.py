@@ -218,15 +218,23 @@ def _knowledge(ground: Ground, store: Store, view: remembered.View) -> Knowledge
             _resuming(client, schema.IDENTITY_IDS, identities, view.identities_at, ground.gates),
             _resuming(client, schema.POLICIES, keys, view.policies_at, ground.gates),
             Follower(client, schema.NODES, node_sink, gate=relist),
-            Follower(client, schema.IPS, ip_sink, gate=relist),
+            _resuming(client, schema.IPS, ip_sink, ground.node.addresses_at, ground.gates, partial=True),
         ],
     )
 
 
-def _resuming(client: Client, prefix: str, sink: Sink, at: remembered.Place, gates: Gates) -> Follower:
+def _resuming(
+    client: Client, prefix: str, sink: Sink, at: remembered.Place, gates: Gates, *, partial: bool = False
+) -> Follower:
     """Return a follower that goes on where the restored view stands."""
     return Follower(
-        client, prefix, sink, resume_revision=at.revision, resume_cluster=at.cluster_id, gate=gates.relist
+        client,
+        prefix,
+        sink,
+        resume_revision=at.revision,
+        resume_cluster=at.cluster_id,
+        partial=partial,
+        gate=gates.relist,
     )
 
 
@@ -361,6 +369,7 @@ def _node_record(known: Node | None, name: str, pool: str) -> Node:
         last_address=known.last_address,
         local_identities=known.local_identities,
         lease=known.lease,
+        addresses_at=known.addresses_at,
     )
 
 

@@ -7,7 +7,9 @@ the watch goes on from its revision: what was deleted meanwhile is delivered as 
 once.  Where that history is gone (compacted, another cluster), a list is compared with the restored view,
 and what it lacks stays for the grace period, as everywhere.
 
-Addresses need no file: cilium_ipcache is pinned and is the checkpoint of itself.
+Addresses need no file: cilium_ipcache is pinned and is the checkpoint of itself.  It does not say all that
+etcd does, so addresses are listed again; of those that the list lacks, the ones that etcd's history since the
+node's `addresses_at` says were deleted go at once.
 """
 
 from __future__ import annotations

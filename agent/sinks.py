@@ -46,7 +46,10 @@ def with_length(prefix: str) -> str:
 
 
 class IpSink(TableSink[str, Record]):
-    """All address spaces in one table: the last writer counts, and only its deletion is a deletion."""
+    """All address spaces in one table: the last writer counts, and only its deletion is a deletion.
+
+    Of what was restored from the kernel's map the space is not known: any deletion of it counts.
+    """
 
     def __init__(self, source: Source[str, Record], grace: float) -> None:
         super().__init__(source, ip_entry, ip_prefix, grace=grace)
@@ -58,5 +61,5 @@ class IpSink(TableSink[str, Record]):
         except RecordError:
             return
         known = self.source.entries().get(with_length(prefix))
-        if known is None or known.space == space:
+        if known is None or known.space in ("", space):
             super().deleted(key)

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from loguru import logger
+from msgspec import structs
 
 from agent import ipcache, publish, remembered
 from agent.checkpoint import Node
@@ -143,10 +144,12 @@ async def _checkpoint(parts: Parts) -> None:
     written: list[str] = []
     saved = (-1, -1)
     while True:
+        # Of before the pause: by its end the kernel's map has what was read until then.
+        at = _addresses_at(parts)
         await asyncio.sleep(CHECKPOINT_S)
         saved = await _save_view(parts, saved)
         parts.endpoints.store.save_unsaved()
-        now = node_now(parts)
+        now = structs.replace(node_now(parts), addresses_at=at)
         if now != parts.node:
             parts.node = now
             await asyncio.to_thread(parts.checkpoint.save_node, now)
@@ -171,8 +174,14 @@ async def _save_view(parts: Parts, saved: tuple[int, int]) -> tuple[int, int]:
     return now
 
 
+def _addresses_at(parts: Parts) -> remembered.Place:
+    """Return where the view of addresses stands, or stood in the last life until it is in sync again."""
+    (follower,) = (each for each in parts.followers if each.prefix == schema.IPS)
+    return remembered.place_of(follower) if follower.revision else parts.node.addresses_at
+
+
 def node_now(parts: Parts) -> Node:
-    """Return the node's checkpoint record as of now."""
+    """Return the node's checkpoint record as of now; what only the checkpoint's own task knows, as it was."""
     return Node(
         name=parts.node.name,
         pool=parts.node.pool,
@@ -180,4 +189,5 @@ def node_now(parts: Parts) -> Node:
         last_address=str(parts.pool.last),
         local_identities=parts.local.numbers(),
         lease=parts.session.lease_id,
+        addresses_at=parts.node.addresses_at,
     )

@@ -7,7 +7,7 @@
     CATCHING_UP ──▶ WATCHING                resumed at a revision known from before
 
 What is gone from a fresh list reaches the sink as a full listing, never as deletions: the sink's table
-decides how long it keeps what is missing.
+decides how long it keeps what is missing.  Only what etcd's history says was deleted is a deletion.
 
 Called by: agent, identity, policy sources, external_resources; `Sink` is what they hand in
 (kvstore.sink has the one that feeds a table).
@@ -25,7 +25,7 @@ from typing import Protocol
 from loguru import logger
 
 from core import metrics
-from kvstore.client import Client
+from kvstore.client import Client, Snapshot
 from kvstore.errors import Compacted, KvstoreError, PermissionDenied, RecordError, RequestRefused
 from kvstore.merge import Cursor
 from kvstore.patience import Patience
@@ -63,7 +63,8 @@ class Follower:
     """Follows one prefix.  Owner of every field: the task in `run`; others may read them.
 
     `resume_revision` (and the cluster it came from) are a checkpoint's: the sink then already holds the
-    view of that revision.  `gate` is awaited before every full list.
+    view of that revision.  With `partial` it holds only some of that view: it is listed all the same, and
+    the history since then tells what of it was deleted.  `gate` is awaited before every full list.
     """
 
     def __init__(
@@ -74,13 +75,16 @@ class Follower:
         *,
         resume_revision: int = 0,
         resume_cluster: int = 0,
+        partial: bool = False,
         gate: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.prefix = prefix
         self.state = State.LISTING
         self.error = ""
         self.fresh_at = 0.0
-        self.cursor = Cursor(resume_revision, resume_cluster)
+        known = Cursor(resume_revision, resume_cluster)
+        self.cursor = Cursor() if partial else known
+        self._past = known if partial else Cursor()
         self._client = client
         self._sink = sink
         self._gate = gate
@@ -127,9 +131,35 @@ class Follower:
         if self._gate is not None:
             await self._gate()
         snapshot = await self._client.snapshot(self.prefix)
+        for key in await self._deleted_before(snapshot):
+            self._apply(key, None)
         self.cursor.listed(snapshot.revision, snapshot.cluster_id)
         self._sink.listed(snapshot.items, snapshot.revision)
         self._fresh()
+
+    async def _deleted_before(self, snapshot: Snapshot) -> list[str]:
+        """Return the keys that were deleted since the partial view and that the list does not hold.
+
+        None when that history is gone: then they stay for their grace like everything that is missing.
+        """
+        past, self._past, gone = self._past, Cursor(), dict[str, None]()
+        if past.must_list:
+            return []
+        watch = self._client.watch(self.prefix, past.revision + 1, cluster_id=past.cluster_id)
+        try:
+            async with contextlib.aclosing(watch) as batches:
+                async for batch in batches:
+                    changes = past.merge(batch)
+                    gone |= {each.key: None for each in changes if each.key not in snapshot.items}
+                    if past.caught_up:
+                        break
+        except (Compacted, RequestRefused) as error:
+            logger.warning("{}; what the list lacks stays for its grace", error)
+            return []
+        except KvstoreError:
+            self._past = past
+            raise
+        return list(gone)
 
     def _take(self, batch: WatchBatch) -> None:
         for change in self.cursor.merge(batch):

@@ -112,6 +112,13 @@ def test_the_last_writer_counts_and_only_its_deletion() -> None:
     assert held.number("10.1.0.1/32") == 0
 
 
+def test_restored_record_goes_with_a_deletion_in_any_space() -> None:
+    held = Addresses()
+    held.sink.source.upsert("10.1.0.1/32", ipcache.Record(300))
+    held.sink.deleted(schema.ip_key("east", "10.1.0.1"))
+    assert held.number("10.1.0.1/32") == 0
+
+
 def test_records_that_must_not_be_used() -> None:
     held = Addresses()
     key = schema.ip_key("default", "10.1.0.1")
