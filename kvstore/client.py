@@ -24,6 +24,7 @@ from kvstore.etcd_pb2 import (
     LeaseGrantRequest,
     LeaseKeepAliveRequest,
     LeaseRevokeRequest,
+    LeaseTimeToLiveRequest,
     PutRequest,
     RangeRequest,
     RangeResponse,
@@ -312,6 +313,15 @@ class Client:
         if answer.TTL <= 0:
             raise LeaseNotFound(lease, "keepalive")
         return answer.TTL
+
+    async def lease_keys(self, lease: int) -> Sequence[str]:
+        """Return the keys that hang on a lease; none for a lease that is gone.
+
+        Raises PermissionDenied when there is one among them that this user may not read.
+        """
+        request = LeaseTimeToLiveRequest(ID=lease, keys=True)
+        answer = await self.transport.call(rpc.LEASE_TTL, request, f"the keys of lease {lease:016x}")
+        return [decode_key(key) for key in answer.keys]
 
     # --- status
 

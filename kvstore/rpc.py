@@ -46,6 +46,14 @@ LEASE_GRANT = Method(
 LEASE_REVOKE = Method(
     "/etcdserverpb.Lease/LeaseRevoke", pb.LeaseRevokeRequest, pb.LeaseRevokeResponse, "lease", "revoke"
 )
+LEASE_TTL = Method(
+    "/etcdserverpb.Lease/LeaseTimeToLive",
+    pb.LeaseTimeToLiveRequest,
+    pb.LeaseTimeToLiveResponse,
+    "lease",
+    "ttl",
+    True,
+)
 STATUS = Method("/etcdserverpb.Maintenance/Status", pb.StatusRequest, pb.StatusResponse, "read", "status")
 
 WATCH = Method("/etcdserverpb.Watch/Watch", pb.WatchRequest, pb.WatchResponse, "watch", "watch")

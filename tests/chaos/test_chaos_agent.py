@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 from tests.support.agent import AgentHost
 from tests.support.engine_fixtures import engine_parts, hub
 from tests.support.host import Hub, wait_for
-from tests.support.stream import POLICY, Flows
+from tests.support.stream import POLICY, Flows, Machine
 
 __all__ = ["engine_parts", "hub"]
 
@@ -34,8 +35,16 @@ def host(hub: Hub) -> Iterator[AgentHost]:
 
 
 @pytest.fixture(scope="module")
-def flows(host: AgentHost) -> Flows:
-    return Flows(host)
+def machine(host: AgentHost, hub: Hub) -> Iterator[Machine]:
+    """A VM behind the host's card."""
+    with contextlib.closing(Machine(hub, host)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def flows(host: AgentHost, machine: Machine) -> Flows:
+    """Streams between containers, to the VM and through a published port; others that are denied."""
+    return Flows(host, machine)
 
 
 def numbers(host: AgentHost) -> list[tuple[int, int, str, str]]:
@@ -186,6 +195,31 @@ def test_a_restart_while_etcd_is_away(host: AgentHost, flows: Flows) -> None:
         host.start_etcd()
     wait_for(host.healthy, "healthy agent")
     flows.check()
+
+
+def test_machine_deleted_while_the_agent_is_away(host: AgentHost, machine: Machine, flows: Flows) -> None:
+    """Addresses are listed anew, and the history says which are deleted and not just missing."""
+    machine.register("short-lived", "10.99.0.7")
+    wait_for(lambda: saved_place(host) > 0, "place of the addresses in the checkpoint")
+    host.kill_agent()
+    assert machine.is_known("10.99.0.7")
+    machine.vm("unregister", "short-lived")
+    host.start_agent()
+    wait_for(lambda: not machine.is_known("10.99.0.7"), "end of the machine")
+    assert machine.is_known(machine.address)
+    assert missing(host) == {}
+    flows.wait_progress()
+    flows.check()
+
+
+def saved_place(host: AgentHost) -> int:
+    """Return the revision up to which the checkpoint says that the kernel's map has all addresses."""
+    return int(json.loads((host.state / "node.json").read_text()).get("addresses_at", {}).get("revision", 0))
+
+
+def missing(host: AgentHost) -> dict[str, int]:
+    """Return how many records of each table are kept although etcd lacks them."""
+    return {each["name"]: each["missing"] for each in host.api("/v1/healthz")["tables"] if each["missing"]}
 
 
 def test_etcd_wiped_while_the_agent_is_away(host: AgentHost, flows: Flows) -> None:

@@ -1,195 +1,229 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs that run inside containers and say what happened to their packets.
+"""Traffic between processes that no test can disturb, and what became of its packets meanwhile.
 
-`STREAM` is both ends of one TCP connection: each sends a byte every 10 ms in its direction and keeps the
-longest pause between two bytes that came in.  `CONTROL` does the same over the container's own loopback:
-what the machine's scheduler did to everybody meanwhile.  `COUNTER` counts datagrams, `SENDER` sends them.
-Each writes what it knows to /tmp/<role>.json every 50 ms.
+    client ◀──▶ server             a stream of container to container
+    machine ◀──▶ host:8900 → server    one through a published port     (with a machine only)
+    client ◀──▶ machine            one of a container to a VM         (with a machine only)
+    client ──▶ server              datagrams, echo requests, SYNs: they pass
+    stranger ─✗─▶ server           the same: ingress of server denies them
+    client ─✗─▶ stranger           the same: egress of client denies them
+
+Both ends of each stream send all the time, and each notes when nothing came in.  Used by tests/chaos and
+tests/engine; the programs are in `tests.support.stream_programs`.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from tests.support.agent import AgentHost
-from tests.support.host import wait_for
+from tests.support.agent import ETCD_PORT, AgentHost
+from tests.support.host import Hub, wait_for
+from tests.support.places import Neighbour
+from tests.support.stream_programs import CLIENT, CONTROL, COUNTER, MACHINE, SENDER, SERVER
 
-_COMMON = """
-import json, os, selectors, socket, sys, time
-def report(role, **facts):
-    temporary = f"/tmp/.{role}.json"
-    with open(temporary, "w") as file:
-        json.dump(facts, file)
-    os.rename(temporary, f"/tmp/{role}.json")
-def pump(connections, role):
-    selector = selectors.DefaultSelector()
-    last = {}
-    for each in connections:
-        each.setblocking(False)
-        each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        selector.register(each, selectors.EVENT_READ)
-        last[each] = time.monotonic()
-    gap = received = 0
-    error = ""
-    said = tick = time.monotonic()
-    while not error:
-        for key, _ in selector.select(0.005):
-            try:
-                data = key.fileobj.recv(65536)
-                error = error or ("" if data else "closed")
-            except OSError as failure:
-                data, error = b"", str(failure)
-            now = time.monotonic()
-            gap = max(gap, now - last[key.fileobj])
-            last[key.fileobj] = now
-            received += len(data)
-        now = time.monotonic()
-        if now - tick >= 0.01:
-            tick = now
-            for each in connections:
-                try:
-                    each.send(b"x")
-                except BlockingIOError:
-                    pass
-                except OSError as failure:
-                    error = str(failure)
-        if now - said >= 0.05 or error:
-            said = now
-            silent = max(now - each for each in last.values())
-            report(role, gap_ms=1000 * max(gap, silent), received=received, error=error)
+PAUSE_MS = 100.0
+PORT, PUBLISHED = 9000, 8900
+PROTOCOLS = ("1", "6", "17")  # ICMP, TCP, UDP
+POLICY = """
+- endpointSelector: {matchLabels: {app: server}}
+  ingress:
+  - fromEndpoints: [{matchLabels: {app: client}}, {matchLabels: {app: machine}}]
+- endpointSelector: {matchLabels: {app: client}}
+  egress:
+  - toEndpoints: [{matchLabels: {app: server}}, {matchLabels: {app: machine}}]
 """
-
-SERVER = (
-    _COMMON
-    + """
-listener = socket.create_server(("0.0.0.0", 9000))
-report("server", gap_ms=0, received=0, error="waiting")
-connection, _ = listener.accept()
-pump([connection], "server")
-"""
-)
-CLIENT = (
-    _COMMON
-    + """
-for _ in range(200):
-    try:
-        connection = socket.create_connection((sys.argv[1], 9000), 1)
-        break
-    except OSError:
-        time.sleep(0.05)
-pump([connection], "client")
-"""
-)
-CONTROL = (
-    _COMMON
-    + """
-listener = socket.create_server(("127.0.0.1", 9001))
-here = socket.create_connection(("127.0.0.1", 9001))
-there, _ = listener.accept()
-pump([here, there], "control")
-"""
-)
-COUNTER = (
-    _COMMON
-    + """
-server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-server.bind(("0.0.0.0", 9100))
-server.settimeout(0.05)
-count = {}
-while True:
-    try:
-        _, peer = server.recvfrom(2048)
-        count[peer[0]] = count.get(peer[0], 0) + 1
-    except TimeoutError:
-        pass
-    report("counter", count=count)
-"""
-)
-SENDER = (
-    _COMMON
-    + """
-client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-sent = 0
-while True:
-    try:
-        client.sendto(b"x", (sys.argv[1], 9100))
-        sent += 1
-    except OSError:
-        pass
-    if sent % 10 == 0:
-        report("sender", sent=sent)
-    time.sleep(0.01)
-"""
-)
 
 
 @dataclass(frozen=True)
 class Program:
-    """One of the programs in one container."""
+    """One running program; `folder` is where this process finds what it writes."""
 
-    host: AgentHost
-    container: str
     role: str
+    folder: Path
 
     def facts(self) -> dict[str, Any]:
         """Return what the program wrote last, or nothing."""
-        done = self.host.inside(self.container, "cat", f"/tmp/{self.role}.json", check=False)
-        return dict(json.loads(done.stdout)) if done.returncode == 0 and done.stdout else {}
+        try:
+            return dict(json.loads((self.folder / f"{self.role}.json").read_text()))
+        except FileNotFoundError:
+            return {}
+
+    def fresh(self) -> dict[str, Any]:
+        """Return what the program says of everything until now; AssertionError when it has ended."""
+        asked = time.monotonic()
+
+        def said() -> bool:
+            facts = self.facts()
+            return bool(facts) and (facts["now"] >= asked or bool(facts["error"]))
+
+        wait_for(said, f"word from {self.role}", pause=0.01)
+        facts = self.facts()
+        assert not facts["error"], (self.role, facts["error"])
+        return facts
 
 
 def launch(host: AgentHost, container: str, role: str, code: str, *arguments: str) -> Program:
     """Start a program in a container and wait until it has written something."""
+    state: Any = host.engine.inspect(container)["State"]
     host.engine.docker("exec", "-d", container, "python3", "-c", code, *arguments)
-    program = Program(host, container, role)
+    program = Program(role, Path(f"/proc/{host.pid}/root/proc/{state['Pid']}/root/tmp"))
     wait_for(lambda: bool(program.facts()), f"{role} in {container}")
     return program
 
 
-class Flows:
-    """One allowed TCP stream and one denied datagram flow between `server`, `client` and `stranger`."""
+class Machine(Neighbour):
+    """A machine without an agent, registered as a VM, which has one stream each way."""
 
-    def __init__(self, host: AgentHost) -> None:
+    def __init__(self, hub: Hub, host: AgentHost) -> None:
+        super().__init__(hub)
+        self._host = host
+        self._process: subprocess.Popen[bytes] | None = None
+        self._operator = host.directory / "operator.config"
+        self._operator.write_text(f"endpoints: [http://127.0.0.1:{ETCD_PORT}]\n")
+        self.register("machine", self.address)
+
+    def register(self, name: str, address: str) -> None:
+        """Give an address an identity by `app=<name>`, and wait until the kernel has it."""
+        self.vm("register", name, "--ip", address, "-l", f"app={name}")
+        wait_for(lambda: self.is_known(address), f"identity of {address}")
+
+    def vm(self, *words: str) -> str:
+        printed: str = self._host.cli("vm", *words, "--etcd-config", str(self._operator)).stdout
+        return printed
+
+    def is_known(self, address: str) -> bool:
+        """True when the kernel's map has an identity for just this address."""
+        found = json.loads(self._host.cli("bpf", "ipcache", "list", "-o", "json").stdout)
+        return f"{address}/32" in found
+
+    def start(self) -> Program:
+        """Start its program; it waits for `client` and asks for server."""
+        words = (sys.executable, "-c", MACHINE, self.address, self._host.address, str(PUBLISHED))
+        self._process = subprocess.Popen(
+            ["nsenter", f"--net=/run/netns/{self.netns}", *words],
+            env=os.environ | {"FACTS": str(self._host.directory)},
+        )
+        program = Program("machine", self._host.directory)
+        wait_for(lambda: bool(program.facts()), "machine")
+        return program
+
+    def close(self) -> None:
+        """End its program and remove it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self.stop()
+
+
+class Flows:
+    """All of it, on a host where `POLICY` is in force; `check` covers the time since the last one."""
+
+    def __init__(self, host: AgentHost, machine: Machine | None = None) -> None:
         self.host = host
-        self.server_ip = host.container("server", "sleep", "infinity", labels={"app": "server"})
-        self.client_ip = host.container("client", "sleep", "infinity", labels={"app": "client"})
-        self.stranger_ip = host.container("stranger", "sleep", "infinity", labels={"app": "stranger"})
-        self.counter = launch(host, "server", "counter", COUNTER)
-        self.server = launch(host, "server", "server", SERVER)
-        self.client = launch(host, "client", "client", CLIENT, self.server_ip)
+        publish = ("--publish", f"{PUBLISHED}:{PORT}") if machine else ()
+        self.server_ip = self._container("server", *publish)
+        self.client_ip, self.stranger_ip = self._container("client"), self._container("stranger")
+        self.counters = {name: launch(host, name, "counter", COUNTER) for name in ("server", "stranger")}
+        self.streams = self._streams(machine)
         self.control = launch(host, "client", "control", CONTROL)
-        self.allowed = launch(host, "client", "sender", SENDER, self.server_ip)
-        self.denied = launch(host, "stranger", "sender", SENDER, self.server_ip)
-        wait_for(lambda: self.server.facts().get("received", 0) > 20, "bytes over the stream")
-        wait_for(lambda: self.client_ip in self.counter.facts().get("count", {}), "allowed datagrams")
+        self.allowed = self._sender("client", self.server_ip)
+        self.denied = {
+            "ingress": self._sender("stranger", self.server_ip),
+            "egress": self._sender("client", self.stranger_ip),
+        }
+        self.wait_progress(20)
+        wait_for(lambda: self._allowed_kinds() <= set(self._reached_server()), "packets that are allowed")
+        self._since = time.monotonic()
+
+    def _allowed_kinds(self) -> set[str]:
+        return {f"{self.client_ip} {protocol}" for protocol in PROTOCOLS}
+
+    def _reached_server(self) -> dict[str, int]:
+        """Return how many packets reached the server, by source and protocol."""
+        found: dict[str, int] = self.counters["server"].fresh()["count"]
+        return found
+
+    def _container(self, name: str, *options: str) -> str:
+        return self.host.container(name, "sleep", "infinity", labels={"app": name}, options=options)
+
+    def _sender(self, container: str, address: str) -> Program:
+        return launch(self.host, container, f"sender-{address}", SENDER, address)
+
+    def _streams(self, machine: Machine | None) -> list[Program]:
+        port = str(PORT)
+        ends = [launch(self.host, "server", "server", SERVER, "2" if machine else "1")]
+        targets = [self.server_ip, port]
+        if machine is not None:
+            ends.append(machine.start())
+            targets += [machine.address, port]
+        return [*ends, launch(self.host, "client", "client", CLIENT, *targets)]
 
     def check(self) -> None:
         """Nothing was reset, nothing paused longer than the machine itself, nothing denied passed."""
-        server, client, control = self.server.facts(), self.client.facts(), self.control.facts()
-        assert (server["error"], client["error"]) == ("", ""), (server, client)
-        # The stream waits for the scheduler twice, in two processes; the control is one for both ends.
-        limit = 100 + 2 * control["gap_ms"]
-        assert max(server["gap_ms"], client["gap_ms"]) <= limit, (server, client, control)
-        assert self.stranger_ip not in self.counter.facts()["count"], self.counter.facts()
+        since, self._since = self._since, time.monotonic()
+        pauses = {
+            f"{name} at {program.role}": longest(stream, since)
+            for program in self.streams
+            for name, stream in program.fresh()["streams"].items()
+        }
+        # A stream waits for the scheduler twice, in two processes; the control is one for both ends.
+        ends = self.control.fresh()["streams"].values()
+        limit = PAUSE_MS + 2 * max(longest(each, since) for each in ends)
+        assert max(pauses.values()) <= limit, (pauses, limit)
+        self.check_denied()
 
-    def progress(self) -> tuple[int, int]:
-        """Return how many bytes each end has received."""
-        return int(self.server.facts()["received"]), int(self.client.facts()["received"])
+    def check_unbroken(self) -> None:
+        """Nothing was reset or closed; pauses do not matter."""
+        for program in self.streams:
+            program.fresh()
+
+    def check_denied(self) -> None:
+        """The packets that policy denies reached nobody; those beside them, that it allows, did."""
+        at_server, at_stranger = self._reached_server(), self.counters["stranger"].fresh()["count"]
+        assert self._allowed_kinds() <= set(at_server), at_server
+        assert not [source for source in at_server if source.split()[0] == self.stranger_ip], at_server
+        assert not [source for source in at_stranger if source.split()[0] == self.client_ip], at_stranger
 
     def wait_progress(self, received: int = 100) -> None:
-        """Wait until that many more bytes came in at both ends and denied packets were tried."""
-        server, client = self.progress()
-        sent = int(self.denied.facts()["sent"])
-        wait_for(
-            lambda: self.progress()[0] >= server + received and self.progress()[1] >= client + received,
-            f"{received} more bytes in both directions",
-        )
-        wait_for(lambda: int(self.denied.facts()["sent"]) > sent, "more denied datagrams")
+        """Wait until each end received that many more bytes, and packets of each denied kind were tried."""
+        wanted = {each: number + received for each, number in self._received().items()}
+        tries = {name: number + 5 for name, number in self._tried().items()}
+        ends = 6 if len(self.streams) == 3 else 2
+        what = f"{received} more bytes at {ends} ends of streams"
+        wait_for(lambda: len(self._received()) == ends and reached(self._received(), wanted), what)
+        wait_for(lambda: reached(self._tried(), tries), "more packets that are denied")
+
+    def _received(self) -> dict[str, int]:
+        """Return how many bytes each end of each stream has received."""
+        return {
+            f"{name} at {program.role}": stream["received"]
+            for program in self.streams
+            for name, stream in program.facts().get("streams", {}).items()
+        }
+
+    def _tried(self) -> dict[str, int]:
+        """Return how many packets of each kind were sent, for each way in which they are denied."""
+        return {
+            f"{direction} {protocol}": program.facts()["sent"][protocol]
+            for direction, program in self.denied.items()
+            for protocol in PROTOCOLS
+        }
 
 
-POLICY = """
-- endpointSelector: {matchLabels: {app: server}}
-  ingress:
-  - fromEndpoints: [{matchLabels: {app: client}}]
-"""
+def longest(stream: Mapping[str, Any], since: float) -> float:
+    """Return the longest time in milliseconds without a byte, of all that ended after `since` or have not."""
+    pauses: list[float] = [pause for ended, pause in stream["pauses"] if ended >= since]
+    last: float = stream["last"]
+    return max([*pauses, 1000 * (time.monotonic() - last)])
+
+
+def reached(found: Mapping[str, int], wanted: Mapping[str, int]) -> bool:
+    return all(found[name] >= number for name, number in wanted.items())
