@@ -49,6 +49,18 @@ def test_help_has_examples_and_fits(path: Path) -> None:
     assert not too_long
 
 
+# The one command that answers nothing: it is the agent.
+ANSWERING = [path for path, each in ALL.items() if not isinstance(each, click.Group) and path != ("agent",)]
+
+
+@pytest.mark.parametrize("path", ANSWERING, ids=" ".join)
+def test_every_command_answers_in_json(path: Path) -> None:
+    (option,) = (each for each in ALL[path].params if "-o" in each.opts)
+    assert "--output" in option.opts
+    assert isinstance(option.type, click.Choice)
+    assert "json" in option.type.choices
+
+
 @pytest.mark.parametrize(
     "path", [path for path, command in ALL.items() if isinstance(command, LazyGroup)], ids=" ".join
 )
