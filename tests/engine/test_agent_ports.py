@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from identity.numbers import HOST, WORLD
 from tests.support.host import wait_for
 from tests.support.places import PORTS, Place
-from tests.support.rules import Rule, element, rule
-from tests.support.site import Site
+from tests.support.rules import Rule, element, rule, selects
+from tests.support.site import Monitor, Site
 from tests.support.traffic import UDP, ask, connected, serving
 
 FIRST, SECOND = PORTS
@@ -20,6 +22,7 @@ LOOPBACK = "127.0.0.1"
 
 # Ports of the host and what they lead to; `bound` ones have an address of the host of their own.
 EVERYWHERE, OF_LOOPBACK, OF_CARD, OF_RANGE, DATAGRAM = 8080, 8081, 8082, 9000, 5300
+PUBLISHED = {"TCP": EVERYWHERE, "UDP": DATAGRAM}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,13 @@ def shop(site: Site) -> Iterator[Place]:
     options = [part for port in published for part in ("--publish", port)]
     with site.container("shop", labels={"app": "shop"}, options=options) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def monitor(site: Site) -> Iterator[Monitor]:
+    """One `holdfast monitor` for all tests here: each looks for its own addresses and ports."""
+    with site.monitor("-t", "drop") as listening:
+        yield listening
 
 
 def places(site: Site, shop: Place) -> dict[str, tuple[Place, str, str]]:
@@ -116,10 +126,64 @@ def test_ports_follow_a_restarted_container(site: Site) -> None:
     ids=["world", "host", "container"],
 )
 def test_policy_judges_the_real_client(site: Site, shop: Place, admitted: set[str], peers: Rule) -> None:
-    with site.policy(rule(shop, "ingress", element("ingress", **peers))):
-        for name, (place, address, seen) in places(site, shop).items():
-            wanted = seen if name in admitted else None
-            assert place.asks("TCP", address, EVERYWHERE) == wanted, name
+    flows = places(site, shop)
+    wanted = {
+        (name, protocol): seen if name in admitted else None
+        for name, (_, _, seen) in flows.items()
+        for protocol in PUBLISHED
+    }
+
+    def answer(flow: tuple[str, str]) -> str | None:
+        place, address, _ = flows[flow[0]]
+        return place.asks(flow[1], address, PUBLISHED[flow[1]])
+
+    with site.policy(rule(shop, "ingress", element("ingress", **peers))), ThreadPoolExecutor(10) as pool:
+        assert dict(zip(wanted, pool.map(answer, wanted), strict=True)) == wanted
+
+
+@pytest.mark.parametrize("protocol", ["TCP", "UDP"])
+def test_denial_through_a_port_is_counted_and_told(
+    site: Site, shop: Place, monitor: Monitor, protocol: str
+) -> None:
+    """As of the client and the container: neither the host nor its port is in it."""
+    with site.policy(rule(shop, "ingress", {})):
+        before, seen = site.dropped("Policy denied", "ingress"), len(monitor.lines())
+        assert site.world.asks(protocol, site.host.address, PUBLISHED[protocol]) is None
+        assert site.dropped("Policy denied", "ingress") > before
+        identities = f"identity {WORLD}->{site.identity(shop)}"
+        flow = (f"{site.world.address}:", f"-> {shop.address}:{FIRST} {protocol.lower()}")
+        monitor.waits_for("xx drop (Policy denied)", identities, *flow, after=seen)
+
+
+@pytest.mark.parametrize("protocol", ["TCP", "UDP"])
+def test_port_is_the_hosts_for_the_egress_of_who_asks(
+    site: Site, shop: Place, monitor: Monitor, protocol: str
+) -> None:
+    card, port = site.host.address, PUBLISHED[protocol]
+    with site.policy(rule(site.client, "egress", element("egress", entities=["host"]))):
+        assert site.client.asks(protocol, card, port) == site.client.address
+        assert site.client.asks(protocol, shop.address) is None
+    with site.policy(rule(site.client, "egress", element("egress", endpoints=[selects(shop)]))):
+        before, seen = site.dropped("Policy denied", "egress"), len(monitor.lines())
+        assert site.client.asks(protocol, shop.address) == site.client.address
+        assert site.client.asks(protocol, card, port) is None
+        assert site.dropped("Policy denied", "egress") > before
+        identities = f"identity {site.identity(site.client)}->{HOST}"
+        flow = (f"{site.client.address}:", f"-> {card}:{port} {protocol.lower()}")
+        monitor.waits_for("xx drop (Policy denied)", identities, *flow, after=seen)
+
+
+@pytest.mark.parametrize("protocol", ["TCP", "UDP"])
+def test_container_that_may_send_nothing_answers_through_its_port(
+    site: Site, shop: Place, protocol: str
+) -> None:
+    """What it asks itself is denied, also where it would come back to it."""
+    card, port = site.host.address, PUBLISHED[protocol]
+    with site.policy(rule(shop, "egress", {})):
+        assert site.world.asks(protocol, card, port) == site.world.address
+        assert site.client.asks(protocol, card, port) == site.client.address
+        assert shop.asks(protocol, card, port) is None
+        assert shop.asks(protocol, site.world.address) is None
 
 
 def test_virtual_machine_is_judged_by_its_labels(site: Site, shop: Place) -> None:

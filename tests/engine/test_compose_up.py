@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -122,8 +123,16 @@ def test_files_are_valid_for_both_composes(version: int, role: str) -> None:
 def test_demo_shows_an_allowed_and_a_denied_flow(bare: DockerHost) -> None:
     demo = str(REPO / "compose" / "demo" / "demo.sh")
     shown = bare.exec(demo, timeout=UP_SECONDS, environment=environment(bare)).stdout
-    assert "denied" in shown
-    assert "Policy denied" in shown
+    _, *steps = re.split(r"^(?:\x1b\[1m)?\d\. ", shown, flags=re.MULTILINE)
+    verdicts = [re.findall(r"^  (\w+) +-> shop:8080 +(\w+)", step, re.MULTILINE) for step in steps]
+    assert verdicts == [
+        [],
+        [("till", "allowed"), ("vm", "allowed")],
+        [("till", "allowed"), ("vm", "denied")],
+        [],
+        [("vm", "allowed")],
+    ], shown
+    assert "Policy denied" in steps[3]
     assert bare.engine.containers("com.docker.compose.project=holdfast-demo") == []
     assert "holdfast-demo-vm" not in bare.exec("ip", "netns").stdout
 
