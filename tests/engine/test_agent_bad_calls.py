@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's side gone wrong: malformed driver calls, containers that die while they are set up, networks
-that do not fit.  Each is answered with a reason, and nothing is left behind."""
+"""The engine's side gone wrong: malformed driver calls, containers that end at once, networks that do not
+fit.  Each is answered with a reason, and nothing is left behind.  Containers that are killed while they are
+set up: test_agent_held_calls."""
 
 from __future__ import annotations
 
 import concurrent.futures
-import http.client
 import json
-import socket
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,10 +19,11 @@ from tests.support.engine import WORKLOAD_IMAGE
 from tests.support.host import wait_for
 from tests.support.live import Stream
 from tests.support.places import PORTS
+from tests.support.relay import PluginConnection
 from tests.support.site import Site
+from tests.support.traces import traces
 
 SOCKET = "/run/docker/plugins/holdfast.sock"
-PINS = "/sys/fs/bpf/tc/globals"
 UNKNOWN = "f" * 64
 
 Call = Callable[..., dict[str, Any]]
@@ -39,43 +38,15 @@ def stream(site: Site) -> Iterator[Stream]:
 @pytest.fixture(autouse=True)
 def nobody_notices(site: Site, stream: Stream) -> Iterator[None]:
     """Everybody else's traffic goes on, and afterwards there is nothing on the host that was not before."""
-    before = traces(site)
+    before = traces(site.host)
     stream.goes_on()
     yield
     stream.goes_on()
-    wait_for(lambda: traces(site) == before, f"end of all traces; before: {before}")
+    wait_for(lambda: traces(site.host) == before, f"end of all traces; before: {before}")
     assert site.status()["holdfast"]["state"] == "Ok"
 
 
-def traces(site: Site) -> dict[str, Any]:
-    """Return what endpoints leave on a host: records, addresses, interfaces, routes, maps, files, keys."""
-    links: list[Any] = json.loads(site.host.exec("ip", "-j", "link").stdout)
-    routes: list[Any] = json.loads(site.host.exec("ip", "-j", "route").stdout)
-    return {
-        "endpoints": [each["id"] for each in site.host.api("/v1/endpoint")],
-        "used": site.status()["ipam"]["used"],
-        "links": sorted(each["ifname"] for each in links),
-        "routes": sorted(each["dst"] for each in routes),
-        "pins": sorted(site.host.exec("ls", PINS).stdout.split()),
-        "files": sorted(path.name for path in site.host.state.glob("*/*")),
-        "keys": sorted(site.host.keys("cilium/state/ip/")),
-    }
-
-
 # --- driver calls
-
-
-class PluginConnection(http.client.HTTPConnection):
-    """HTTP over the plugin socket, as the engine speaks it."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("plugin", timeout=30)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
 
 
 @pytest.fixture(scope="module")
@@ -184,23 +155,11 @@ def test_containers_that_end_at_once_leave_nothing(site: Site) -> None:
     assert {each.returncode for each in failed} == {127}
 
 
-def test_container_killed_while_it_starts_leaves_nothing(site: Site) -> None:
-    """`kill` and `rm -f` race with `start`; whoever wins, the name can be used again at once."""
-    docker = site.host.engine.docker
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for end in (["kill", "racer"], ["rm", "-f", "racer"], ["kill", "racer"], ["rm", "-f", "racer"]):
-            docker("create", "--name", "racer", "--network", "holdfast", WORKLOAD_IMAGE, "sleep", "60")
-            starting = pool.submit(docker, "start", "racer", check=False)
-            pool.submit(docker, *end, check=False).result()
-            starting.result()
-            docker("rm", "-f", "racer", check=False)
-
-
 def test_container_that_is_never_started_takes_nothing(site: Site) -> None:
     docker = site.host.engine.docker
-    before = traces(site)
+    before = traces(site.host)
     docker("create", "--name", "unborn", "--network", "holdfast", WORKLOAD_IMAGE, "true")
-    assert traces(site) == before
+    assert traces(site.host) == before
     docker("rm", "unborn")
 
 
