@@ -33,6 +33,8 @@ LIST_EVERY_S = 300.0
 SETTLE_S = 0.3
 # A container of ours that the engine does not show: it may be starting, or the engine itself may be.
 COLLECT_AFTER_S = 60.0
+# Endpoints compared at the same time: each asks the engine twice, and may wait for etcd.
+AT_ONCE = 8
 
 RUNNING = frozenset({"running", "paused", "restarting"})
 # The label of Holdfast's own containers (compose/): they belong on the host's network.
@@ -64,6 +66,7 @@ class EngineWatch:
         self._gone_since: dict[int, float] = {}
         self._compared: set[int] = set()  # endpoints whose labels were looked at in this life
         self._changed = asyncio.Event()
+        self._turns = asyncio.Semaphore(AT_ONCE)
 
     async def run(self) -> None:
         """Connect, list, follow; reconnect with back-off for ever."""
@@ -131,9 +134,17 @@ class EngineWatch:
         present = {each.id for each in managed}
         self._gone_since = {number: at for number, at in self._gone_since.items() if number in present}
         self._compared &= present
-        for endpoint in managed:
-            await self._check(endpoint, alive.get(endpoint.engine_endpoint_id))
+        # Which endpoints there are is known now; identities may take as long as etcd is away.
         self.first_list.set()
+        async with asyncio.TaskGroup() as checks:
+            for endpoint in managed:
+                checks.create_task(self._check_in_turn(endpoint, alive.get(endpoint.engine_endpoint_id)))
+
+    async def _check_in_turn(self, endpoint: Endpoint, container: EngineContainer | None) -> None:
+        async with self._turns:
+            now = self._endpoints.store.find(endpoint.id)
+            if now is not None:  # it may have gone while others were looked at
+                await self._check(now, container)
 
     async def _check(self, endpoint: Endpoint, container: EngineContainer | None) -> None:
         try:
@@ -146,13 +157,13 @@ class EngineWatch:
             logger.warning("endpoint {}: {}", endpoint.id, error)
 
     async def _compare(self, endpoint: Endpoint, container: EngineContainer) -> None:
-        """Give an endpoint the identity it lacks.
+        """Give an endpoint the identity it lacks; one that nobody has joined yet is the driver's.
 
         Labels of a container never change, but what of them counts may have with the configuration: so
         each endpoint is compared once in the life of the agent.  A name changes at any time.
         """
         known = endpoint.id in self._compared and container.name == endpoint.container_name
-        if endpoint.connected and not (endpoint.identity and known):
+        if endpoint.connected and endpoint.joined and not (endpoint.identity and known):
             await self._driver.identify(endpoint)
             self._compared.add(endpoint.id)
 

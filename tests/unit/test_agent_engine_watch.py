@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from agent import endpoints as endpoints_module
 from agent import engine_watch
 from agent.engine import EngineContainer
 from agent.engine_watch import EngineWatch, unmanaged
@@ -134,7 +135,7 @@ def test_events_are_followed_and_the_stream_is_opened_again(tmp_path: Path) -> N
 def test_an_endpoint_without_identity_gets_it(tmp_path: Path) -> None:
     async def story(host: DriverHost) -> None:
         await host.on("CreateEndpoint", "e1", Interface={})
-        await host.on("Join", "e1")
+        await host.on("Join", "e1", SandboxKey="/run/netns/e1")
         host.fake.add_container("c1", "web", network=NETWORK, endpoint="e1", labels={"app": "web"})
         async with watching(host):
             await until(lambda: host.manager.get(1).identity)
@@ -147,11 +148,50 @@ def test_a_label_that_refuses_one_does_not_keep_the_others_back(tmp_path: Path) 
     async def story(host: DriverHost) -> None:
         for engine_id, labels in (("e1", {"app": "a;b"}), ("e2", {"app": "web"})):
             await host.on("CreateEndpoint", engine_id, Interface={})
-            await host.on("Join", engine_id)
+            await host.on("Join", engine_id, SandboxKey=f"/run/netns/{engine_id}")
             host.fake.add_container(engine_id, engine_id, network=NETWORK, endpoint=engine_id, labels=labels)
         async with watching(host):
             await until(lambda: host.manager.get(2).identity)
         assert host.manager.get(1).identity == 0
+
+    run(tmp_path, story)
+
+
+def test_an_endpoint_that_nobody_has_joined_yet_is_left_to_the_driver(tmp_path: Path) -> None:
+    """The list meets a start between CreateEndpoint and Join: its interface may not exist yet."""
+
+    async def story(host: DriverHost) -> None:
+        await host.on("CreateEndpoint", "e1", Interface={})
+        host.fake.add_container("c1", "web", network=NETWORK, endpoint="e1", state="created")
+        watch = EngineWatch(host.engine, host.manager, host.driver)
+        await watch.refresh()
+        assert not host.manager.get(1).handed_over
+        await host.on("Join", "e1", SandboxKey="/run/netns/e1")
+        await watch.refresh()
+        assert (host.manager.get(1).handed_over, host.manager.get(1).identity) == (True, 256)
+
+    run(tmp_path, story)
+
+
+def test_the_first_list_does_not_wait_for_identities_nor_they_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While etcd is away: what was restored is complete all the same, and every container is looked at."""
+    monkeypatch.setattr(endpoints_module, "IDENTITY_PATIENCE_S", 3600)
+
+    async def story(host: DriverHost) -> None:
+        host.allocator.available.clear()
+        names = [f"e{number}" for number in range(5)]
+        for each in names:
+            await host.on("CreateEndpoint", each, Interface={})
+            await host.on("Join", each, SandboxKey=f"/run/netns/{each}")
+            host.fake.add_container(each, each, network=NETWORK, endpoint=each, labels={"app": each})
+        async with watching(host) as watch:
+            await watch.first_list.wait()
+            await until(lambda: len(host.allocator.in_use()) == len(names))
+            assert not any(endpoint.identity for _, endpoint in host.table.items())
+            host.allocator.available.set()
+            await until(lambda: all(endpoint.identity for _, endpoint in host.table.items()))
 
     run(tmp_path, story)
 
