@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = 
     everything that the kernel survives.  Raises OSError when the directory can not be written; the old
     file is then untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A thread's own: two may write the same file at once.
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
     try:
         with open(handle, "wb") as file:

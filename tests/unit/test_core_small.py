@@ -7,6 +7,7 @@ import asyncio
 import os
 import random
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,16 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> Non
     with pytest.raises(TypeError):
         write_atomic(path, None)  # type: ignore[arg-type]
     assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["state.json"]
+
+
+def test_two_threads_may_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    texts = [bytes([number]) * 10_000 for number in range(8)]
+    with ThreadPoolExecutor(len(texts)) as pool:
+        writes = [pool.submit(write_atomic, path, text, durable=False) for text in texts * 40]
+        assert [write.exception() for write in writes] == [None] * len(writes)
+    assert path.read_bytes() in texts
     assert os.listdir(tmp_path) == ["state.json"]
 
 
