@@ -214,6 +214,7 @@ def scene(request: pytest.FixtureRequest, hub: Hub) -> Iterator[Scene]:
         host.exec("iptables-restore", "--noflush", stdin=request.param)
         saved = host.exec("iptables-save").stdout
         host.exec("iptables-restore", stdin=saved)  # every chain that a restore makes is there already
+        wait_for(lambda: host.exec("ip", "-6", "address", "show", "tentative").stdout == "", "addresses")
         before = snapshot.taken(host)
         host.start_agent()
         site = Site(host, hub, stack)

@@ -213,6 +213,7 @@ def _cached(name: str, build: Callable[[Engine], object], base: Path | None = No
         partial = target.with_name(f".{name}.{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)  # of a test before this one that failed in here
         partial.mkdir(parents=True)
+        target.parent.chmod(0o700)  # there are files with setuid in images
         with DockerHost("hfb", uplink=True, images=base) as host:
             build(host.engine)
             host.engine.docker("image", "prune", "--force", timeout=BUILD_SECONDS)  # the stages of the build
