@@ -136,15 +136,19 @@ def _runtime(parts: Parts) -> models.Component:
     view = parts.engine_watch.view
     if view.error:
         return models.Component(state=FAILURE, msg=view.error)
-    return models.Component(state=OK, msg=f"docker {view.version}, {view.containers} containers running")
+    running = _counted(view.containers, "container")
+    return models.Component(state=OK, msg=f"docker {view.version}, {running} running")
 
 
 def _driver(parts: Parts) -> models.Component:
     if parts.driver is None:
         return models.Component(state=DISABLED, msg="no engine")
-    return models.Component(
-        state=OK, msg=f"{len(parts.driver.networks)} networks on {parts.driver.socket_path}"
-    )
+    networks = _counted(len(parts.driver.networks), "network")
+    return models.Component(state=OK, msg=f"{networks} on {parts.driver.socket_path}")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _masquerading(parts: Parts) -> models.Component:

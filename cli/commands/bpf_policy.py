@@ -73,7 +73,14 @@ def get(
 
 def map_name(endpoint: str) -> str:
     """Return the map's name for an endpoint's number, a map's name or a path."""
-    return f"{PREFIX}{int(endpoint):05d}" if endpoint.isdigit() else Path(endpoint).name
+    if endpoint.isdecimal():
+        return f"{PREFIX}{int(endpoint):05d}"
+    name = Path(endpoint).name
+    if not name.startswith(PREFIX):
+        raise click.UsageError(
+            f"{endpoint} is neither an endpoint's number (holdfast endpoint list) nor a pinned {PREFIX}…"
+        )
+    return name
 
 
 def map_names() -> list[str]:

@@ -163,7 +163,8 @@ def unmanaged(all_: list[Json], verbose: bool) -> Iterator[str]:
     """Say which containers policy does not reach."""
     if not all_:
         return
-    yield line("Not managed", f"{plural(len(all_), 'container')}: policy does not reach them")
+    them = "it" if len(all_) == 1 else "them"
+    yield line("Not managed", f"{plural(len(all_), 'container')}: policy does not reach {them}")
     for each in all_ if verbose else all_[:3]:
         yield f"  {each['name']}: {each['reason']}"
     if len(all_) > 3 and not verbose:

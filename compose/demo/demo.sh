@@ -18,7 +18,7 @@ title() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
 # Show a command as it would be typed, then run it.
 typed() {
-    printf '  $ %s\n' "$(printf '%s ' "$@" | sed "s|$COMMAND|holdfast|g; s|$DEMO/|compose/demo/|g")"
+    printf '  $ %s\n' "$(printf '%s' "$*" | sed "s|$COMMAND|holdfast|g; s|$DEMO/|compose/demo/|g")"
     "$@" 2>&1 | sed 's/^/    /'
 }
 

@@ -46,7 +46,7 @@ run_step() {
     log=$LOGS/$(printf '%.50s' "$what" | tr -c 'a-zA-Z0-9' '-').log
     say "$what"
     # Not by sleep: it would outlive the step, and hold open whatever our output is piped to.
-    (exec 0<> <(:) && until read -r -t 10; do say "  still: $what (log: $log)"; done) &
+    (exec 0<> <(:) && until read -r -t 10; do say "  still: $what (log: ${log#"$REPO"/})"; done) &
     ticker=$!
     "$@" >"$log" 2>&1 </dev/null || status=$?
     kill "$ticker" 2>/dev/null || true

@@ -117,6 +117,8 @@ def test_policy(root: Path) -> None:
     missing = bpf(root, "policy", "get", "9")
     assert (missing.returncode, "cilium_policy_00009" in missing.stderr) == (4, True)
     assert bpf(root, "policy", "get").returncode == 2
+    named = bpf(root, "policy", "get", "web")
+    assert (named.returncode, "holdfast endpoint list" in named.stderr) == (2, True)
 
 
 def test_conntrack(root: Path) -> None:
