@@ -26,10 +26,16 @@ make_rootfs() {
     mkdir -p "$CACHE"
     # shellcheck disable=SC2046 # one word or none
     run_step "no registry in reach: making $BASE_IMAGE with mmdebstrap" \
-        mmdebstrap --mode=root --variant=minbase --include=ca-certificates \
+        mmdebstrap --mode=root --variant=minbase --include=ca-certificates $(merged_usr) \
         --customize-hook="'$SETUP/base_image.sh' customize \"\$1\"" \
         "$SUITE" "$CACHE/new-rootfs.tar" $(sources)
     mv "$CACHE/new-rootfs.tar" "$ROOTFS"
+}
+
+# As Debian's own image has it: else the package that merges /usr comes, and with it all of Perl (48 MB).
+merged_usr() {
+    local hooks=/usr/share/mmdebstrap/hooks/merged-usr
+    [ ! -d "$hooks" ] || printf -- '--include=usr-is-merged --hook-dir=%s\n' "$hooks"
 }
 
 # This machine's own mirrors when it is the same Debian release; else Debian's public ones.
