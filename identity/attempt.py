@@ -4,7 +4,7 @@
     start: a number to hold on to → JOIN it, else one without users → UNUSED, else → TAKEN (choose and create)
 
     UNUSED     reuse      done | what create may answer | GONE | FOREIGN
-    JOIN       join       done | GONE | FOREIGN
+    JOIN       join       done | JOIN another number | GONE | FOREIGN
     GONE       create with the same number; when others name it too: restore
     FOREIGN    create with another number
     TAKEN      create with another number
@@ -146,12 +146,14 @@ class Attempt:
 
     async def _join(self, number: int) -> Answer:
         result = await self._txn(lambda lease: transactions.join(self._slot, number, lease))
-        return Answer(transactions.joined(result), number, result.revision)
+        return transactions.joined(self._slot, number, result, self._numbers, self._foreign)
 
     async def _restore(self, number: int) -> Answer:
         result = await self._txn(lambda lease: transactions.restore(self._slot, number, lease))
         self._gone.discard(number)
-        return Answer(Outcome.DONE if result.succeeded else Outcome.JOIN, number, result.revision)
+        if not result.succeeded:
+            return Answer(Outcome.JOIN, number)
+        return transactions.eldest(self._slot, number, result, self._numbers, self._foreign)
 
     async def _create(self, number: int) -> Answer:
         result = await self._txn(lambda lease: transactions.create(self._slot, number, lease))

@@ -31,7 +31,7 @@ LOCK_TTL_S = 25
 async def allocate(
     client: Client, slot: Slot, numbers: range, unusable: set[int], fresh: int, write: Txn
 ) -> Answer:
-    """Take the lock, and `write` the identity with the number `fresh` unless there is one to join.
+    """Take the lock, and `write` (a join or restore) the number `fresh` unless there is one to join.
 
     LOCKED: somebody else holds the lock.  TAKEN: `fresh` is (its conditions did not hold).  Raises
     KvstoreError; the lock then goes with its lease.
@@ -43,9 +43,12 @@ async def allocate(
         number = transactions.first_match(slot, listing.items, numbers, unusable)
         if number:
             return Answer(Outcome.JOIN, number)
-        # The lock keeps out everybody who might create these labels; only the number can be taken.
+        # The lock keeps out everybody who might create these labels; only the number can be taken.  Who
+        # joins one that had no users asks for no lock.
         result = await client.txn((held, *write.compares), write.success)
-        return Answer(Outcome.DONE if result.succeeded else Outcome.TAKEN, fresh, result.revision)
+        if not result.succeeded:
+            return Answer(Outcome.TAKEN, fresh)
+        return transactions.eldest(slot, fresh, result, numbers, unusable)
 
 
 @contextlib.asynccontextmanager

@@ -3,8 +3,8 @@
 
     create   no value/<labels>/ key, no lock, id/<N> free       → put id/<N> and our value/ key
     reuse    no value/<labels>/ key, no lock, id/<N> holds them → put our value/ key
-    join     id/<N> holds exactly these labels                  → put our value/ key
-    restore  id/<N> is gone although value/ keys name it        → put both
+    join     id/<N> holds exactly these labels                  → put our value/ key, look at the others'
+    restore  id/<N> is gone although value/ keys name it        → put both, look at the others'
     collect  no value/<labels>/ key, id/<N> as it was read      → delete id/<N>
 
 A real cilium-agent takes a lock, lists, creates, writes and unlocks; `create` does nothing while such a
@@ -127,12 +127,12 @@ def created(slot: Slot, result: TxnResult, numbers: range, unusable: Iterable[in
     return _in_the_way(slot, result, numbers, unusable) or Answer(Outcome.TAKEN)
 
 
+def _users(slot: Slot) -> tuple[Get, ...]:
+    return get_op(slot.value_key), list_op(slot.value_prefix, limit=MATCHES_READ)
+
+
 def _users_and_locks(slot: Slot) -> tuple[Get, ...]:
-    return (
-        get_op(slot.value_key),
-        list_op(slot.value_prefix, limit=MATCHES_READ),
-        list_op(slot.lock_prefix, limit=1, keys_only=True),
-    )
+    return *_users(slot), list_op(slot.lock_prefix, limit=1, keys_only=True)
 
 
 def _in_the_way(slot: Slot, result: TxnResult, numbers: range, unusable: Iterable[int]) -> Answer | None:
@@ -199,20 +199,38 @@ def join(slot: Slot, number: int, lease: int) -> Txn:
     id_key = schema.identity_id_key(number)
     return Txn(
         (value_is(id_key, schema.encode_identity_id(slot.text)),),
-        (_value_key(slot, number, lease),),
+        (_value_key(slot, number, lease), *_users(slot)),
         (get_op(id_key),),
     )
 
 
-def joined(result: TxnResult) -> Outcome:
-    if result.succeeded:
-        return Outcome.DONE
-    return Outcome.FOREIGN if result.responses[0].items else Outcome.GONE
+def joined(
+    slot: Slot, number: int, result: TxnResult, numbers: range, unusable: Iterable[int] = ()
+) -> Answer:
+    """Read the answer to `join`."""
+    if not result.succeeded:
+        return Answer(Outcome.FOREIGN if result.responses[0].items else Outcome.GONE, number)
+    return eldest(slot, number, result, numbers, unusable)
+
+
+def eldest(
+    slot: Slot, number: int, result: TxnResult, numbers: range, unusable: Iterable[int] = ()
+) -> Answer:
+    """Read what `join` or `restore` saw when it wrote `number`: JOIN when the eldest user has another one.
+
+    Somebody who had not heard of a number without users may have created a second one in the moment before.
+    He found no users then, so his key is older than that of anybody who joined the first number since, and
+    all of them see it.
+    """
+    users = {item.key: item for response in result.responses[-2:] for item in response.items}
+    by_age = sorted(users.values(), key=lambda item: item.create_revision)
+    found = first_match(slot, by_age, numbers, unusable)
+    return Answer(Outcome.DONE if found in (0, number) else Outcome.JOIN, found or number, result.revision)
 
 
 def restore(slot: Slot, number: int, lease: int) -> Txn:
     """Write id/<N> again, which somebody deleted although it is in use."""
-    return Txn((absent(schema.identity_id_key(number)),), _both_keys(slot, number, lease))
+    return Txn((absent(schema.identity_id_key(number)),), (*_both_keys(slot, number, lease), *_users(slot)))
 
 
 # --- verify and collect

@@ -398,6 +398,54 @@ async def test_racers_who_reuse_and_who_create_end_with_one_number(etcd: EtcdSer
             assert {item.value for item in users if "x:y" not in item.key} == {b"%d" % min(numbers)}
 
 
+# --- a number without users against a second one
+
+
+async def test_who_joins_a_number_without_users_moves_to_the_one_that_was_created_since(
+    etcd: EtcdServer,
+) -> None:
+    """Host 1 knows 500 from its cache; host 2 has not heard of it, and was quicker."""
+    async with client_of(etcd) as two, host(etcd) as one:
+        await two.put(schema.identity_id_key(500), WEB.serialized)
+        await eventually(lambda: one.cache.number_of(WEB) == 500)
+        created = (await Attempt(two, slot(), range(256, 65_536)).run()).number
+        assert created != 500
+        assert await one.allocator.allocate(WEB) == 500  # at once, without etcd
+        await eventually(lambda: one.renumbered)
+        assert one.renumbered == [(WEB, 500, created)]
+        assert await one.value(WEB) == b"%d" % created
+
+
+async def test_a_younger_user_of_another_number_moves_nobody(etcd: EtcdServer) -> None:
+    numbers = range(256, 65_536)
+    async with client_of(etcd) as client:
+        assert (await Attempt(client, slot(owner="10.1.0.1"), numbers).run(500)).number == 500
+        await client.put(schema.identity_id_key(501), WEB.serialized)
+        await client.put(slot(owner="10.0.0.1").value_key, b"501")
+        assert (await Attempt(client, slot(owner="10.1.0.1"), numbers).run(500)).number == 500
+        assert (await Attempt(client, slot(owner="10.1.0.2"), numbers).run(501)).number == 500
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "labels that begin alike are in use"])
+async def test_racers_who_join_reuse_and_create_end_with_one_number(etcd: EtcdServer, beside: bool) -> None:
+    """Ten rounds of nine: to join from the cache, to reuse what was seen, to create as nothing is known."""
+    numbers = range(256, 65_536)
+    async with client_of(etcd) as client:
+        for turn in range(10):
+            etcd.ctl("del", "", "--prefix")
+            if beside:
+                await client.put(f"{slot().value_prefix}x:y=1;/10.0.0.9", b"999")
+            await client.put(schema.identity_id_key(500), WEB.serialized)
+            racers = []
+            for n in range(9):
+                attempt = Attempt(client, slot(owner=f"10.1.{turn}.{n}"), numbers)
+                racers.append(attempt.run(500 * (n % 3 == turn % 3), 500 * (n % 3 == 1)))
+            answers = {answer.number for answer in await asyncio.gather(*racers)}
+            assert len(answers) == 1
+            users = (await client.list(slot().value_prefix)).items
+            assert {item.value for item in users if "x:y" not in item.key} == {b"%d" % min(answers)}
+
+
 # --- joiner against garbage collection
 
 
@@ -415,7 +463,8 @@ async def test_a_collector_that_comes_first_stops_the_joiner(etcd: EtcdServer) -
         collect = await client.txn(*transactions.collect(500, WEB.serialized, revision))
         join = await client.txn(*transactions.join(slot(), 500, 0))
         assert (collect.succeeded, join.succeeded) == (True, False)
-        assert transactions.joined(join) is transactions.Outcome.GONE
+        answer = transactions.joined(slot(), 500, join, range(256, 65_536))
+        assert answer.outcome is transactions.Outcome.GONE
         # The whole attempt, which wanted to hold on to 500, creates it again.
         assert (await Attempt(client, slot(), range(256, 65_536)).run(500)).number == 500
 
