@@ -57,6 +57,7 @@ class Node(msgspec.Struct, frozen=True, omit_defaults=True):
     last_address: str = ""  # the one handed out last: the next one follows it
     local_identities: dict[str, int] = {}
     lease: int = 0
+    lease_address: str = ""  # the node's own when it had `lease`: a copied disk is recognised by it
     addresses_at: Place = Place()  # where in etcd's history cilium_ipcache stands, or has stood before
 
 
@@ -118,6 +119,24 @@ class Checkpoint:
         """Raises CheckpointDamaged for an id that can not be a file's name."""
         _require(_NETWORK_ID.fullmatch(network_id) is not None, f"{shorten(network_id)} is no network's id")
         return self._networks / f"{network_id}.json"
+
+
+def own_lease(node: Node, address: IPv4Address) -> int:
+    """Return the lease to go on with at this address of the node, 0 when it may be another host's.
+
+    A host whose disk is a copy of another's finds that one's lease in its checkpoint.  On one lease each of
+    the two would take the other's keys for what its own former life left, and delete them.
+    """
+    if not node.lease or node.lease_address in ("", str(address)):
+        return node.lease
+    logger.warning(
+        "this node's address is {} and was {} when lease {:016x} was its own: it gets a new one, and what is "
+        "left under the old one goes when that ends",
+        address,
+        node.lease_address,
+        node.lease,
+    )
+    return 0
 
 
 # --- what a record must be: each raises HoldfastError or ValueError

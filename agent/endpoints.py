@@ -104,7 +104,10 @@ class EndpointManager:
             logger.warning("restored endpoint {} keeps {}: {}", endpoint.id, endpoint.ipv4, error)
         self._restoring.add(endpoint.id)
         self._histories.note(endpoint.id, State.RESTORING, "restored from the checkpoint")
-        if endpoint.identity and endpoint.connected:
+        if endpoint.identity and not endpoint.connected:
+            # The agent died while its interface was being taken away: that has to be ended.
+            self._begin_end(endpoint.id, self._disconnect)
+        elif endpoint.identity:
             labels = Labels.parse(endpoint.labels)
             self._kernel.endpoint_identified(endpoint, labels)
             self._uses.restore(endpoint.id, labels, endpoint.identity)
@@ -264,6 +267,9 @@ class EndpointManager:
 
     async def _end(self, endpoint_id: int, step: Callable[[int], Awaitable[None]]) -> None:
         """Run `step` behind what ends the endpoint already; a caller that gives up does not stop it."""
+        await asyncio.shield(self._begin_end(endpoint_id, step))
+
+    def _begin_end(self, endpoint_id: int, step: Callable[[int], Awaitable[None]]) -> asyncio.Task[None]:
         before = self._endings.get(endpoint_id)
 
         async def in_turn() -> None:
@@ -274,7 +280,7 @@ class EndpointManager:
         task = asyncio.create_task(in_turn(), name=f"{step.__name__}:{endpoint_id}")
         self._endings[endpoint_id] = task
         task.add_done_callback(lambda done: self._ended(endpoint_id, done))
-        await asyncio.shield(task)
+        return task
 
     def _ended(self, endpoint_id: int, task: asyncio.Task[None]) -> None:
         if self._endings.get(endpoint_id) is task:

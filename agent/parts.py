@@ -20,7 +20,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from agent import ipcache, publish, remembered, sinks
-from agent.checkpoint import Checkpoint, Node
+from agent.checkpoint import Checkpoint, Node, own_lease
 from agent.conntrack import Conntrack
 from agent.derive import Derivations
 from agent.driver import Driver
@@ -250,7 +250,7 @@ def _enforcement(ground: Ground, store: Store, known: Knowledge) -> Enforcement:
     allocator, endpoints = _endpoints(ground, store, known, table, derivations)
     reconcilers = {
         "endpoints": Reconciler("endpoints", table, _endpoint_target(ground, policy_store)),
-        "own-entries": publish.reconciler(table, _own_entries(ground, store, known)),
+        "own-entries": publish.reconciler(table, _own_entries(ground, store)),
     }
     ip_reconciler = ipcache.reconciler(known.addresses, maps.ipcache, policy_maps.reconciler)
     conntrack = Conntrack(maps.conntrack)
@@ -311,10 +311,9 @@ def _endpoint_target(ground: Ground, policy_store: PolicyMapStore) -> EndpointTa
     return EndpointTarget(place, ground.devices, ground.routes, lxc, policy_store, ground.programs)
 
 
-def _own_entries(ground: Ground, store: Store, known: Knowledge) -> publish.OwnEntries:
+def _own_entries(ground: Ground, store: Store) -> publish.OwnEntries:
     return publish.OwnEntries(
         store.session,
-        known.addresses,
         space=ground.config["ip-address-space"],
         cluster=ground.config["cluster-name"],
         node=ground.node.name,
@@ -353,12 +352,12 @@ def _node(config: Config, checkpoint: Checkpoint, host: HostView) -> Node:
     pool = config["ipv4-range"] or (IPv4Network(known.pool) if known else None)
     if pool is None:
         pool = automatic_network(IPv4Address(host.node_ip), list(host.networks))
-    node = _node_record(known, name, str(pool))
+    node = _node_record(known, name, str(pool), host.node_ip)
     checkpoint.save_node(node)
     return node
 
 
-def _node_record(known: Node | None, name: str, pool: str) -> Node:
+def _node_record(known: Node | None, name: str, pool: str, node_ip: IPv4Address) -> Node:
     """Return the node's record with this name and pool, keeping what else was known."""
     if known is None:
         return Node(name, pool)
@@ -368,7 +367,8 @@ def _node_record(known: Node | None, name: str, pool: str) -> Node:
         last_endpoint_id=known.last_endpoint_id,
         last_address=known.last_address,
         local_identities=known.local_identities,
-        lease=known.lease,
+        lease=own_lease(known, node_ip),
+        lease_address=str(node_ip),
         addresses_at=known.addresses_at,
     )
 

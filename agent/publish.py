@@ -7,12 +7,10 @@ back when somebody removes them.  So this target only states what is wanted and 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
 
 from agent.endpoint import Endpoint
-from agent.ipcache import KVSTORE_SOURCE, IpTable, Record
 from core.reconciler import Reconciler
 from core.table import Table
 from kvstore import schema
@@ -20,23 +18,12 @@ from kvstore.session import Session
 
 
 class OwnEntries:
-    """Operations over the endpoints: the ip/v1 keys of those that have an identity.
-
-    `addresses` knows what etcd holds of everybody; what a former life of this node left is found there.
-    """
+    """Operations over the endpoints: the ip/v1 keys of those that have an identity."""
 
     def __init__(
-        self,
-        session: Session,
-        addresses: IpTable,
-        *,
-        space: str,
-        cluster: str,
-        node: str,
-        node_ip: IPv4Address,
+        self, session: Session, *, space: str, cluster: str, node: str, node_ip: IPv4Address
     ) -> None:
         self._session = session
-        self._in_store = addresses.source(KVSTORE_SOURCE)
         self._space = space
         self._metadata = f"cilium-global:{cluster}:{node}:"
         self._node_ip = str(node_ip)
@@ -60,29 +47,8 @@ class OwnEntries:
         return {}
 
     async def prune(self, table: Table[int, Endpoint]) -> int:
-        """Delete the entries of this node that no endpoint has; return how many there seem to be.
-
-        An endpoint may go while etcd is away, and the agent die before etcd is back.  The next life holds on
-        to the lease of the checkpoint, so the entry would stay as long as the node does.  Only what names
-        this node and its address is meant, and the session deletes it only if it hangs on our lease.
-        """
-        if not self._in_store.in_sync:
-            return 0
-        # A copy, in a thread: there may be 300 000, and they change meanwhile.
-        named = await asyncio.to_thread(self._of_this_node, dict(self._in_store.entries()))
-        wanted = {schema.ip_key(self._space, endpoint.ipv4) for _, endpoint in table.items()}
-        stale = [key for key in named if key not in wanted]
-        for key in stale:
-            await self._session.abandon(key)
-        return len(stale)
-
-    def _of_this_node(self, records: Mapping[str, Record]) -> list[str]:
-        """Return the keys of the records that say that they are of endpoints of this node."""
-        return [
-            schema.ip_key(record.space, prefix.removesuffix("/32"))
-            for prefix, record in records.items()
-            if record.host_ip == self._node_ip and record.metadata.startswith(self._metadata)
-        ]
+        """Nothing: what former lives of this node left goes by way of its lease; see `kvstore.former`."""
+        return 0
 
     async def _withdraw(self, endpoint_id: int) -> None:
         key = self._keys.pop(endpoint_id, None)

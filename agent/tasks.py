@@ -25,7 +25,7 @@ from core.files import write_atomic
 from core.supervisor import Supervisor
 from identity import heartbeat
 from identity.gc import Collector
-from kvstore import schema
+from kvstore import former, schema
 from kvstore.watcher import Follower
 from prestart import cluster
 
@@ -85,7 +85,7 @@ def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
     tasks["grace periods"] = partial(_expire, parts)
     tasks["checkpoint"] = partial(_checkpoint, parts)
     tasks["restored"] = partial(_restored, parts)
-    tasks["former entries"] = partial(_former_entries, parts)
+    tasks["former keys"] = partial(_former_keys, parts)
     if parts.driver is not None and parts.engine_watch is not None:
         tasks["network driver"] = parts.driver.serve
         tasks["engine watch"] = parts.engine_watch.run
@@ -122,10 +122,11 @@ async def _restored(parts: Parts) -> None:
     await asyncio.Event().wait()
 
 
-async def _former_entries(parts: Parts) -> None:
-    """Have this node's entries compared with its endpoints as soon as it is known what etcd holds."""
-    await parts.addresses.wait_in_sync()
-    parts.reconcilers["own-entries"].poke()
+async def _former_keys(parts: Parts) -> None:
+    """Have what former lives left in etcd deleted as soon as it is known what this one wants there."""
+    await parts.endpoints.table.wait_in_sync()
+    await parts.reconcilers["own-entries"].wait_idle()
+    await former.abandon_all(parts.client, parts.session, parts.allocator.value_keys)
     await asyncio.Event().wait()
 
 
@@ -189,5 +190,6 @@ def node_now(parts: Parts) -> Node:
         last_address=str(parts.pool.last),
         local_identities=parts.local.numbers(),
         lease=parts.session.lease_id,
+        lease_address=str(parts.host.node_ip),
         addresses_at=parts.node.addresses_at,
     )

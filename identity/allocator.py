@@ -155,6 +155,10 @@ class Allocator:
         use = self._uses.get(labels)
         return use.count if use else 0
 
+    def value_keys(self) -> set[str]:
+        """Return our value/ keys that are, will be or may be in etcd: of what is used, asked for or ends."""
+        return {use.slot.value_key for use in self._uses.values()}
+
     def verify_all(self) -> None:
         """Have every identity in use read back from etcd now."""
         for use in self._uses.values():

@@ -7,7 +7,7 @@
     unwant, abandon ──▶ leaving ──▶ (deleted by the session) ──▶ gone
 
 Two processes that want the same key would overwrite each other for ever: a key that has to be restored
-again and again is restored at growing intervals.
+again and again is restored at growing intervals.  So is a refused deletion repeated.
 
 Used by: kvstore.session.
 """
@@ -37,13 +37,28 @@ class _Own:
     fight: Backoff = field(default_factory=lambda: Backoff(FIGHT_BASE_S, FIGHT_CAP_S))
 
 
+@dataclass(eq=False)
+class Leaving:
+    """One key to delete if it is ours: if it hangs on our lease, or, with `value`, if it has that value.
+
+    The value is the one that was wanted and never seen in etcd: it may be there from before, under an older
+    lease.  With `revision` the key is left of a former life, and ours only while it is what it was then.
+    """
+
+    value: bytes | None = None
+    revision: int = 0
+    not_before: float = 0.0
+    error: str = ""
+    fight: Backoff = field(default_factory=lambda: Backoff(FIGHT_BASE_S, FIGHT_CAP_S))
+
+
 class OwnKeys:
     """See the module's text.  Times are seconds of time.monotonic()."""
 
     def __init__(self) -> None:
         self._own: dict[str, _Own] = {}
         self._dirty: dict[str, None] = {}
-        self._leaving: dict[str, bytes | None] = {}
+        self._leaving: dict[str, Leaving] = {}
         self._turned: dict[str, None] = {}
 
     def __len__(self) -> int:
@@ -57,8 +72,9 @@ class OwnKeys:
         return {key: own.value for key, own in self._own.items()}
 
     def errors(self) -> dict[str, str]:
-        """Return why keys could not be written, for status."""
-        return {key: own.error for key, own in self._own.items() if own.error}
+        """Return why keys could not be written or deleted, for status."""
+        refused = {key: own.error for key, own in self._own.items() if own.error}
+        return refused | {key: each.error for key, each in self._leaving.items() if each.error}
 
     # --- what is wanted
 
@@ -94,12 +110,17 @@ class OwnKeys:
         if own is not None:
             self._dirty.pop(key, None)
             self._turned[key] = None
-            self._leaving[key] = None if own.revision else own.value
+            self._leaving[key] = Leaving(None if own.revision else own.value)
 
-    def abandon(self, key: str) -> None:
-        """Have a key deleted that a former life of this process left on our lease; no change if wanted."""
-        if key not in self._own:
-            self._leaving.setdefault(key, None)
+    def abandon(self, key: str, revision: int) -> bool:
+        """Have a key deleted that is, as of `revision`, what a former life of this process left.
+
+        Returns False, and changes nothing, when it is wanted, or is to be deleted already.
+        """
+        if key in self._own or key in self._leaving:
+            return False
+        self._leaving[key] = Leaving(revision=revision)
+        return True
 
     # --- what is to be done
 
@@ -124,16 +145,15 @@ class OwnKeys:
         return found
 
     def next_due(self) -> float | None:
-        """Return when the next write is due, or None when nothing waits."""
-        return min((self._own[key].not_before for key in self._dirty), default=None)
+        """Return when the next write or deletion is due, or None when nothing waits."""
+        writes = (self._own[key].not_before for key in self._dirty)
+        deletions = (leaving.not_before for leaving in self._leaving.values())
+        return min((*writes, *deletions), default=None)
 
-    def leaving(self, limit: int) -> dict[str, bytes | None]:
-        """Return up to `limit` keys to delete.
-
-        With None the key hangs on our lease if it is ours.  One that was never seen there comes with the
-        value that was wanted: it may be left from before, under an older lease.
-        """
-        return dict(list(self._leaving.items())[:limit])
+    def leaving(self, now: float | None = None) -> dict[str, Leaving]:
+        """Return the keys to delete now."""
+        at = time.monotonic() if now is None else now
+        return {key: leaving for key, leaving in self._leaving.items() if leaving.not_before <= at}
 
     # --- what has been done
 
@@ -153,10 +173,15 @@ class OwnKeys:
             own.error = error
             own.not_before = (time.monotonic() if now is None else now) + own.fight.next()
 
-    def left(self, keys: Iterable[str]) -> None:
-        """These were deleted."""
-        for key in keys:
-            self._leaving.pop(key, None)
+    def left(self, key: str, leaving: Leaving) -> None:
+        """What `leaving` said was done; a key that was wanted and unwanted again meanwhile stays to be."""
+        if self._leaving.get(key) is leaving:
+            del self._leaving[key]
+
+    def not_left(self, leaving: Leaving, error: str, now: float | None = None) -> None:
+        """A deletion was refused: tell, and try again later."""
+        leaving.error = error
+        leaving.not_before = (time.monotonic() if now is None else now) + leaving.fight.next()
 
     # --- what others do
 

@@ -38,8 +38,21 @@ from kvstore.errors import (
     RequestRefused,
 )
 from kvstore.keywatches import KeyWatches
-from kvstore.ops import MAX_TXN_OPS, KeyValue, delete_op, get_op, lease_is, put_op, value_is, write_batches
-from kvstore.ownkeys import OwnKeys
+from kvstore.ops import (
+    MAX_TXN_OPS,
+    Compare,
+    KeyValue,
+    Op,
+    delete_op,
+    get_op,
+    lease_is,
+    mod_is,
+    put_op,
+    txn_op,
+    value_is,
+    write_batches,
+)
+from kvstore.ownkeys import Leaving, OwnKeys
 from kvstore.patience import Patience
 from kvstore.watch import Event, Kind, event_from_wire
 
@@ -119,13 +132,14 @@ class Session:
         self._keys.unwant(key)
         self._changed.set()
 
-    async def abandon(self, key: str) -> None:
-        """Delete `key`, which this process does not want, if it hangs on our lease: a former life left it.
+    async def abandon(self, key: str, revision: int) -> bool:
+        """Delete `key`, which a former life left on our lease, unless it is wanted or written meanwhile.
 
-        Returns at once; see `settled`.
+        `revision` is when it was last written.  Returns at once (see `settled`), and whether it will be
+        deleted; see `kvstore.former`.
         """
-        self._keys.abandon(key)
         self._changed.set()
+        return self._keys.abandon(key, revision)
 
     async def written(self, key: str) -> None:
         """Wait until `key` is in etcd as wanted; KeyError when it is not (or no longer) wanted."""
@@ -259,18 +273,22 @@ class Session:
         logger.error("{} own keys are not written: {}", len(values), error)
 
     async def _delete_leaving(self) -> None:
-        """Delete what was disowned, on the condition that it is still ours: our lease, or our value."""
-        while leaving := self._keys.leaving(MAX_TXN_OPS):
-            for key, value in leaving.items():
-                try:
-                    await self._delete_one(key, value)
-                except (PermissionDenied, RequestRefused) as error:
-                    logger.error("disowned key is not deleted: {}", error)
-            self._keys.left(leaving)
+        """Delete what was disowned or abandoned if it is still ours; what etcd refuses is tried again."""
+        while due := self._keys.leaving():
+            for key, leaving in due.items():
+                # Wanted again while the one before was deleted: then there is nothing to delete any more.
+                if key not in self._keys:
+                    await self._delete_one(key, leaving)
 
-    async def _delete_one(self, key: str, value: bytes | None) -> None:
-        ours = lease_is(key, self.lease_id) if value is None else value_is(key, value)
-        await self._client.txn([ours], [delete_op(key)])
+    async def _delete_one(self, key: str, leaving: Leaving) -> None:
+        try:
+            await self._client.txn(*_deletion(key, leaving, self.lease_id))
+        except (PermissionDenied, RequestRefused) as error:
+            self._keys.not_left(leaving, str(error))
+            pause = leaving.not_before - time.monotonic()
+            logger.error("key {} stays although unwanted, tried again in {:.0f} s: {}", key, pause, error)
+            return
+        self._keys.left(key, leaving)
 
     async def _pause(self) -> None:
         """Wait for a change, or until a delayed write is due."""
@@ -302,6 +320,14 @@ class Session:
             metrics.KVSTORE_OWN_KEYS_RESTORED.inc()
             logger.warning("own key {} was {} by somebody", key, "deleted" if deleted else "changed")
             self._changed.set()
+
+
+def _deletion(key: str, leaving: Leaving, lease: int) -> tuple[list[Compare], list[Op], list[Op]]:
+    """Return the transaction that deletes a key if it is ours."""
+    if leaving.revision:
+        return [mod_is(key, leaving.revision)], [delete_op(key)], []
+    otherwise = [] if leaving.value is None else [txn_op([value_is(key, leaving.value)], [delete_op(key)])]
+    return [lease_is(key, lease)], [delete_op(key)], [*otherwise]
 
 
 async def _first_failure(*mains: Coroutine[Any, Any, None]) -> None:

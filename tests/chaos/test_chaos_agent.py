@@ -149,12 +149,17 @@ def test_etcd_gone_and_back(host: AgentHost, flows: Flows) -> None:
 
 
 def test_an_entry_that_could_not_be_deleted_goes_in_the_next_life(host: AgentHost, flows: Flows) -> None:
-    """A container ends while etcd is away, then the agent is killed: nobody remembers to delete its entry."""
+    """A container ends while etcd is away, then the agent is killed: nobody remembers to delete its keys."""
     address = host.container("short-lived", "sleep", "infinity", labels={"app": "short"})
     entry = f"cilium/state/ip/v1/default/{address}"
     kept = {f"cilium/state/ip/v1/default/{address}" for _, _, address, _ in numbers(host)}
     kept.discard(entry)
     wait_for(lambda: entry in host.keys("cilium/state/ip/"), "entry of the container")
+
+    def users() -> list[str]:
+        return [key for key in host.keys("cilium/state/identities/v1/value/") if "app=short;" in key]
+
+    assert users()
     wait_for(
         lambda: json.loads((host.state / "node.json").read_text()).get("lease"), "lease in the checkpoint"
     )
@@ -166,6 +171,7 @@ def test_an_entry_that_could_not_be_deleted_goes_in_the_next_life(host: AgentHos
     assert entry in host.keys("cilium/state/ip/")
     host.start_agent()
     wait_for(lambda: entry not in host.keys("cilium/state/ip/"), "entry deleted", seconds=60)
+    wait_for(lambda: not users(), "its identity has no user any more", seconds=60)
     assert kept <= set(host.keys("cilium/state/ip/"))
     flows.check()
 

@@ -217,6 +217,63 @@ async def test_denied_own_key_stops_no_other(tmp_path: Path) -> None:
         server.stop()
 
 
+async def test_a_key_that_changed_its_mind_while_etcd_was_away_is_deleted(
+    etcd: EtcdServer, client: Client
+) -> None:
+    """etcd has the first value, the second was never written, and the key is disowned."""
+    session = Session(client)
+    async with running(session):
+        await session.own("k/a", "1")
+        await asyncio.wait_for(session.settled(), 20)
+        etcd.stop()
+        await session.own("k/a", "2")
+        await session.disown("k/a")
+        etcd.start()
+        await asyncio.wait_for(session.settled(), 40)
+        assert await client.get("k/a") is None
+
+
+async def test_a_key_of_an_older_lease_that_was_never_verified_is_known_by_its_value(client: Client) -> None:
+    older = await client.lease_grant(60)
+    await client.put("k/a", "mine", lease=older)
+    await client.put("k/b", "theirs", lease=older)
+    session = Session(client)
+    for key in ("k/a", "k/b"):
+        await session.own(key, "mine")
+        await session.disown(key)
+    async with running(session):
+        await asyncio.wait_for(session.settled(), 20)
+        assert (await client.snapshot("k/")).items == {"k/b": b"theirs"}
+
+
+async def test_a_deletion_that_etcd_denies_is_told_and_done_when_it_may_be(tmp_path: Path) -> None:
+    server = EtcdServer(tmp_path / "etcd", tls=True)
+    try:
+        server.start().enable_auth("agent", "mine/", "yours/")
+        client = Client(server.config_for("agent"), timeout=2)
+        session = Session(client)
+        await session.own("yours/a", "1")
+        await session.own("mine/a", "1")
+        async with running(session):
+            await asyncio.wait_for(session.settled(), 20)
+            server.ctl("role", "revoke-permission", "agent", "yours/", "--prefix=true")
+            await session.disown("yours/a")
+            await eventually(lambda: "yours/a" in session.errors, "the refusal is told")
+            await session.disown("mine/a")
+            await eventually(lambda: absent(client, "mine/a"), "others are deleted meanwhile")
+            server.ctl("role", "grant-permission", "agent", "readwrite", "yours/", "--prefix=true")
+            await asyncio.wait_for(session.settled(), 60)
+            assert session.errors == {}
+            assert await client.get("yours/a") is None
+        await client.close()
+    finally:
+        server.stop()
+
+
+async def absent(client: Client, key: str) -> bool:
+    return await client.get(key) is None
+
+
 async def test_written_of_an_unwanted_key_is_an_error(client: Client) -> None:
     with pytest.raises(KeyError):
         await Session(client).written("never")

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.checkpoint import Checkpoint, Network, Node, check_endpoint
+from agent.checkpoint import Checkpoint, Network, Node, check_endpoint, own_lease
 from agent.endpoint import ENDPOINT_ID_MAX, Endpoint, Port, macs_of
 from agent.errors import CheckpointDamaged
 from datapath.devices import host_name, temporary_name
@@ -176,3 +176,11 @@ def test_an_unreadable_entry_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "endpoints" / "00007.json").mkdir()
     checkpoint.save_endpoint(made(8))
     assert [each.id for each in checkpoint.endpoints()] == [8]
+
+
+def test_the_lease_of_a_copied_disk_is_left_alone() -> None:
+    here, elsewhere = IPv4Address("10.99.0.2"), IPv4Address("10.99.0.3")
+    node = Node("host-1", "10.9.0.0/16", lease=7, lease_address=str(here))
+    assert own_lease(node, here) == 7
+    assert own_lease(node, elsewhere) == 0
+    assert own_lease(msgspec.structs.replace(node, lease_address=""), elsewhere) == 7, "of an older version"

@@ -28,6 +28,7 @@ from core.table import Table
 from identity.filter import LabelFilter
 from identity.labels import Labels
 from tests.support.agent_models import ModelAllocator, ModelKernel
+from tests.support.eventually import eventually
 
 NETWORK = IPv4Network("10.9.0.0/29")  # five addresses
 DONE = Status(Kind.DONE)
@@ -423,6 +424,24 @@ def test_killed_in_the_middle_of_leaving() -> None:
         again = host.restart()
         assert again.kernel.identities == {}
         await again.manager.delete(endpoint.id)
+        again.check()
+
+    run(story)
+
+
+def test_what_was_killed_in_the_middle_of_leaving_leaves() -> None:
+    """The next life ends what was begun: nobody uses the identity, so the endpoint must not name it."""
+
+    async def story(host: Host) -> None:
+        endpoint = await host.start("web", app="web")
+        host.kernel.trouble[endpoint.id] = "busy"
+        with pytest.raises(AgentError):
+            await host.manager.disconnect(endpoint.id)
+        host.kernel.trouble.clear()
+        again = host.restart()
+        assert again.manager.get(endpoint.id).identity, "until its interface is gone"
+        await eventually(lambda: not again.manager.get(endpoint.id).identity, "it has left")
+        assert again.kernel.interfaces == {}
         again.check()
 
     run(story)

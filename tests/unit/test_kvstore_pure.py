@@ -344,9 +344,44 @@ def test_disowned_key_says_how_it_may_be_recognised() -> None:
     keys.unwant("a")
     keys.unwant("b")
     keys.unwant("never")
-    assert keys.leaving(10) == {"a": None, "b": b"2"}
+    assert {key: leaving.value for key, leaving in keys.leaving().items()} == {"a": None, "b": b"2"}
     keys.want("a", b"3")
-    assert keys.leaving(10) == {"b": b"2"}
+    assert keys.leaving().keys() == {"b"}
+
+
+def test_a_deletion_that_is_refused_waits_tells_why_and_is_tried_again() -> None:
+    keys = written(a=b"1")
+    keys.unwant("a")
+    leaving = keys.leaving(now=100.0)["a"]
+    keys.not_left(leaving, "denied", now=100.0)
+    assert keys.errors() == {"a": "denied"}
+    assert keys.leaving(now=100.0) == {}
+    assert not keys.settled
+    assert keys.next_due() == leaving.not_before > 100.0
+    assert keys.leaving(now=leaving.not_before) == {"a": leaving}
+    keys.left("a", leaving)
+    assert keys.settled
+    assert keys.errors() == {}
+
+
+def test_a_deletion_says_nothing_about_what_was_unwanted_since() -> None:
+    """Wanted and unwanted again while the deletion was under way: there is another one to do."""
+    keys = written(a=b"1")
+    keys.unwant("a")
+    before = keys.leaving()["a"]
+    keys.want("a", b"2")
+    keys.unwant("a")
+    keys.left("a", before)
+    assert [leaving.value for leaving in keys.leaving().values()] == [b"2"]
+
+
+def test_only_what_nobody_wants_is_abandoned() -> None:
+    keys = written(a=b"1", b=b"2")
+    keys.unwant("b")
+    assert not keys.abandon("a", 5)
+    assert not keys.abandon("b", 5)
+    assert keys.abandon("c", 5)
+    assert {key: leaving.revision for key, leaving in keys.leaving().items()} == {"b": 0, "c": 5}
 
 
 def test_refused_key_waits_and_tells_why() -> None:
