@@ -8,7 +8,8 @@ EndpointOperInfo → (the first process starts) … RevokeExternalConnectivity �
   begins the interface, so that it is made while the engine makes the container's namespace.
 * Join waits for the interface; from here on everything is denied (identity init).
 * EndpointOperInfo finds the container's labels, allocates its identity and writes its policy, so that
-  policy is in force before the first process runs.  It comes twice a start.
+  policy is in force before the first process runs.  It comes twice a start.  An engine that loads its
+  containers answers nobody: they start denied, and the engine watch identifies them when it answers.
 
 After an engine restart endpoints are replayed but networks are not: networks are kept in the checkpoint
 and read from the engine when they are missing there.  Every handler is idempotent for that reason.
@@ -21,6 +22,7 @@ import contextlib
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from ipaddress import IPv4Interface, IPv4Network, ip_network
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from agent import calls
 from agent.checkpoint import Checkpoint, Network
 from agent.endpoint import Endpoint
 from agent.endpoints import EndpointManager
-from agent.engine import DRIVER, Engine, EngineNetwork
+from agent.engine import DRIVER, Engine, EngineContainer, EngineNetwork
 from agent.errors import AgentError, DriverError, EngineError, UnknownNetwork
 from agent.ports import parse_portmap, taken_ports
 from core import metrics
@@ -172,7 +174,7 @@ class Driver:
 
     async def _ask_engine(self, network_id: str) -> EngineNetwork | None:
         try:
-            found = await self.engine.network(network_id)
+            found = await self.engine.hurried(partial(self.engine.network, network_id))
         except EngineError as error:
             logger.warning("network {} can not be looked up: {}", network_id[:12], error)
             return None
@@ -243,7 +245,8 @@ class Driver:
                 # The second call of a start: labels never change, but the kernel may not be done yet.
                 await self.endpoints.enforced(endpoint.id)
                 return {"Value": {}}
-            await self.identify(endpoint)
+            container, network = await self.engine.hurried(partial(self._container_of, endpoint))
+            await self._identify(endpoint, container, network)
         except AgentError as error:
             # The container starts all the same: denied until the engine watcher has found its labels.
             logger.error("endpoint {} is not as it ought to be yet: {}", endpoint.id, error)
@@ -251,11 +254,19 @@ class Driver:
 
     async def identify(self, endpoint: Endpoint) -> None:
         """Find the labels of an endpoint's container and give it its identity."""
+        container, network = await self._container_of(endpoint)
+        await self._identify(endpoint, container, network)
+
+    async def _identify(self, endpoint: Endpoint, container: EngineContainer, network: str) -> None:
+        await self.endpoints.identify(endpoint.id, container.id, container.name, container.labels, network)
+
+    async def _container_of(self, endpoint: Endpoint) -> tuple[EngineContainer, str]:
+        """Return an endpoint's container and its network's name, as the engine has them."""
         network = await self.engine.network(endpoint.network_id)
         if network is None:
             raise UnknownNetwork(f"the engine does not know network {endpoint.network_id[:12]}")
         if network.id not in self.networks or not self.networks[network.id].name:
-            await self._network(network.id)
+            await self._learn(network)
         container_id, name = network.endpoints.get(endpoint.engine_endpoint_id, ("", ""))
         if not container_id:
             raise EngineError(f"engine endpoint {endpoint.engine_endpoint_id[:12]} has no container yet")
@@ -263,7 +274,7 @@ class Driver:
         if container is None:
             # Without its labels it would get the identity of a container that has none.
             raise EngineError(f"the engine does not list container {container_id[:12]} ({shorten(name)})")
-        await self.endpoints.identify(endpoint.id, container_id, name, container.labels, network.name)
+        return container, network.name
 
     async def _program_external(self, call: calls.ProgramExternal) -> Answer:
         endpoint = self._endpoint(call)

@@ -5,14 +5,17 @@ Asynchronous and small: the docker SDK costs 20 MB and blocks.  Every answer is 
 because what it holds (labels, names) was chosen by whoever starts containers.
 
 Inside a network driver call only `network` and `container` may be used: `/containers/<id>/json` of
-a starting container blocks until the driver has answered.
+a starting container blocks until the driver has answered.  And they are asked through `hurried`: an engine
+without live-restore calls the driver for every container that it loads, and answers nobody until it has
+loaded all.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -26,6 +29,10 @@ from core.errors import shorten
 API = "http://engine/v1.40"  # docker 19.03; newer engines still speak it down to API 1.44's minimum
 FALLBACK_API = "http://engine"  # an engine that dropped 1.40 answers unversioned paths with its own version
 ANSWER_TIMEOUT_S = 10.0
+# The same inside a driver call, which holds a container's start back; answers take milliseconds.
+HURRIED_TIMEOUT_S = 2.0
+# So long after one driver call has waited in vain the next ones do not: a start has two, and there are many.
+HOLD_OFF_S = 5.0
 DRIVER = "holdfast"
 
 
@@ -63,6 +70,7 @@ class Engine:
         self.socket_path = socket_path
         self._session: aiohttp.ClientSession | None = None
         self._base = API
+        self._silent_at: float | None = None  # when a hurried question was given up; None once it answers
 
     async def close(self) -> None:
         if self._session is not None:
@@ -75,6 +83,26 @@ class Engine:
         minimum, version = self._read(_versions, answer, "/version")
         self._base = API if _version_tuple(minimum) <= (1, 40) else FALLBACK_API
         return version
+
+    async def hurried(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Return the answer to a question of a driver call, or raise EngineError soon.
+
+        At once while the engine is known to be silent: the watch waits for it and repairs all of them.
+        """
+        if self._silent_at is not None and time.monotonic() - self._silent_at < HOLD_OFF_S:
+            raise EngineError(
+                f"engine {self.socket_path} is silent and is not asked again for {HOLD_OFF_S:g} s",
+                hint="it may be loading its containers",
+            )
+        try:
+            async with asyncio.timeout(HURRIED_TIMEOUT_S):
+                return await ask()
+        except TimeoutError as error:
+            self._silent_at = time.monotonic()
+            raise EngineError(
+                f"engine {self.socket_path} did not answer within {HURRIED_TIMEOUT_S:g} s",
+                hint="it may be loading its containers",
+            ) from error
 
     async def network(self, network_id: str) -> EngineNetwork | None:
         """Return one network with its endpoints, or None when the engine does not have it."""
@@ -141,6 +169,7 @@ class Engine:
         try:
             async with self._client().get(base + path, params=query) as response:
                 body = await response.read()
+                self._silent_at = None
                 if response.status == 404:
                     raise _NotFound(f"engine {self.socket_path} has no {path}")
                 if response.status != 200:

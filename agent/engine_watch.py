@@ -7,6 +7,9 @@ engine was down: endpoints whose container is gone are collected after a grace, 
 identity get it.  It also knows which running containers are not managed at all, so that status can say it.
 
 Events can not be replayed over an engine restart, so each connection subscribes first and lists then.
+
+An engine without live-restore ends its containers before itself, all at once and the agent's among them:
+`last_calls` then keeps the driver there until the others are gone.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from loguru import logger
 
@@ -33,8 +37,14 @@ LIST_EVERY_S = 300.0
 SETTLE_S = 0.3
 # A container of ours that the engine does not show: it may be starting, or the engine itself may be.
 COLLECT_AFTER_S = 60.0
+# A socket of this host costs nothing to try, and containers wait for their identities.
+RECONNECT_CAP_S = 5.0
 # Endpoints compared at the same time: each asks the engine twice, and may wait for etcd.
 AT_ONCE = 8
+# What ends within this of the agent's own signal was ended by the same hand.
+TOGETHER_S = 2.0
+# The engine kills containers 10 s after it asked them to end, the agent's after the 20 s of its compose file.
+LAST_CALLS_S = 15.0
 
 RUNNING = frozenset({"running", "paused", "restarting"})
 # The label of Holdfast's own containers (compose/): they belong on the host's network.
@@ -67,10 +77,11 @@ class EngineWatch:
         self._compared: set[int] = set()  # endpoints whose labels were looked at in this life
         self._changed = asyncio.Event()
         self._turns = asyncio.Semaphore(AT_ONCE)
+        self._asked_to_end: dict[int, float] = {}  # endpoint → when its container was, monotonic seconds
 
     async def run(self) -> None:
         """Connect, list, follow; reconnect with back-off for ever."""
-        backoff = Backoff(base=0.2, cap=30.0)
+        backoff = Backoff(base=0.2, cap=RECONNECT_CAP_S)
         while True:
             try:
                 await self._connect(backoff)
@@ -98,8 +109,17 @@ class EngineWatch:
 
     async def _read_events(self, subscribed: asyncio.Event) -> None:
         async for event in self._engine.events(subscribed):
-            if str(event.get("Action", "")).partition(":")[0] in RELEVANT:
+            action = str(event.get("Action", "")).partition(":")[0]
+            if action in RELEVANT:
                 self._changed.set()
+            elif action == "kill":
+                self._ends(_container_id(event))
+
+    def _ends(self, container_id: str) -> None:
+        """Note that a container was asked to end; one of its former lives may still be there as well."""
+        for _, endpoint in self._endpoints.table.items():
+            if container_id == endpoint.container_id and endpoint.id not in self._gone_since:
+                self._asked_to_end[endpoint.id] = time.monotonic()
 
     async def _lists(self, backoff: Backoff, reader: asyncio.Task[None]) -> None:
         while not reader.done():
@@ -133,6 +153,7 @@ class EngineWatch:
         managed = [each for _, each in self._endpoints.table.items() if each.engine_endpoint_id]
         present = {each.id for each in managed}
         self._gone_since = {number: at for number, at in self._gone_since.items() if number in present}
+        self._asked_to_end = {number: at for number, at in self._asked_to_end.items() if number in present}
         self._compared &= present
         # Which endpoints there are is known now; identities may take as long as etcd is away.
         self.first_list.set()
@@ -180,6 +201,36 @@ class EngineWatch:
         )
         await self._endpoints.delete(endpoint.id)
         self._gone_since.pop(endpoint.id, None)
+
+    async def last_calls(self) -> None:
+        """Return when the agent may end: soon, or once the containers are gone that were ended with it.
+
+        The end of a container is three calls of the driver, and the engine repeats for 15 s each that nobody
+        answers.  One that ends itself would be killed in the middle, and never tell which endpoints are gone.
+        """
+        begun = time.monotonic()
+        changes = self._endpoints.table.subscribe()
+        try:
+            await asyncio.sleep(SETTLE_S)  # its signal and the news of theirs cross
+            async with asyncio.timeout(LAST_CALLS_S):
+                while self._ended_since(begun - TOGETHER_S):
+                    changes.take()
+                    await changes.wait()
+        except TimeoutError:
+            logger.warning("containers that end are not gone after {:g} s: the agent is", LAST_CALLS_S)
+        finally:
+            self._endpoints.table.unsubscribe(changes)
+
+    def _ended_since(self, start: float) -> bool:
+        """True while there are endpoints of containers that were asked to end since then."""
+        table = self._endpoints.table
+        return any(number in table for number, at in self._asked_to_end.items() if at > start)
+
+
+def _container_id(event: dict[str, Any]) -> str:
+    """Return whom an event is about; an id that no container has when it does not say."""
+    actor = event.get("Actor")
+    return str(actor.get("ID") or "?") if isinstance(actor, dict) else "?"
 
 
 def unmanaged(running: Mapping[str, EngineContainer], networks: set[str]) -> dict[str, str]:

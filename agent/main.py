@@ -71,6 +71,8 @@ async def run(config: Config) -> None:
     try:
         await ended.wait()
         logger.info("asked to stop; what is in the kernel stays in force")
+        if process.parts is not None and process.parts.engine_watch is not None:
+            await process.parts.engine_watch.last_calls()
     finally:
         starting.cancel()
         await asyncio.wait({starting})

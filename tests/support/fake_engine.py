@@ -2,7 +2,8 @@
 """A container engine of a test's own, on a real unix socket: what the agent asks, and how it can go wrong.
 
 `FakeEngine` answers `/version`, `/networks`, `/containers/json` and `/events` from its own state; `broken`
-replaces the answer of a path by any bytes, `cut` ends a connection in the middle of an answer.
+replaces the answer of a path by any bytes, `cut` ends a connection in the middle of an answer, and nobody
+gets any while `serving` is not set.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class FakeEngine:
         self.broken: dict[str, tuple[int, bytes]] = {}  # path → (status, body)
         self.cut: set[str] = set()  # paths whose answer ends in the middle
         self.asked: list[str] = []
+        self.serving = asyncio.Event()
+        self.serving.set()
         self.listeners = 0
         self._streams: set[asyncio.Queue[bytes]] = set()
         self._runner: web.AppRunner | None = None
@@ -99,6 +102,7 @@ class FakeEngine:
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         path = "/" + request.match_info["path"].removeprefix("v1.40/")
         self.asked.append(request.path)
+        await self.serving.wait()
         if path in self.broken:
             status, body = self.broken[path]
             return web.Response(status=status, body=body)

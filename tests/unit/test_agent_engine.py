@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from agent import engine as engine_module
 from agent.engine import Engine
 from agent.errors import EngineError
 from tests.support.fake_engine import FakeEngine
@@ -122,6 +123,43 @@ def test_refusals_half_answers_and_nobody(tmp_path: Path) -> None:
                 await nobody.version()
         finally:
             await nobody.close()
+
+    run(tmp_path, story)
+
+
+def test_a_hurried_question_waits_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "HURRIED_TIMEOUT_S", 0.05)
+
+    async def story(fake: FakeEngine, engine: Engine) -> None:
+        assert len(await engine.hurried(engine.containers)) == 1
+        fake.serving.clear()
+        with pytest.raises(EngineError, match=r"did not answer within 0\.05 s"):
+            await engine.hurried(engine.containers)
+        fake.asked.clear()
+        with pytest.raises(EngineError, match="is not asked again"):
+            await engine.hurried(engine.containers)
+        assert fake.asked == []
+        patient = asyncio.create_task(engine.version())
+        fake.serving.set()
+        await patient  # it answers somebody: everybody may ask again
+        assert len(await engine.hurried(engine.containers)) == 1
+
+    run(tmp_path, story)
+
+
+def test_a_hurried_question_is_asked_again_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "HURRIED_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(engine_module, "HOLD_OFF_S", 0.0)
+
+    async def story(fake: FakeEngine, engine: Engine) -> None:
+        fake.serving.clear()
+        for _ in range(2):
+            with pytest.raises(EngineError, match="did not answer within"):
+                await engine.hurried(engine.containers)
+        fake.serving.set()
+        assert len(await engine.hurried(engine.containers)) == 1
 
     run(tmp_path, story)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from agent import endpoints as endpoints_module
-from agent import engine_watch
+from agent import engine, engine_watch
 from agent.engine import EngineContainer
 from agent.engine_watch import EngineWatch, unmanaged
 from tests.support.driver_host import NETWORK, DriverHost, driver_host
@@ -203,6 +203,67 @@ def test_renamed(tmp_path: Path) -> None:
         host.fake.networks[NETWORK]["Containers"]["c-web"]["Name"] = "api"
         async with watching(host):
             await until(lambda: host.manager.get(1).container_name == "api")
+
+    run(tmp_path, story)
+
+
+def kill(container_id: str) -> bytes:
+    return b'{"Action": "kill", "Actor": {"ID": "%s"}}\n' % container_id.encode()
+
+
+def test_the_agent_ends_after_the_containers_that_are_ended_with_it(tmp_path: Path) -> None:
+    async def story(host: DriverHost) -> None:
+        for name in ("stays", "goes"):
+            await host.start(name)
+        async with watching(host) as watch:
+            await until(lambda: host.fake.listeners)
+            await watch.last_calls()  # nobody was asked to end: nobody is waited for
+            host.fake.emit(b'{"Action": "kill"}\n{"Action": "kill", "Actor": {}}\n' + kill("c-goes"))
+            await until(lambda: watch._asked_to_end)
+            leaving = asyncio.create_task(watch.last_calls())
+            await host.on("Leave", "e-goes")
+            assert not leaving.done()
+            await host.on("DeleteEndpoint", "e-goes")
+            await leaving
+        assert {each.container_name for _, each in host.table.items()} == {"stays"}
+
+    run(tmp_path, story)
+
+
+def test_a_container_that_does_not_end_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_watch, "LAST_CALLS_S", 0.05)
+
+    async def story(host: DriverHost) -> None:
+        await host.start("hangs")
+        async with watching(host) as watch:
+            await until(lambda: host.fake.listeners)
+            host.fake.emit(kill("c-hangs"))
+            await until(lambda: watch._asked_to_end)
+            await watch.last_calls()
+        assert len(host.table) == 1
+
+    run(tmp_path, story)
+
+
+def test_an_engine_that_loads_its_containers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It calls the driver and answers nobody: they start denied, and all are identified when it answers."""
+    monkeypatch.setattr(engine, "HURRIED_TIMEOUT_S", 0.05)
+
+    async def story(host: DriverHost) -> None:
+        async with watching(host) as watch:
+            await watch.first_list.wait()
+            host.fake.serving.clear()
+            host.fake.end_streams()
+            host.fake.asked.clear()
+            for name in ("a", "b", "c"):
+                assert (await host.start(name, app=name)).enforced_identity == 5
+            # The second call of each start, and what comes later, did not ask.
+            assert len([path for path in host.fake.asked if "/networks/" in path]) == 1
+            host.fake.serving.set()
+            await until(lambda: all(each.identity for _, each in host.table.items()))
+        assert {each.container_name for _, each in host.table.items()} == {"a", "b", "c"}
 
     run(tmp_path, story)
 
