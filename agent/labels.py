@@ -12,6 +12,7 @@ from core.errors import shorten
 from identity.errors import LabelError
 from identity.filter import LabelFilter
 from identity.labels import CONTAINER, Labels
+from policy.names import check_port_labels
 
 # Ours alone: a container can not give itself another network's name.  With it, one without labels of its
 # own has an identity too.
@@ -28,6 +29,7 @@ def container_labels(
     given = {key: value for key, value in labels.items() if key != NETWORK_LABEL}
     try:
         selection = chosen.select({**given, NETWORK_LABEL: network}, source=CONTAINER)
+        check_port_labels(selection.identity)
     except LabelError as error:
         raise EndpointRefused(
             f"container {shorten(name)} has a label that can not be part of an identity: {error}",

@@ -59,6 +59,7 @@ HOLDFAST = Base(
         f"{CONTAINER}:app$",
         f"{CONTAINER}:env$",
         rf"{CONTAINER}:holdfast\.network$",
+        rf"{CONTAINER}:holdfast\.port\.",
         f"{RESERVED}:.*",
         r"io\.cilium\.k8s\.policy\.cluster",
     ),

@@ -33,6 +33,9 @@ RESERVED = "reserved"
 CIDR = "cidr"
 GENERATED = "cilium-generated"
 
+# Keys of labels that name a port of the workload (`policy.names`): holdfast.port.http=8080.
+PORT_PREFIX = "holdfast.port."
+
 # Limits in characters.  Kubernetes allows keys of 317 and values of 63; docker sets none.  The text
 # limit keeps an etcd key far below etcd's request limit of 1.5 MiB, and a joiner's listing small.
 MAX_SOURCE = 64

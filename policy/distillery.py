@@ -26,9 +26,10 @@ from policy.model import (
     PolicyKey,
     Transport,
 )
-from policy.repository import INIT_LABEL, InstalledRule, Repository
+from policy.narrowing import Narrowing
+from policy.repository import INIT_LABEL, InstalledClause, InstalledRule, Repository
 from policy.resolve import DirectionRules, policy_keys
-from policy.selector_cache import CachedSelector
+from policy.selector_cache import CachedSelector, SelectorCache
 
 MapState = dict[PolicyKey, PolicyEntry]
 
@@ -43,6 +44,7 @@ class SharedPolicy:
         self,
         labels: Labels,
         repository: Repository,
+        cache: SelectorCache,
         mode: EnforcementMode,
         limit: int,
         pending: set[SharedPolicy],
@@ -55,10 +57,14 @@ class SharedPolicy:
         self.size = 0
         self._limit = limit
         self._repository = repository
+        self._cache = cache
         self._mode = mode
         self._pending = pending
         self._directions: list[DirectionRules] = []
         self._selectors: set[CachedSelector] = set()
+        # What only these endpoints need: narrowed selectors, and the labels whose values matter.
+        self._held: list[CachedSelector] = []
+        self._keys: set[str] = set()
         self._uses: dict[CachedSelector, list[tuple[DirectionRules, Transport, bool]]] | None = None
         self._undo: dict[PolicyKey, PolicyEntry | None] = {}
 
@@ -79,12 +85,9 @@ class SharedPolicy:
         self.stale = False
         rules = self._repository.rules_for(self.labels) if self._mode is not EnforcementMode.NEVER else []
         self.enforcement = self._enforcement(rules)
+        clauses = self._clauses(rules)
         self._directions = [
-            DirectionRules(
-                direction,
-                chain.from_iterable(rule.clauses[direction] for rule in rules),
-                open_by_default=not self.enforcement[direction],
-            )
+            DirectionRules(direction, clauses[direction], open_by_default=not self.enforcement[direction])
             for direction in Direction
         ]
         self._watch_selectors()
@@ -97,6 +100,30 @@ class SharedPolicy:
         for direction, entries in resolved:
             state.update(dict.fromkeys(policy_keys(entries, direction), entries.entry))
         self._replace(state)
+
+    def _clauses(self, rules: list[InstalledRule]) -> list[Iterable[InstalledClause]]:
+        """Return by direction what the rules say for these endpoints."""
+        released, self._held = self._held, []
+        keys: set[str] = set()
+        found: list[Iterable[InstalledClause]] = []
+        plain = all(rule.plain for rule in rules)
+        for direction in Direction:
+            if plain:
+                found.append(chain.from_iterable([rule.clauses[direction] for rule in rules]))
+                continue
+            narrowing = Narrowing(direction, self.labels, rules, self._cache)
+            found.append(list(narrowing.clauses(rules)))
+            self._held += narrowing.held
+            keys |= narrowing.keys
+        self._watch_values(keys)
+        # New before old: a selector that both have keeps what is known about it.
+        for cached in released:
+            self._cache.release(cached)
+        return found
+
+    def _watch_values(self, keys: set[str]) -> None:
+        self._cache.watch(self, self._keys, keys)
+        self._keys = keys
 
     def _enforcement(self, rules: Iterable[InstalledRule]) -> Enforcement:
         if self._mode is EnforcementMode.NEVER:
@@ -123,6 +150,10 @@ class SharedPolicy:
         for cached in self._selectors:
             cached.users.discard(self)
         self._selectors = set()
+        for cached in self._held:
+            self._cache.release(cached)
+        self._held = []
+        self._watch_values(set())
 
     def identity_changed(
         self, number: int, before: list[CachedSelector], after: list[CachedSelector]

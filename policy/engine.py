@@ -125,6 +125,8 @@ class PolicyEngine:
 
     def _identity_moved(self, moved: Moved | None) -> None:
         if moved is not None:
+            for user in moved.stale:
+                user.mark_stale()
             for user in moved.users:
                 user.identity_changed(moved.number, moved.before, moved.after)
 
@@ -156,7 +158,7 @@ class PolicyEngine:
 
     def _share(self, labels: Labels) -> SharedPolicy:
         shared = self._shared[labels] = SharedPolicy(
-            labels, self._repository, self.mode, self.limit, self._pending
+            labels, self._repository, self._cache, self.mode, self.limit, self._pending
         )
         self._members[shared] = set()
         self._subjects.add(shared, labels)

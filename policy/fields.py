@@ -49,7 +49,11 @@ def _peers(verb: str) -> tuple[Field, ...]:
             E,
             "list of all, world, cluster, host, remote-node, init, unmanaged, health, none",
         ),
-        Field(f"{verb}Requires", R, "write the requirement into each peer selector"),
+        Field(
+            f"{verb}Requires",
+            E,
+            f"list of selectors: what every peer under `{verb}Endpoints` of every rule must have too",
+        ),
         Field(f"{verb}Groups", R, "list the addresses in a CIDR field"),
         Field(f"{verb}Nodes", R, "use the entities host and remote-node"),
     )
@@ -93,7 +97,9 @@ SECTIONS: Final[dict[str, tuple[Field, ...]]] = {
     ),
     "rule": (
         Field("endpointSelector", E, f"the endpoints it is for; {_SELECTOR_NOTE}"),
-        Field("nodeSelector", R, "there is no host firewall yet; use endpointSelector"),
+        Field(
+            "nodeSelector", R, "it is checked; there is no host firewall yet; use endpointSelector"
+        ),
         Field("ingress", E, "list; the selected endpoints become default-deny for ingress"),
         Field("ingressDeny", E, "list; wins over every allow"),
         Field("egress", E, "list; the selected endpoints become default-deny for egress"),
@@ -133,7 +139,7 @@ SECTIONS: Final[dict[str, tuple[Field, ...]]] = {
         Field("listener", R, _L7),
     ),
     "ports": (
-        Field("port", E, "1 to 65535; names are refused: write the number"),
+        Field("port", E, "1 to 65535, or the name of a port (label `holdfast.port.NAME`)"),
         Field("protocol", E, "TCP, UDP, SCTP or ANY (the default: all three)"),
         Field("endPort", E, "end of a range of at most 64 ports"),
     ),

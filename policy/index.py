@@ -66,6 +66,14 @@ class LabelIndex(Generic[K]):
                     del self._keys[key][value]
         return labels
 
+    def values(self, key: str) -> Iterator[str]:
+        """Yield every value that labels of `key` have, whatever their source."""
+        return iter(self._key(key))
+
+    def has_value(self, key: str, value: str) -> bool:
+        """True if anything has a label `key` with this value."""
+        return value in self._key(key)
+
     def find(self, selector: Selector) -> set[K]:
         """Return (in a new set) what `selector` selects."""
         positive = sorted(

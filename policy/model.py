@@ -11,13 +11,15 @@ from enum import Enum, IntEnum
 from typing import Any, Final, NamedTuple
 
 from identity.labels import Label
-from policy.selectors import Selector
+from policy.selectors import Requirement, Selector
 
 ICMP: Final = 1
 TCP: Final = 6
 UDP: Final = 17
 ICMPV6: Final = 58
 SCTP: Final = 132
+
+MAX_PORT: Final = 65_535
 
 # What a policy map holds (Cilium 1.11's cilium_policy_<id>).
 MAX_ENTRIES: Final = 16_384
@@ -56,6 +58,13 @@ class Transport(NamedTuple):
 ANY_TRANSPORT: Final = Transport(0, 0)
 
 
+class NamedPort(NamedTuple):
+    """A port by its name (lower case) and IP protocol; which number that is depends on whose port it is."""
+
+    name: str
+    protocol: int
+
+
 class PolicyKey(NamedTuple):
     """Key of a policy map entry.  Identity 0 is any, port and protocol 0 are any; port in host order."""
 
@@ -92,25 +101,39 @@ class Clause:
     """One element of a rule's ingress, egress, ingressDeny or egressDeny section.
 
     `peers` None is everybody (no peer field was given); an empty tuple is nobody.
-    `transports` None is every port of every protocol.
+    `transports` None is every port of every protocol; `names` are further ports, those that the receiver
+    of a packet gave these names.  `endpoints` says that the peers are of fromEndpoints or toEndpoints, which
+    the requirements of all rules narrow.
     """
 
     direction: Direction
     deny: bool
     peers: tuple[Selector, ...] | None
     transports: tuple[Transport, ...] | None
+    names: tuple[NamedPort, ...] = ()
+    endpoints: bool = False
+
+
+class Requires(NamedTuple):
+    """What fromRequires or toRequires adds to the endpoint peers of one direction, of allows or of denies."""
+
+    direction: Direction
+    deny: bool
+    requirements: tuple[Requirement, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One rule: whom it is for, what it allows and denies, which directions it makes default-deny.
 
-    `cidrs` are the prefixes its clauses name, which need identities to be of effect.
+    `requires` narrows the clauses of every rule that is for the same endpoint.  `cidrs` are the prefixes
+    its clauses name, which need identities to be of effect.
     """
 
     subject: Selector
     clauses: tuple[Clause, ...]
     enforces: Enforcement
+    requires: tuple[Requires, ...] = ()
     labels: tuple[Label, ...] = ()
     description: str = ""
     cidrs: frozenset[str] = frozenset()

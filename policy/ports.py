@@ -3,19 +3,20 @@
 
 The policy map is flat: it knows one port, or all ports of all protocols.  So ranges are expanded, up
 to `MAX_RANGE` ports, ``ANY`` becomes TCP, UDP and SCTP, and port 0 (every port of one protocol, in
-Cilium) is refused because no entry can say it.  Called by `policy.rules`; pure.
+Cilium) is refused because no entry can say it.  Names stay names: whose port it is decides which number
+(`policy.narrowing`).  Called by `policy.rules`; pure.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 from core.errors import shorten
-from policy.model import ICMP, ICMPV6, SCTP, TCP, UDP, Transport
+from policy.model import ICMP, ICMPV6, MAX_PORT, SCTP, TCP, UDP, NamedPort, Transport
+from policy.names import MAX_NAME, is_name
 from policy.reader import Place
 
 MAX_RANGE: Final = 64
-MAX_PORT: Final = 65_535
 MAX_ICMP_TYPE: Final = 255
 
 PROTOCOLS: Final[dict[str, tuple[int, ...]]] = {
@@ -27,8 +28,15 @@ PROTOCOLS: Final[dict[str, tuple[int, ...]]] = {
 FAMILIES: Final = {"IPv4": ICMP, "IPv6": ICMPV6}
 
 
-def read_transports(element: dict[str, Place]) -> tuple[Transport, ...] | None:
-    """Return the transports of one ingress or egress element; None if it names none.
+class Ports(NamedTuple):
+    """The ports and ICMP types of one element (None: all), and those that it names."""
+
+    transports: tuple[Transport, ...] | None
+    names: tuple[NamedPort, ...] = ()
+
+
+def read_transports(element: dict[str, Place]) -> Ports | None:
+    """Return the ports and types of one ingress or egress element; None if it has none.
 
     Raises FieldError.
     """
@@ -39,12 +47,14 @@ def read_transports(element: dict[str, Place]) -> tuple[Transport, ...] | None:
         raise icmps.error("icmps and toPorts in one element", hint="write two elements")
     if not port_rules and not icmp_rules:
         return None
-    found = [transport for place in port_rules for transport in _port_rule(place)]
+    found: list[Transport | NamedPort] = [each for place in port_rules for each in _port_rule(place)]
     found += [transport for place in icmp_rules for transport in _icmp_rule(place)]
-    return tuple(dict.fromkeys(found))
+    numbers = dict.fromkeys(each for each in found if isinstance(each, Transport))
+    names = dict.fromkeys(each for each in found if isinstance(each, NamedPort))
+    return Ports(tuple(numbers), tuple(names))
 
 
-def _port_rule(place: Place) -> list[Transport]:
+def _port_rule(place: Place) -> list[Transport | NamedPort]:
     ports = place.fields("toPorts").get("ports")
     listed = ports.items() if ports else []
     if not listed:
@@ -52,22 +62,37 @@ def _port_rule(place: Place) -> list[Transport]:
     return [transport for each in listed for transport in _port(each)]
 
 
-def _port(place: Place) -> list[Transport]:
+def _port(place: Place) -> list[Transport] | list[NamedPort]:
     given = place.fields("ports")
     if "port" not in given:
         raise place.error("port is missing", hint="a number from 1 to 65535")
+    protocols = _protocol(given["protocol"]) if "protocol" in given else PROTOCOLS["ANY"]
+    name = _port_name(given["port"])
+    if name and "endPort" in given:
+        raise given["endPort"].error(f"a range can not begin at the name {name!r}", hint="write its number")
+    if name:
+        return [NamedPort(name, protocol) for protocol in protocols]
     first = _port_number(given["port"])
     last = _end_port(given["endPort"], first) if "endPort" in given else first
-    protocols = PROTOCOLS["ANY"]
-    if "protocol" in given:
-        protocols = _protocol(given["protocol"])
     return [Transport(port, protocol) for port in range(first, last + 1) for protocol in protocols]
+
+
+def _port_name(place: Place) -> str:
+    """Return the name in lower case (they are equal without regard to case); empty for a number."""
+    value = place.node.value
+    if not isinstance(value, str) or not any(each.isalpha() for each in value):
+        return ""
+    name = value.lower()
+    if not is_name(name):
+        raise place.error(
+            f"{shorten(value)!r} is no port and can not be the name of one",
+            hint=f"a number, or a name of at most {MAX_NAME} letters, digits and inner hyphens",
+        )
+    return name
 
 
 def _port_number(place: Place) -> int:
     value = place.node.value
-    if isinstance(value, str) and value and not value[0].isdigit():
-        raise place.unsupported(f"named port {shorten(value)!r} is not supported", hint="write its number")
     if value in (0, "0") and value is not False:
         raise place.unsupported(
             "port 0 (every port) is not supported", hint="leave toPorts out to allow every port"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from identity.labels import RESERVED, Label, Labels
 from policy.index import SelectorIndex
-from policy.model import Clause, Enforcement, Policy, Rule, Transport
+from policy.model import Clause, Enforcement, NamedPort, Policy, Requires, Rule, Transport
 from policy.selector_cache import CachedSelector, SelectorCache
 from policy.selectors import Selector
 
@@ -25,22 +25,30 @@ class InstalledClause(NamedTuple):
     """A clause with its selectors resolved.  `peers` None is everybody, `transports` None everything.
 
     A wildcard among the peers is everybody too and needs no selector: its entry is that of identity 0.
+    `names` and `endpoints` are those of the clause, and mean work for `policy.narrowing`.
     """
 
     deny: bool
     peers: tuple[CachedSelector, ...] | None
     transports: tuple[Transport, ...] | None
+    names: tuple[NamedPort, ...] = ()
+    endpoints: bool = False
 
 
 class InstalledRule:
-    """A rule in the repository, its clauses by direction.  Compares by identity."""
+    """A rule in the repository, its clauses by direction.  Compares by identity.
 
-    __slots__ = ("clauses", "enforces", "subject")
+    `plain` says that its clauses mean the same for every endpoint, unless another rule requires something.
+    """
+
+    __slots__ = ("clauses", "enforces", "plain", "requires", "subject")
 
     def __init__(self, rule: Rule, cache: SelectorCache) -> None:
         self.subject = rule.subject
         self.enforces: Enforcement = rule.enforces
         self.clauses: tuple[list[InstalledClause], list[InstalledClause]] = ([], [])
+        self.requires: tuple[Requires, ...] = rule.requires
+        self.plain = not rule.requires and not any(clause.names for clause in rule.clauses)
         for clause in rule.clauses:
             self.clauses[clause.direction].append(_install(clause, cache))
 
@@ -53,9 +61,10 @@ class InstalledRule:
 
 def _install(clause: Clause, cache: SelectorCache) -> InstalledClause:
     peers = clause.peers
-    if peers is None or any(peer.wildcard for peer in peers):
-        return InstalledClause(clause.deny, None, clause.transports)
-    return InstalledClause(clause.deny, tuple(cache.acquire(peer) for peer in peers), clause.transports)
+    installed: tuple[CachedSelector, ...] | None = None
+    if peers is not None and not any(peer.wildcard for peer in peers):
+        installed = tuple(cache.acquire(peer) for peer in peers)
+    return InstalledClause(clause.deny, installed, clause.transports, clause.names, clause.endpoints)
 
 
 class _Group:

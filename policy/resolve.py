@@ -85,7 +85,7 @@ class DirectionRules:
         self.transports: dict[Transport, TransportRules] = {}
         everywhere = self.transports[ANY_TRANSPORT] = TransportRules()
         everywhere.allows_everybody = open_by_default
-        for deny, peers, transports in clauses:
+        for deny, peers, transports, _, _ in clauses:
             for transport in _EVERYWHERE if transports is None else transports:
                 rules = self.transports.get(transport)
                 if rules is None:

@@ -9,15 +9,16 @@ written.  Called by `policy.language`; pure.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 from core.errors import shorten
 from identity.errors import LabelError
 from identity.labels import Label, label, parse_label
-from policy.model import Clause, Direction, Enforcement, Rule
+from policy.model import Clause, Direction, Enforcement, Requires, Rule
 from policy.peers import read_peers, read_selector
-from policy.ports import read_transports
+from policy.ports import Ports, read_transports
 from policy.reader import Place
+from policy.selectors import Requirement
 
 MAX_DESCRIPTION: Final = 16_384
 
@@ -32,39 +33,83 @@ _SECTIONS: Final = {
 
 def read_rule(place: Place) -> Rule:
     """Return the rule at `place`.  Raises FieldError, UnknownField, UnsupportedField."""
+    _read_node_selector(place)
     given = place.fields("rule")
     if "endpointSelector" not in given:
         raise place.error("endpointSelector is missing", hint="endpointSelector: {} selects every endpoint")
     clauses: list[Clause] = []
+    requires: list[Requires] = []
     cidrs: set[str] = set()
     for section in _SECTIONS:
         for element in given[section].items() if section in given else []:
-            clause, prefixes = _read_clause(section, element)
-            cidrs |= prefixes
-            clauses += [clause] if clause else []
+            found = _read_element(section, element)
+            cidrs |= found.cidrs
+            clauses += [found.clause] if found.clause else []
+            requires += [found.requires] if found.requires else []
     return Rule(
         subject=read_selector(given["endpointSelector"]),
         clauses=tuple(clauses),
         enforces=_enforcement(place, given),
+        requires=tuple(requires),
         labels=_labels(given["labels"]) if "labels" in given else (),
         description=_description(given["description"]) if "description" in given else "",
         cidrs=frozenset(cidrs),
     )
 
 
-def _read_clause(section: str, place: Place) -> tuple[Clause | None, frozenset[str]]:
+def _read_node_selector(place: Place) -> None:
+    """Check a nodeSelector before the table of fields refuses it: what is wrong inside is named first."""
+    selector = place.members().get("nodeSelector")
+    if selector is not None and not selector.absent:
+        read_selector(selector)
+
+
+class _Element(NamedTuple):
+    """What one element of a section says."""
+
+    clause: Clause | None
+    requires: Requires | None
+    cidrs: frozenset[str]
+
+
+def _read_element(section: str, place: Place) -> _Element:
     direction, deny, verb = _SECTIONS[section]
     element = place.fields(section)
     peers, cidrs = read_peers(element, verb)
-    transports = read_transports(element)
-    if peers is None and transports is None:
-        if deny:
+    ports = read_transports(element)
+    requires = _requires(section, element, alone=peers is None and ports is None)
+    if peers is None and ports is None:
+        if deny and requires is None:
             raise place.error(
                 "it names neither peers nor ports and so would deny nothing",
                 hint=f"{verb}Entities: [all] denies everything",
             )
-        return None, frozenset()
-    return Clause(direction, deny, peers, transports), cidrs
+        return _Element(None, requires, frozenset())
+    transports, names = ports or Ports(None)
+    endpoints = bool(peers) and f"{verb}Endpoints" in element and element[f"{verb}Endpoints"].items() != []
+    return _Element(Clause(direction, deny, peers, transports, names, endpoints), requires, cidrs)
+
+
+def _requires(section: str, element: dict[str, Place], *, alone: bool) -> Requires | None:
+    direction, deny, verb = _SECTIONS[section]
+    place = element.get(f"{verb}Requires")
+    listed = place.items() if place else []
+    if place is None or not listed:
+        return None
+    # Cilium reads this as "these peers, or everybody on these ports, whatever is required".
+    if not alone and f"{verb}Endpoints" not in element:
+        raise place.error(
+            f"it narrows {verb}Endpoints only, and would not narrow the rest of this element",
+            hint=f"beside {verb}Endpoints, or as an element of its own, as `- {verb}Requires: …`",
+        )
+    return Requires(direction, deny, tuple(one for each in listed for one in _requirement(each)))
+
+
+def _requirement(place: Place) -> tuple[Requirement, ...]:
+    required = read_selector(place)
+    if required.wildcard:
+        raise place.error("it requires nothing", hint="name labels, or leave it out")
+    return required.requirements
 
 
 def _enforcement(place: Place, given: dict[str, Place]) -> Enforcement:

@@ -16,7 +16,9 @@ from policy.selectors import Selector
 
 
 class SelectorUser(Protocol):
-    """Who wants to know when one identity moves into or out of a selector."""
+    """Who wants to know when one identity moves into or out of a selector, or brings a new value."""
+
+    def mark_stale(self) -> None: ...
 
     def identity_changed(
         self, number: int, before: list[CachedSelector], after: list[CachedSelector]
@@ -40,12 +42,16 @@ class CachedSelector:
 
 
 class Moved(NamedTuple):
-    """What one identity's change did: the selectors that selected it before and after, and who cares."""
+    """What one identity's change did: the selectors that selected it before and after, and who cares.
+
+    `stale` are those for whom a label that they watch has a value that was not there before.
+    """
 
     number: int
     before: list[CachedSelector]
     after: list[CachedSelector]
     users: set[SelectorUser]
+    stale: set[SelectorUser]
 
 
 class SelectorCache:
@@ -55,6 +61,7 @@ class SelectorCache:
         self._identities: LabelIndex[int] = LabelIndex()
         self._index: SelectorIndex[CachedSelector] = SelectorIndex()
         self._cached: dict[Selector, CachedSelector] = {}
+        self._watched: dict[str, set[SelectorUser]] = {}
 
     def __iter__(self) -> Iterator[CachedSelector]:
         return iter(self._cached.values())
@@ -82,11 +89,34 @@ class SelectorCache:
             del self._cached[cached.selector]
             self._index.remove(cached.selector)
 
+    def values(self, key: str) -> Iterator[str]:
+        """Yield every value that labels of `key` have, of any source."""
+        return self._identities.values(key)
+
+    def watch(self, user: SelectorUser, old: set[str], new: set[str]) -> None:
+        """Tell `user` of new values of the label keys `new` from now on, of those in `old` no longer."""
+        for key in old - new:
+            self._watched[key].discard(user)
+            if not self._watched[key]:
+                del self._watched[key]
+        for key in new - old:
+            self._watched.setdefault(key, set()).add(user)
+
+    def _brings_news_to(self, labels: Labels) -> set[SelectorUser]:
+        """Return who watches for a value that nothing has but `labels`, which are not here yet."""
+        found: set[SelectorUser] = set()
+        for each in labels if self._watched else ():
+            users = self._watched.get(each.key)
+            if users and not self._identities.has_value(each.key, each.value):
+                found |= users
+        return found
+
     def upsert_identity(self, number: int, labels: Labels) -> Moved | None:
         """Add or relabel an identity; None if nothing is different.  An empty set removes it."""
         old = self._identities.get(number)
         if (old or EMPTY) == labels:
             return None
+        stale = self._brings_news_to(labels)
         self._identities.remove(number)
         if labels:
             self._identities.add(number, labels)
@@ -99,7 +129,7 @@ class SelectorCache:
         for cached in set(after) - set(before):
             cached.identities.add(number)
             users |= cached.users
-        return Moved(number, before, after, users)
+        return Moved(number, before, after, users, stale)
 
     def delete_identity(self, number: int) -> Moved | None:
         """Remove an identity; None if it was not known."""

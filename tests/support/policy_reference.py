@@ -11,8 +11,21 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 
 from identity.labels import Labels
-from policy.model import Clause, Direction, PolicyEntry, PolicyKey, Rule, Transport
+from policy.model import (
+    SCTP,
+    TCP,
+    UDP,
+    Clause,
+    Direction,
+    NamedPort,
+    PolicyEntry,
+    PolicyKey,
+    Rule,
+    Transport,
+)
 from policy.selectors import Operator, Requirement, Selector
+
+PROTOCOLS = {"TCP": TCP, "UDP": UDP, "SCTP": SCTP}
 
 
 class Verdict(Enum):
@@ -31,10 +44,10 @@ def verdict(
     mine = [rule for rule in rules if is_for(rule, subject)]
     clauses = [clause for rule in mine for clause in rule.clauses if clause.direction == direction]
     for clause in clauses:
-        if clause.deny and covers(clause, peer, transport):
+        if clause.deny and covers(clause, mine, subject, peer, transport):
             return Verdict.DENIED
     for clause in clauses:
-        if not clause.deny and covers(clause, peer, transport):
+        if not clause.deny and covers(clause, mine, subject, peer, transport):
             return Verdict.ALLOWED
     if is_init(subject) or any(rule.enforces[direction] for rule in mine):
         return Verdict.NO_RULE
@@ -58,12 +71,38 @@ def is_for(rule: Rule, subject: Labels) -> bool:
     return matches(rule.subject, subject)
 
 
-def covers(clause: Clause, peer: Labels | None, transport: Transport) -> bool:
+def covers(
+    clause: Clause, mine: list[Rule], subject: Labels, peer: Labels | None, transport: Transport
+) -> bool:
     if clause.transports is not None and transport not in clause.transports:
-        return False
+        receiver = subject if clause.direction == Direction.INGRESS else peer
+        if not any(calls_it(receiver, each, transport) for each in clause.names):
+            return False
     if clause.peers is None:
         return True
+    if clause.endpoints and not has_what_is_required(clause, mine, peer):
+        return False
     return any(each.wildcard or (peer is not None and matches(each, peer)) for each in clause.peers)
+
+
+def has_what_is_required(clause: Clause, mine: list[Rule], peer: Labels | None) -> bool:
+    for rule in mine:
+        for each in rule.requires:
+            if (each.direction, each.deny) != (clause.direction, clause.deny):
+                continue
+            if peer is None or not all(holds(one, peer) for one in each.requirements):
+                return False
+    return True
+
+
+def calls_it(receiver: Labels | None, named: NamedPort, transport: Transport) -> bool:
+    """True if `receiver` has a label that says that the port of this name is `transport`."""
+    for label in receiver or ():
+        if label.key == "holdfast.port." + named.name and label.source != "cidr":
+            number, slash, protocol = label.value.partition("/")
+            says = Transport(int(number), PROTOCOLS[protocol.upper() if slash else "TCP"])
+            return says == transport and named.protocol == transport.protocol
+    return False
 
 
 def matches(selector: Selector, labels: Labels) -> bool:

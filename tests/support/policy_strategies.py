@@ -7,7 +7,20 @@ from hypothesis import strategies as st
 
 from identity.labels import Label, Labels
 from identity.local import prefix_labels
-from policy.model import ICMP, SCTP, TCP, UDP, Clause, Direction, Enforcement, Policy, Rule, Transport
+from policy.model import (
+    ICMP,
+    SCTP,
+    TCP,
+    UDP,
+    Clause,
+    Direction,
+    Enforcement,
+    NamedPort,
+    Policy,
+    Requires,
+    Rule,
+    Transport,
+)
 from policy.selectors import (
     CLUSTER,
     WILDCARD,
@@ -35,8 +48,20 @@ keys = st.sampled_from(["app", "env"])
 values = st.sampled_from(["a", "b", "c"])
 sources = st.sampled_from(["container", "k8s"])
 
-workload_labels = st.dictionaries(keys, st.tuples(sources, values), min_size=1).map(
-    lambda chosen: Labels(Label(source, key, value) for key, (source, value) in chosen.items())
+# Labels that name ports; two of the values are one port.
+port_labels = st.dictionaries(
+    st.sampled_from(["holdfast.port.web", "holdfast.port.dns"]),
+    st.tuples(sources, st.sampled_from(["80", "80/tcp", "53/UDP", "80/SCTP", "4242"])),
+    max_size=2,
+)
+names = st.builds(NamedPort, st.sampled_from(["web", "dns"]), st.sampled_from([TCP, UDP, SCTP]))
+
+workload_labels = st.builds(
+    lambda *parts: Labels(
+        Label(source, key, value) for part in parts for key, (source, value) in part.items()
+    ),
+    st.dictionaries(keys, st.tuples(sources, values), min_size=1),
+    st.one_of(st.just({}), port_labels),
 )
 reserved_labels = st.sampled_from(["host", "world", "init", "remote-node"]).map(
     lambda name: Labels.of([f"reserved:{name}"])
@@ -72,18 +97,29 @@ peer_selectors = st.one_of(
 )
 subjects = st.one_of(st.just(WILDCARD), label_selectors, st.just(reserved("init")))
 
-clauses = st.builds(
-    Clause,
-    direction=st.sampled_from(list(Direction)),
-    deny=st.booleans(),
-    peers=st.one_of(st.none(), st.lists(peer_selectors, max_size=2).map(tuple)),
-    transports=st.one_of(st.none(), st.lists(st.sampled_from(TRANSPORTS), min_size=1, max_size=2).map(tuple)),
+
+@st.composite
+def clauses(draw: st.DrawFn) -> Clause:
+    peers = draw(st.one_of(st.none(), st.lists(peer_selectors, max_size=2).map(tuple)))
+    transports = draw(st.one_of(st.none(), st.lists(st.sampled_from(TRANSPORTS), max_size=2).map(tuple)))
+    named = () if transports is None else tuple(draw(st.lists(names, max_size=2, min_size=not transports)))
+    endpoints = peers is not None and draw(st.booleans())
+    direction, deny = draw(st.sampled_from(list(Direction))), draw(st.booleans())
+    return Clause(direction, deny, peers, transports, named, endpoints)
+
+
+requires = st.builds(
+    Requires,
+    st.sampled_from(list(Direction)),
+    st.booleans(),
+    st.lists(requirements(), min_size=1, max_size=2).map(tuple),
 )
 rules = st.builds(
     Rule,
     subject=subjects,
-    clauses=st.lists(clauses, max_size=4).map(tuple),
+    clauses=st.lists(clauses(), max_size=4).map(tuple),
     enforces=st.builds(Enforcement, st.booleans(), st.booleans()),
+    requires=st.one_of(st.just(()), st.just(()), st.lists(requires, max_size=2).map(tuple)),
 )
 policies = st.builds(
     Policy,

@@ -25,6 +25,8 @@ COMPOSE = {
     "env": "prod",
     "maintainer": "someone",
     "holdfast.network": "holdfast",
+    "holdfast.port.http": "8080",
+    "holdfast.portly": "no",
 }
 
 
@@ -32,10 +34,11 @@ def test_default_is_an_allow_list_of_exact_keys() -> None:
     identity, info = LabelFilter().apply(Labels.of(COMPOSE))
     assert [each.key for each in identity] == [
         "app", "com.docker.compose.project", "com.docker.compose.service", "env", "holdfast.network",
+        "holdfast.port.http",
     ]  # fmt: skip
     assert [each.key for each in info] == [
         "application", "com.docker.compose.container-number",
-        "com.docker.compose.project.working_dir", "maintainer",
+        "com.docker.compose.project.working_dir", "holdfast.portly", "maintainer",
     ]  # fmt: skip
 
 

@@ -19,13 +19,16 @@ from policy.language import parse_policies
 from policy.model import (
     ALLOW,
     MAX_ENTRIES,
+    TCP,
     Clause,
     Direction,
     Enforcement,
     MapChange,
+    NamedPort,
     Policy,
     PolicyEntry,
     PolicyKey,
+    Requires,
     Rule,
     Transport,
 )
@@ -138,7 +141,10 @@ class EngineMachine(RuleBasedStateMachine):
 
     @invariant()
     def keeps_no_selector_without_a_rule(self) -> None:
+        """Narrowed ones are let go of when the policies that used them are looked at again."""
         if not self.policies:
+            for endpoint_id in self.endpoints:
+                self.engine.enforcement(endpoint_id)
             assert list(self.engine.selectors()) == []
 
 
@@ -164,17 +170,36 @@ class DenseWorld:
 
     def clause(self) -> Clause:
         peers = self.random.choice((None, (WILDCARD,), *((self.app_selector(),) for _ in range(5))))
-        transports = self.random.choice((None, some.TRANSPORTS[:1], some.TRANSPORTS[:2]))
-        return Clause(Direction.INGRESS, self.random.random() < 0.3, peers, transports)
+        transports = self.random.choice((None, (), some.TRANSPORTS[:1], some.TRANSPORTS[:2]))
+        names = () if transports else (NamedPort("web", TCP),) * (transports is not None)
+        direction = self.random.choice((Direction.INGRESS, Direction.INGRESS, Direction.EGRESS))
+        endpoints = peers is not None and self.random.random() < 0.5
+        return Clause(direction, self.random.random() < 0.3, peers, transports, names, endpoints)
 
     def policy(self) -> Policy:
         subject = self.random.choice((WILDCARD, self.app_selector()))
         clauses = tuple(self.clause() for _ in range(self.random.randint(0, 2)))
-        enforces = Enforcement(self.random.random() < 0.8, False)
-        return Policy(self.random.choice(("p1", "p2", "p3")), "test", (Rule(subject, clauses, enforces),))
+        enforces = Enforcement(self.random.random() < 0.8, self.random.random() < 0.5)
+        requires: tuple[Requires, ...] = ()
+        if self.random.random() < 0.2:
+            required = self.app_selector().requirements
+            requires = (Requires(Direction.INGRESS, self.random.random() < 0.3, required),)
+        rule = Rule(subject, clauses, enforces, requires)
+        return Policy(self.random.choice(("p1", "p2", "p3")), "test", (rule,))
+
+    def labels(self) -> Labels:
+        port = self.random.choice(("", "", "80", "80/TCP", "4242"))
+        return app(self.random.choice("abc"), **({"holdfast.port.web": port} if port else {}))
+
+    def send(self) -> None:
+        """Compare verdicts; where a map overflowed it says what was meant before."""
+        transport = self.random.choice((some.TRANSPORTS[0], some.OTHER_TRANSPORT))
+        self.machine.take_changes()
+        if not self.machine.engine.errors():
+            self.machine.send(transport, self.random.choice(list(Direction)))
 
     def step(self) -> None:
-        labels, number = app(self.random.choice("abc")), self.random.randint(256, 260)
+        labels, number = self.labels(), self.random.randint(256, 260)
         steps: tuple[tuple[int, Callable[[], object]], ...] = (
             (4, lambda: self.machine.upsert_identity(number, labels)),
             (2, lambda: self.machine.delete_identity(number)),
@@ -183,6 +208,7 @@ class DenseWorld:
             (1, lambda: self.machine.upsert_endpoint(self.random.randint(1, 3), labels)),
             (1, lambda: self.machine.engine.enforcement(min(self.machine.endpoints))),
             (3, self.machine.take_changes),
+            (2, self.send),
         )
         weights, actions = zip(*steps, strict=True)
         self.random.choices(actions, weights)[0]()
@@ -206,8 +232,8 @@ def rules_allowing(*apps: str, subject: str = "web") -> Policy:
     return parse_policies(f"[{{{section}}}]", "test", name=f"allow-{subject}")[0]
 
 
-def app(name: str) -> Labels:
-    return Labels.of({"app": name})
+def app(name: str, **more: str) -> Labels:
+    return Labels.of(dict(more, app=name))
 
 
 def entry(identity: int) -> PolicyKey:

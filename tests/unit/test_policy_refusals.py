@@ -76,7 +76,7 @@ REFUSED = [
 def test_every_refused_field_is_refused_by_name(section: str, name: str) -> None:
     element: dict[str, Any] = {name: [{"x": 1}]}
     places: dict[str, dict[str, Any]] = {
-        "rule": {"ingress": [{}], **element},
+        "rule": {"ingress": [{}], name: {}},
         "CIDRSet": {"ingress": [{"fromCIDRSet": [element]}]},
         "toPorts": {"ingress": [{"toPorts": [{"ports": [{"port": "80"}], **element}]}]},
     }
@@ -87,7 +87,31 @@ def test_every_refused_field_is_refused_by_name(section: str, name: str) -> None
 
 
 RULES: list[tuple[dict[str, Any], str, str]] = [
-    ({"ingress": [{"toPorts": [{"ports": [{"port": "http"}]}]}]}, "ports[0].port", "named port"),
+    ({"ingress": [{"toPorts": [{"ports": [{"port": "ht_tp"}]}]}]}, "ports[0].port", "can not be the name"),
+    ({"ingress": [{"toPorts": [{"ports": [{"port": "a" * 16}]}]}]}, "ports[0].port", "can not be the name"),
+    ({"ingress": [{"toPorts": [{"ports": [{"port": "a--b"}]}]}]}, "ports[0].port", "can not be the name"),
+    ({"ingress": [{"toPorts": [{"ports": [{"port": "\u00e4"}]}]}]}, "ports[0].port", "can not be the name"),
+    ({"ingress": [{"toPorts": [{"ports": [{"port": ""}]}]}]}, "ports[0].port", "where port"),
+    (
+        {"ingress": [{"toPorts": [{"ports": [{"port": "http", "endPort": 90}]}]}]},
+        "ports[0].endPort",
+        "a range can not begin at the name 'http'",
+    ),
+    ({"nodeSelector": {"matchLabels": {"a": 1}}, "ingress": [{}]}, "matchLabels.a", "put it in quotes"),
+    ({"nodeSelector": {"matchLabel": {}}, "ingress": [{}]}, "matchLabel", "did you mean matchLabels?"),
+    ({"ingress": [{"fromRequires": {"a": "b"}}]}, "ingress[0].fromRequires", "a mapping where a list"),
+    ({"ingress": [{"fromRequires": [{}]}]}, "fromRequires[0]", "it requires nothing"),
+    ({"ingress": [{"toRequires": [{}]}]}, "ingress[0].toRequires", "did you mean fromRequires?"),
+    (
+        {"ingress": [{"fromRequires": [{"matchLabels": {"a": "b"}}], "toPorts": [{"ports": [{"port": 1}]}]}]},
+        "ingress[0].fromRequires",
+        "it narrows fromEndpoints only",
+    ),
+    (
+        {"egressDeny": [{"toRequires": [{"matchLabels": {"a": "b"}}], "toEntities": ["world"]}]},
+        "egressDeny[0].toRequires",
+        "it narrows toEndpoints only",
+    ),
     ({"ingress": [{"toPorts": [{"ports": [{"port": "0"}]}]}]}, "ports[0].port", "port 0"),
     ({"ingress": [{"toPorts": [{"ports": [{"port": "65536"}]}]}]}, "ports[0].port", "65536 is no port"),
     ({"ingress": [{"toPorts": [{"ports": [{"port": "-1"}]}]}]}, "ports[0].port", "-1"),
