@@ -91,8 +91,8 @@ remove() {
 }
 
 use_engine() {
-    if [ -z "${DOCKER_HOST:-}" ] && [ -S "$ENGINE_DIR/docker.sock" ]; then
-        export DOCKER_HOST=unix://$ENGINE_DIR/docker.sock
+    if [ -z "${DOCKER_HOST:-}" ] && [ -S "$ENGINE_SOCKET" ]; then
+        export DOCKER_HOST=unix://$ENGINE_SOCKET
     fi
     "$COMMAND" status >/dev/null 2>&1 || die "no healthy agent on this host: make up starts one"
 }

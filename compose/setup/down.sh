@@ -8,8 +8,8 @@
 . "$(dirname "$0")/lib.sh"
 
 require_root "$@"
-if [ -S "$ENGINE_DIR/docker.sock" ] && [ -z "${DOCKER_HOST:-}" ]; then
-    export DOCKER_HOST=unix://$ENGINE_DIR/docker.sock
+if [ -S "$ENGINE_SOCKET" ] && [ -z "${DOCKER_HOST:-}" ]; then
+    export DOCKER_HOST=unix://$ENGINE_SOCKET
 fi
 docker version >/dev/null 2>&1 || die "no docker engine answers: nothing to stop"
 compose --project-name holdfast --file "$REPO/compose/all-in-one/docker-compose.yml" down --timeout 20

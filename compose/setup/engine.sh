@@ -9,7 +9,7 @@
 # shellcheck source=compose/setup/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-OWN_SOCKET=unix://$ENGINE_DIR/docker.sock
+OWN_SOCKET=unix://$ENGINE_SOCKET
 # The private host's name, and so its node's: another directory is another host.
 PRIVATE_NAME=holdfast-ci
 [ -z "${HOLDFAST_ENGINE_DIR:-}" ] || PRIVATE_NAME=holdfast-$(printf '%s' "$ENGINE_DIR" | cksum | cut -d' ' -f1)
@@ -57,7 +57,7 @@ start_directly() {
 start_private() {
     have slirp4netns || install_packages slirp4netns
     stop_private
-    mkdir -p "$ENGINE_DIR"
+    mkdir -p "${ENGINE_SOCKET%/*}"
     say "starting dockerd in a private host (CI is set): log $ENGINE_DIR/dockerd.log"
     "$SETUP/private_host.sh" start "$ENGINE_DIR/host" "$PRIVATE_NAME" --uplink
     rm -rf "$ENGINE_DIR/exec" "$ENGINE_DIR/dockerd.pid"
@@ -79,7 +79,7 @@ forget_dead() {
 
 stop_private() {
     [ ! -e "$ENGINE_DIR/host/name" ] || "$SETUP/private_host.sh" stop "$ENGINE_DIR/host"
-    rm -f "$ENGINE_DIR/docker.sock"
+    rm -f "$ENGINE_SOCKET"
 }
 
 stop() {

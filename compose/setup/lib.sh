@@ -12,6 +12,8 @@ CACHE=$REPO/compose/.cache
 LOGS=$CACHE/log-$(id -un) # a user's own, and root's
 # What an engine that we start ourselves keeps: data, sockets, pid files, logs.
 ENGINE_DIR=${HOLDFAST_ENGINE_DIR:-/var/lib/holdfast-engine}
+# In a directory with nothing else: the agent's container has that directory.
+ENGINE_SOCKET=$ENGINE_DIR/run/docker.sock
 # etcd's data and all certificates with the CA's key: what a host must not lose.
 STATE_DIR=${HOLDFAST_STATE_DIR:-$REPO/compose/all-in-one/state}
 BASE_IMAGE=debian:bookworm-slim
@@ -81,7 +83,7 @@ update_package_lists() {
 
 # The engine's host: this machine, or the private one that engine.sh made.
 on_host() {
-    if [ -e "$ENGINE_DIR/host/pid" ] && [ "${DOCKER_HOST:-}" = "unix://$ENGINE_DIR/docker.sock" ]; then
+    if [ -e "$ENGINE_DIR/host/pid" ] && [ "${DOCKER_HOST:-}" = "unix://$ENGINE_SOCKET" ]; then
         "$SETUP/private_host.sh" exec "$ENGINE_DIR/host" "$@"
     else
         "$@"

@@ -15,12 +15,19 @@ engine() {
     DOCKER_HOST=$("$SETUP/engine.sh" start)
     if [ -n "$DOCKER_HOST" ]; then
         export DOCKER_HOST
-        export HOLDFAST_DOCKER_SOCKET=${DOCKER_HOST#unix://}
-        [ -S "$HOLDFAST_DOCKER_SOCKET" ] || die "DOCKER_HOST is $DOCKER_HOST: the agent needs an engine on this host's own unix socket"
     else
         unset DOCKER_HOST
     fi
     say "engine: docker $(docker version --format '{{.Server.Version}}') at ${DOCKER_HOST:-its default socket}"
+}
+
+# The agent's container gets the directory that the engine's socket is in.
+mount_socket() {
+    local named=${DOCKER_HOST:-unix:///var/run/docker.sock} socket
+    socket=$(readlink -f "${named#unix://}" || true)
+    [ -S "$socket" ] || die "no socket at $named: the agent needs an engine on this host's own unix socket (DOCKER_HOST)"
+    export HOLDFAST_DOCKER_SOCKET_DIR=${socket%/*}
+    export HOLDFAST_DOCKER_SOCKET_NAME=${socket##*/}
 }
 
 # Images that are named (HOLDFAST_IMAGE, HOLDFAST_ETCD_IMAGE: a fleet has them in its own registry) are taken as they
@@ -82,6 +89,7 @@ up() {
     prepare
     require_root "$@"
     engine
+    mount_socket
     images
     "$SETUP/host.sh"
     "$SETUP/certs.sh"

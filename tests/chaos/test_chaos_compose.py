@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole all-in-one project restarted under traffic, from the images that `make up` builds.
 
-etcd and the agent go at once, by compose and by `make down`: what is allowed does not notice, what is denied
-stays denied, and everybody has his numbers afterwards.
+etcd and the agent go at once, by compose and by `make down`, or the engine that runs them goes: what is
+allowed does not notice, what is denied stays denied, and everybody has his numbers afterwards.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Project:
         return {
             **self.host.engine.environment,
             "COMPOSE_PROJECT_NAME": "holdfast",
-            "HOLDFAST_DOCKER_SOCKET": str(self.host.engine.socket),
+            "HOLDFAST_DOCKER_SOCKET_DIR": str(self.host.engine.socket.parent),
             "HOLDFAST_STATE_DIR": f"{self.host.directory}/state",
             "HOLDFAST_BIN_DIR": f"{self.host.directory}/bin",
             "HOLDFAST_IMAGE": AGENT_IMAGE,
@@ -90,14 +90,36 @@ class Project:
             for each in found
         ]
 
+    def lives(self, name: str) -> list[tuple[str, int]]:
+        """Return (state, identity) of every endpoint that a container of this name has, or had."""
+        found: list[Any] = json.loads(self.holdfast("endpoint", "list", "-o", "json").stdout)
+        return [
+            (each["status"]["state"], each["status"]["identity"]["id"])
+            for each in found
+            if each["status"]["external-identifiers"]["container-name"] == name
+        ]
+
     @contextlib.contextmanager
-    def container(self, name: str) -> Iterator[Place]:
+    def container(self, name: str, *options: str, app: str = "") -> Iterator[Place]:
         """Run a container that serves for the length of the block."""
+        with self.running(name, *options, app=app), self.place(name) as place:
+            yield place
+
+    @contextlib.contextmanager
+    def running(self, name: str, *options: str, app: str = "") -> Iterator[None]:
+        """Run a container with the label `app`, by default its name."""
         docker = self.host.engine.docker
-        command = ("run", "-d", "--init", "--name", name, "--network", "holdfast", "-l", f"app={name}")
-        docker(*command, WORKLOAD_IMAGE, "sleep", "infinity")
+        command = ("run", "-d", "--init", "--name", name, "--network", "holdfast", *options)
+        docker(*command, "-l", f"app={app or name}", WORKLOAD_IMAGE, "sleep", "infinity")
+        try:
+            yield
+        finally:
+            docker("rm", "-f", name, check=False)
+
+    @contextlib.contextmanager
+    def place(self, name: str) -> Iterator[Place]:
+        """Open the namespace of a container that runs, and serve there."""
         with contextlib.ExitStack() as stack:
-            stack.callback(docker, "rm", "-f", name, check=False)
             state: Any = self.host.engine.inspect(name)["State"]
             inside = opened(Path(f"/proc/{self.host.pid}/root/proc/{state['Pid']}/ns/net"))
             stack.callback(inside.close)
@@ -124,6 +146,7 @@ class Traffic:
     streams: list[live.Stream]
     control: live.Probe
     tap: PacketTap
+    end: Callable[[], None]
 
     def check(self) -> None:
         """No stream broke or paused longer than the machine itself did, nothing denied passed."""
@@ -159,7 +182,7 @@ def traffic(project: Project) -> Iterator[Traffic]:
             )
         ]
         control = stack.enter_context(live.Probe("control", client.netns, "127.0.0.1", PORT))
-        yield Traffic(server, client, stranger, streams, control, tap)
+        yield Traffic(server, client, stranger, streams, control, tap, stack.close)
 
 
 def compose_restart(project: Project) -> None:
@@ -237,3 +260,51 @@ def test_container_ends_while_the_project_is_away(project: Project, traffic: Tra
         wait_for(project.healthy, "healthy agent", seconds=120, pause=0.5)
         assert set(before) <= set(project.numbers())
     traffic.check()
+
+
+def engine_restart(project: Project) -> None:
+    project.host.engine.restart()
+
+
+def engine_kill_and_start(project: Project) -> None:
+    project.host.engine.kill()
+    project.host.engine.start()
+
+
+@pytest.mark.parametrize("restart", [engine_restart, engine_kill_and_start])
+def test_engine_restarted_with_live_restore(project: Project, traffic: Traffic, restart: Restart) -> None:
+    """Containers outlive the engine, and the agent's finds the new engine's socket."""
+    project.host.engine.configure(live_restore=True)
+    before = project.numbers()
+    traffic.check()
+    restart(project)
+    traffic.check()
+    wait_for(project.healthy, "healthy agent", seconds=60, pause=0.5)
+    assert project.numbers() == before
+    with project.container("fresh", app=traffic.client.name) as fresh:
+        assert fresh.asks("TCP", traffic.server.address, PORT) == fresh.address
+    traffic.check()
+
+
+def test_engine_restarted_without_live_restore(project: Project, traffic: Traffic) -> None:
+    """Containers end with the engine and come back, as new endpoints with the identities they had."""
+    traffic.end()
+    project.host.engine.configure(live_restore=False)
+    names = ("server", "client", "stranger")
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(project.running(name, "--restart", "always"))
+        now = {name: project.lives(name)[0] for name in names}
+        assert {state for state, _ in now.values()} == {"ready"}
+        for restart in (engine_restart, engine_kill_and_start):
+            restart(project)
+            wait_for(
+                lambda: all(now[name] in project.lives(name) for name in names), "identities", seconds=60
+            )
+            assert project.healthy()
+            if restart is engine_restart:  # the agent was told of their ends, so nothing is left of them
+                assert {name: project.lives(name) for name in names} == {name: [now[name]] for name in names}
+            with contextlib.ExitStack() as places:
+                server, client, stranger = (places.enter_context(project.place(name)) for name in names)
+                assert client.asks("TCP", server.address, PORT) == client.address
+                assert stranger.asks("TCP", server.address, PORT) is None

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ ETCD_IMAGE = "holdfast/etcd:latest"
 FETCH_COMPOSE2 = REPO / "tests" / "support" / "fetch_compose2.sh"
 COMPOSE_VERSIONS = (1, 2)
 START_SECONDS = 60.0
+RELOADED = "Reloaded configuration"
 BUILD_SECONDS = 600.0
 
 
@@ -46,7 +48,9 @@ class Engine:
         self.directory = host.directory / "engine"
         self.directory.mkdir()
         self.data = self.directory / "data"
-        self.socket = self.directory / "docker.sock"
+        # Where nothing else is: the agent's container gets that directory.
+        self.socket = self.directory / "run" / "docker.sock"
+        self.socket.parent.mkdir()
         self._options = tuple(options)
         self._daemon: Process | None = None
 
@@ -90,6 +94,16 @@ class Engine:
         # Both files name processes of a pid namespace in which numbers come again soon.
         (self.directory / "dockerd.pid").unlink(missing_ok=True)
         (self.directory / "exec" / "containerd" / "containerd.pid").unlink(missing_ok=True)
+
+    def configure(self, **settings: object) -> None:
+        """Have the running daemon, and every later one, take these settings (with _ for -)."""
+        named = {name.replace("_", "-"): value for name, value in settings.items()}
+        (self.host.private("/etc/docker") / "daemon.json").write_text(json.dumps(named))
+        assert self._daemon is not None
+        daemon = self._daemon
+        before = daemon.output().count(RELOADED)
+        daemon.kill(signal.SIGHUP)
+        wait_for(lambda: daemon.output().count(RELOADED) > before, "dockerd with a new configuration")
 
     def restart(self) -> Engine:
         """Stop politely and start again, as `systemctl restart docker` does."""

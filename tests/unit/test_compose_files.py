@@ -49,6 +49,16 @@ def test_agent_can_not_see_the_operators_key_nor_the_authoritys(path: Path) -> N
         assert "state" not in source
 
 
+@pytest.mark.parametrize("path", ROLES, ids=lambda path: path.parent.name)
+def test_agent_has_the_directory_of_the_engines_socket_and_no_socket(path: Path) -> None:
+    """A socket that is mounted by itself is a dead one once the engine has started again."""
+    volumes = load(path)["services"]["agent"]["volumes"]
+    (directory,) = [each for each in volumes if isinstance(each, dict) and each["target"] == "/host/run"]
+    assert directory["read_only"]
+    assert directory["bind"] == {"propagation": "rslave"}
+    assert not [each for each in volumes if isinstance(each, str) and ".sock:" in each]
+
+
 def test_agent_is_the_same_service_in_both_roles() -> None:
     first, second = (load(path)["services"]["agent"] for path in ROLES)
     assert first.pop("environment").keys() == second.pop("environment").keys()
