@@ -44,9 +44,10 @@ class CreateNetwork(NetworkCall, frozen=True):
 
 
 class Interface(msgspec.Struct, frozen=True, rename="pascal"):
-    """What the engine's own IPAM has chosen; both empty with the null driver."""
+    """What the engine's own IPAM has chosen; all empty with the null driver."""
 
     address: str = ""
+    address_ipv6: str = msgspec.field(name="AddressIPv6", default="")
     mac_address: Mac = ""
 
 

@@ -78,6 +78,10 @@ def check(config: Config) -> None:
     )
     pool = config["ipv4-range"]
     _require(config, "ipv4-range", pool is None or pool.prefixlen <= 29, "a pool smaller than /29 is no use")
+    range6 = config["ipv6-range"]
+    _require(config, "ipv6-range", range6 is None or range6.prefixlen <= 96, "it must be a /96 or shorter")
+    node6 = config["ipv6-node"]
+    _require(config, "ipv6-node", node6 is None or node6.version == 6, "it must be an IPv6 address")
     _check_address(config)
 
 

@@ -9,6 +9,7 @@ An address may be handed out again; whoever gets it must not inherit the connect
 from __future__ import annotations
 
 import asyncio
+import socket
 
 from loguru import logger
 
@@ -33,7 +34,7 @@ class Conntrack:
         """Delete every connection of an address.  Raises DatapathError."""
         for each in self._maps:
             await asyncio.to_thread(ctgc.flush, each, [address])
-        async with HostFlows() as flows:
+        async with HostFlows(socket.AF_INET6 if ":" in address else socket.AF_INET) as flows:
             await flows.forget_address(address)
 
     async def _collect(self, connections: CtMap) -> None:

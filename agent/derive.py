@@ -181,10 +181,12 @@ class Derivations:
         self.policy_maps.engine.upsert_identity(endpoint.identity, labels)
         self.policy_maps.add_endpoint(endpoint.id, labels)
         self.policy_maps.flush()
-        self._own.upsert(f"{endpoint.ipv4}/32", Record(endpoint.identity))
+        for prefix in endpoint.prefixes:
+            self._own.upsert(prefix, Record(endpoint.identity))
 
     def endpoint_removed(self, endpoint: Endpoint) -> None:
-        self._own.delete(f"{endpoint.ipv4}/32")
+        for prefix in endpoint.prefixes:
+            self._own.delete(prefix)
         self.policy_maps.remove_endpoint(endpoint.id)
 
     async def address_freed(self, address: str) -> None:
@@ -208,8 +210,8 @@ class Derivations:
         if self.policy_maps.is_open:
             outcomes.append(await self.policy_maps.reconciler.settled(endpoint.id))
         if self._ipcache is not None:
-            # Its own address only: the table may have 100 000 others under way.
-            outcomes.append(await self._ipcache.settled(f"{endpoint.ipv4}/32"))
+            # Its own addresses only: the table may have 100 000 others under way.
+            outcomes += [await self._ipcache.settled(prefix) for prefix in endpoint.prefixes]
         return _worst(outcomes)
 
     def status(self, endpoint_id: int) -> Status:

@@ -39,7 +39,8 @@ from agent.errors import AgentError, DriverError, EngineError, UnknownNetwork
 from agent.ports import parse_portmap, taken_ports
 from core import metrics
 from core.errors import HoldfastError, shorten
-from datapath.devices import GATEWAY
+from datapath.addresses import host_prefix
+from datapath.devices import GATEWAY, GATEWAY6
 
 CONTAINER_PREFIX = "eth"
 BODY_LIMIT = 4 << 20
@@ -200,6 +201,11 @@ class Driver:
         if call.network_id not in self.networks:
             await self._network(call.network_id)
         given = call.interface or calls.Interface()
+        if given.address_ipv6:
+            raise DriverError(
+                f"IPv6 address {shorten(given.address_ipv6)} can not be had: it is made of the IPv4 one",
+                hint="leave --ip6 and the network's IPv6 subnet away",
+            )
         endpoint = await self.endpoints.create(
             network_id=call.network_id,
             engine_id=call.endpoint_id,
@@ -208,7 +214,9 @@ class Driver:
         )
         answer: dict[str, str] = {}
         if not given.address:
-            answer["Address"] = f"{endpoint.ipv4}/32"
+            answer["Address"] = host_prefix(endpoint.ipv4)
+        if endpoint.ipv6:
+            answer["AddressIPv6"] = host_prefix(endpoint.ipv6)
         if not given.mac_address:
             answer["MacAddress"] = endpoint.mac
         return {"Interface": answer}
@@ -219,10 +227,14 @@ class Driver:
         self._refuse_second(sandbox, endpoint.id)
         # From the look to the record there is no pause: two joins of one container never both pass.
         endpoint = self.endpoints.join(endpoint.id, sandbox)
+        gateways = {"Gateway": GATEWAY} | ({"GatewayIPv6": GATEWAY6} if endpoint.ipv6 else {})
         return {
             "InterfaceName": {"SrcName": endpoint.peer, "DstPrefix": CONTAINER_PREFIX},
-            "Gateway": GATEWAY,
-            "StaticRoutes": [{"Destination": f"{GATEWAY}/32", "RouteType": 1, "NextHop": ""}],
+            **gateways,
+            "StaticRoutes": [
+                {"Destination": host_prefix(gateway), "RouteType": 1, "NextHop": ""}
+                for gateway in gateways.values()
+            ],
             "DisableGatewayService": True,
         }
 
@@ -281,7 +293,7 @@ class Driver:
         others = (each for _, each in self.endpoints.table.items() if each.id != endpoint.id)
         taken = taken_ports(port for each in others for port in each.ports)
         # From the choice to the record there is no pause: two containers never choose the same port.
-        ports = parse_portmap(call.options or {}, taken, endpoint.ports)
+        ports = parse_portmap(call.options or {}, taken, endpoint.ports, ipv6=bool(endpoint.ipv6))
         await self.endpoints.publish(endpoint.id, ports)
         return {}
 

@@ -12,6 +12,8 @@ from ipaddress import IPv4Address
 
 import msgspec
 
+from datapath.addresses import host_prefix
+
 PROTOCOL_NAMES = {6: "tcp", 17: "udp", 132: "sctp"}  # of ports that can be published
 ENDPOINT_ID_MAX = 65535  # the key of cilium_call_policy; 0 is never an endpoint
 
@@ -36,7 +38,12 @@ class Port(msgspec.Struct, frozen=True, omit_defaults=True):
     container_port: int
     host_port: int
     host_port_end: int
-    host_ip: str = ""
+    host_ip: str = ""  # 0.0.0.0 and :: are every address of a family
+
+    @property
+    def family(self) -> int:
+        """Return 4 or 6 for a port bound to addresses of one family, 0 for one of both."""
+        return (6 if ":" in self.host_ip else 4) if self.host_ip else 0
 
     def __str__(self) -> str:
         """Return it as `docker ps` writes one."""
@@ -81,6 +88,11 @@ class Endpoint(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     def addresses(self) -> dict[int, str]:
         """Return the address of each family that the endpoint has one of: 4, and 6 with IPv6."""
         return {4: self.ipv4, 6: self.ipv6} if self.ipv6 else {4: self.ipv4}
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Return its addresses as the ip→identity table has them: "10.0.0.1/32", "fd00::1/128"."""
+        return tuple(map(host_prefix, self.addresses.values()))
 
     @property
     def enforced_identity(self) -> int:

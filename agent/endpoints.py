@@ -97,6 +97,9 @@ class EndpointManager:
         return len(restored)
 
     def _restore(self, endpoint: Endpoint) -> None:
+        if endpoint.ipv6 and self.pool.network6 is None:
+            # IPv6 was switched off meanwhile; what the container sends by it is dropped from now on.
+            endpoint = self.store.change(endpoint.id, ipv6="")
         try:
             self.pool.reserve(IPv4Address(endpoint.ipv4), _user(endpoint.id))
         except AddressTaken as error:
@@ -139,6 +142,7 @@ class EndpointManager:
         endpoint = Endpoint(
             id=number,
             ipv4=str(address),
+            ipv6=str(self.pool.ipv6_of(address) or ""),
             mac=mac or own_mac,
             node_mac=node_mac,
             interface=host_name(number),
@@ -323,7 +327,8 @@ class EndpointManager:
 
     async def _forget_connections(self, endpoint: Endpoint) -> None:
         try:
-            await self._kernel.address_freed(endpoint.ipv4)
+            for address in endpoint.addresses.values():
+                await self._kernel.address_freed(address)
         except HoldfastError as error:
             # The address rests for as long as the pool can let it, longer than most connections.
             logger.error("connections of {} could not be forgotten: {}", endpoint.ipv4, error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 
 from pyroute2 import IPRoute
 
@@ -28,10 +28,16 @@ class HostView:
     """The host at one moment.  `devices` maps name → interface index of what faces other machines."""
 
     node_ip: IPv4Address
-    addresses: frozenset[IPv4Address]
+    addresses: frozenset[IPv4Address | IPv6Address]
     devices: dict[str, int]
     mtu: int
     networks: tuple[IPv4Network, ...]
+    node_ip6: IPv6Address | None = None
+
+    @property
+    def node_ips(self) -> tuple[str, ...]:
+        """Return where other nodes reach this one, an address of each family that it has one of."""
+        return tuple(str(each) for each in (self.node_ip, self.node_ip6) if each is not None)
 
 
 def node_name(configured: str = "") -> str:
@@ -49,8 +55,9 @@ def look(node_ip: IPv4Address | None = None, devices: tuple[str, ...] = ()) -> H
         links = {link["index"]: str(link.get_attr("IFLA_IFNAME")) for link in dump}
         mtus = {link["index"]: int(link.get_attr("IFLA_MTU") or 0) for link in dump}
         addressed = [
-            (address["index"], IPv4Address(address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS")))
-            for address in ipr.get_addr(family=socket.AF_INET)
+            (address["index"], ip_address(address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS")))
+            for address in ipr.get_addr()
+            if address["family"] in (socket.AF_INET, socket.AF_INET6)
         ]
         routes = [
             (route["dst_len"], route.get_attr("RTA_DST"), route.get_attr("RTA_OIF"))
@@ -58,12 +65,22 @@ def look(node_ip: IPv4Address | None = None, devices: tuple[str, ...] = ()) -> H
             if route["type"] == UNICAST and route["proto"] != PROTOCOL
         ]
     facing = _facing(links, routes, devices)
-    outward = [each for index, each in addressed if index in facing.values() and not each.is_loopback]
+    outward = [
+        each
+        for index, each in addressed
+        if index in facing.values() and isinstance(each, IPv4Address) and not each.is_loopback
+    ]
+    outward6 = [
+        each
+        for index, each in addressed
+        if index in facing.values() and isinstance(each, IPv6Address) and not each.is_link_local
+    ]
     return HostView(
         node_ip=node_ip or _node_ip(outward),
         addresses=frozenset(each for _, each in addressed),
         devices=facing,
         mtu=min((mtus[index] for index in facing.values() if mtus[index]), default=DEFAULT_MTU),
+        node_ip6=min(outward6, default=None),
         networks=tuple(IPv4Network((dst or "0.0.0.0", length)) for length, dst, _ in routes),
     )
 

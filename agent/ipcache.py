@@ -17,6 +17,7 @@ import msgspec
 from core.errors import HoldfastError
 from core.reconciler import Reconciler
 from core.table import Table
+from datapath.addresses import host_prefix
 from datapath.maps import IpcacheMap
 from datapath.records import IpcacheEntry
 from identity.numbers import HOST, WORLD
@@ -27,7 +28,7 @@ LOCAL_SOURCE = "local"  # endpoints of this host
 NODES_SOURCE = "nodes"  # addresses of other nodes
 KVSTORE_SOURCE = "kvstore"  # ip/v1 records of everybody
 CIDR_SOURCE = "cidr"  # prefixes that policies name
-BUILTIN_SOURCE = "builtin"  # 0.0.0.0/0 is the world
+BUILTIN_SOURCE = "builtin"  # 0.0.0.0/0 and ::/0 are the world
 SOURCES = (HOST_SOURCE, LOCAL_SOURCE, NODES_SOURCE, KVSTORE_SOURCE, CIDR_SOURCE, BUILTIN_SOURCE)
 
 # Prefixes looked at, and deleted, before anybody else may run: a few milliseconds.
@@ -47,11 +48,12 @@ class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 IpTable = Table[str, Record]
 
 
-def new_table() -> IpTable:
+def new_table(*, ipv6: bool = False) -> IpTable:
     """Return the table with what is always in it."""
     table: IpTable = Table("ipcache", SOURCES)
     builtin = table.source(BUILTIN_SOURCE)
-    builtin.upsert("0.0.0.0/0", Record(WORLD))
+    for everywhere in ("0.0.0.0/0", "::/0") if ipv6 else ("0.0.0.0/0",):
+        builtin.upsert(everywhere, Record(WORLD))
     builtin.mark_in_sync()
     return table
 
@@ -59,7 +61,7 @@ def new_table() -> IpTable:
 def set_host_addresses(table: IpTable, addresses: Iterable[str]) -> None:
     """Make the host's source hold exactly these addresses; they are this host, now."""
     source = table.source(HOST_SOURCE)
-    source.relist({f"{address}/32": Record(HOST) for address in addresses}, grace=0)
+    source.relist({host_prefix(address): Record(HOST) for address in addresses}, grace=0)
     source.mark_in_sync()
 
 

@@ -9,6 +9,7 @@ What a former life or a former configuration left bears our marks, and is taken 
 from __future__ import annotations
 
 import asyncio
+from ipaddress import IPv4Address, IPv6Address
 from typing import Protocol
 
 from loguru import logger
@@ -21,7 +22,7 @@ from datapath.devices import Devices
 from datapath.maps import LxcMap
 from datapath.records import ENDPOINT_IS_HOST, LxcEntry
 from datapath.routes import Routes
-from datapath.sysctl import Sysctls, host_settings
+from datapath.sysctl import Sysctls, host_settings, keep_router_advertisements
 
 LOOK_S = 5.0
 _NO_MAC = "00:00:00:00:00:00"
@@ -56,8 +57,8 @@ class Keeper:
         programs: NetdevPrograms,
         *,
         configured_devices: tuple[str, ...],
-        pool: str,
-        router: str,
+        pools: tuple[str, ...],
+        routers: tuple[str, ...],
     ) -> None:
         self.view = view
         self.error = ""
@@ -67,8 +68,8 @@ class Keeper:
         self._lxc = lxc
         self._programs = programs
         self._configured = configured_devices
-        self._pool = pool
-        self._router = router
+        self._pools = pools
+        self._routers = routers
         # Devices that the program may be on, by index; None until a former life's were looked for.
         self._carriers: set[int] | None = None
 
@@ -86,24 +87,35 @@ class Keeper:
 
     async def once(self) -> None:
         """Bring the host's state to what it must be."""
-        Sysctls().write_all(host_settings())
-        await self._give_router()
-        await self._routes.add_unreachable(self._pool)
+        self._let_forward(Sysctls())
+        await self._give_routers()
+        for pool in self._pools:
+            await self._routes.add_unreachable(pool)
         self.view = await asyncio.to_thread(look, self.view.node_ip, self._configured)
         self._tell_addresses()
         await self._attach()
         await self._release()
 
-    async def _give_router(self) -> None:
-        """Have the router's address on lo, and none that a former life gave it for another pool."""
-        await self._devices.add_router(self._router)
-        for address in await self._devices.routers() - {self._router}:
+    def _let_forward(self, sysctls: Sysctls) -> None:
+        for name in keep_router_advertisements(sysctls) if self._ipv6 else ():
+            logger.info("device {} goes on taking router advertisements (accept_ra=2)", name)
+        sysctls.write_all(host_settings(ipv6=self._ipv6))
+
+    @property
+    def _ipv6(self) -> bool:
+        return any(":" in router for router in self._routers)
+
+    async def _give_routers(self) -> None:
+        """Have the router's addresses on lo, and none that a former life gave it for another pool."""
+        for router in self._routers:
+            await self._devices.add_router(router)
+        for address in await self._devices.routers() - set(self._routers):
             if await self._devices.remove_address(address):
                 logger.info("address {} of a former pool taken off lo", address)
 
     def _tell_addresses(self) -> None:
-        addresses = {str(address) for address in self.view.addresses if not address.is_loopback}
-        addresses |= {self._router, str(self.view.node_ip)}
+        addresses = {str(address) for address in self.view.addresses if self._is_reachable(address)}
+        addresses |= {*self._routers, str(self.view.node_ip)}
         ipcache.set_host_addresses(self._addresses, addresses)
         entry = LxcEntry(0, 0, ENDPOINT_IS_HOST, _NO_MAC, _NO_MAC)
         known = {address for address, each in self._lxc.items() if each.flags & ENDPOINT_IS_HOST}
@@ -111,6 +123,12 @@ class Keeper:
             raise failure
         if known - addresses:
             self._lxc.delete(known - addresses)
+
+    def _is_reachable(self, address: IPv4Address | IPv6Address) -> bool:
+        """Whether an endpoint could send to an address of this host."""
+        if address.is_loopback:
+            return False
+        return address.version == 4 or (self._ipv6 and not address.is_link_local)
 
     async def _attach(self) -> None:
         if self._carriers is None:

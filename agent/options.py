@@ -184,6 +184,37 @@ OPTIONS: tuple[Option, ...] = (
         section=_ADDRESS,
     ),
     Option(
+        "enable-ipv6",
+        Type.BOOL,
+        False,
+        "Give endpoints an IPv6 address as well",
+        section=_ADDRESS,
+    ),
+    Option(
+        "ipv6-node",
+        Type.ADDRESS,
+        None,
+        "IPv6 address of this node that other nodes reach; auto is one of the devices', none is fine",
+        section=_ADDRESS,
+        auto=True,
+    ),
+    Option(
+        "ipv6-range",
+        Type.CIDR6,
+        None,
+        "Where endpoints' IPv6 addresses lie, a /96 or shorter: each ends with the endpoint's IPv4 address; "
+        "auto derives it from the node's address",
+        section=_ADDRESS,
+        auto=True,
+    ),
+    Option(
+        "enable-ipv6-masquerade",
+        Type.BOOL,
+        True,
+        "Give endpoints' IPv6 traffic that leaves the host the host's address",
+        section=_ADDRESS,
+    ),
+    Option(
         "install-iptables-rules",
         Type.BOOL,
         True,

@@ -14,9 +14,9 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
 
 from agent import ipcache, publish, remembered, sinks
@@ -29,7 +29,7 @@ from agent.endpoints import EndpointManager
 from agent.engine import Engine
 from agent.engine_watch import EngineWatch
 from agent.events import EventPump
-from agent.firewall import FirewallRules, FirewallTarget
+from agent.firewall import FamilyRules, FirewallRules, FirewallTarget
 from agent.gate import Gates
 from agent.host import HostView, look, node_name
 from agent.keeper import Keeper
@@ -37,14 +37,13 @@ from agent.plumbing import EndpointTarget, Place, PolicyMapStore
 from agent.policies import DocumentTable, PolicyNames, PolicyTable, Refusals, new_documents, new_policies
 from agent.policy_maps import PolicyMaps
 from agent.policy_sources import PolicyDirectory, PolicyKeys
-from agent.pool import Pool, automatic_network
+from agent.pool import Pool, automatic_network, automatic_network6
 from agent.programs import HostPrograms
 from core.options import Config
 from core.reconciler import Reconciler
 from core.table import Table
 from datapath.devices import Devices
-from datapath.firewall import Firewall, FirewallState
-from datapath.forward import ForwardChain
+from datapath.firewall import FirewallState
 from datapath.netlink import Netlink
 from datapath.routes import Routes
 from identity.allocator import Allocator
@@ -158,8 +157,10 @@ async def build(config: Config, events: EventPump, programs: HostPrograms, gates
 async def _ground(config: Config, events: EventPump, programs: HostPrograms, gates: Gates) -> Ground:
     checkpoint = Checkpoint(config["state-dir"])
     host = await asyncio.to_thread(look, config["ipv4-node"], config["devices"])
+    node_ip6 = (config["ipv6-node"] or host.node_ip6) if config["enable-ipv6"] else None
+    host = replace(host, node_ip6=node_ip6)
     node = await asyncio.to_thread(_node, config, checkpoint, host)
-    pool = Pool(IPv4Network(node.pool))
+    pool = Pool(IPv4Network(node.pool), _ipv6_range(config, host))
     if node.last_address:
         pool.resume_after(IPv4Address(node.last_address))
     netlink = Netlink()
@@ -173,7 +174,7 @@ async def _ground(config: Config, events: EventPump, programs: HostPrograms, gat
         node,
         pool,
         netlink,
-        Devices(netlink),
+        Devices(netlink, ipv6=pool.network6 is not None),
         Routes(netlink),
     )
 
@@ -194,12 +195,12 @@ def _knowledge(ground: Ground, store: Store, view: remembered.View) -> Knowledge
     documents, policies, refusals = new_documents(), new_policies(), Refusals()
     names = PolicyNames(documents, policies, refusals)
     keys = PolicyKeys(documents, refusals, grace)
-    addresses = ipcache.new_table()
+    addresses = ipcache.new_table(ipv6=ground.pool.network6 is not None)
     nodes: Table[str, schema.NodeRecord] = Table("nodes", ("kvstore",))
     ip_sink = sinks.IpSink(addresses.source(ipcache.KVSTORE_SOURCE), grace)
     node_sink = TableSink(nodes.source("kvstore"), sinks.node_entry, sinks.node_name, grace=grace)
     remembered.restore(view, keys, identities)
-    remembered.restore_addresses(ip_sink.source, ground.programs.maps.ipcache, ground.pool.network)
+    remembered.restore_addresses(ip_sink.source, ground.programs.maps.ipcache, ground.pool.networks)
     client, relist = store.client, ground.gates.relist
     return Knowledge(
         identities,
@@ -254,8 +255,7 @@ def _enforcement(ground: Ground, store: Store, known: Knowledge) -> Enforcement:
     }
     ip_reconciler = ipcache.reconciler(known.addresses, maps.ipcache, policy_maps.reconciler)
     conntrack = Conntrack(maps.conntrack)
-    forward = ForwardChain() if config["install-iptables-rules"] else None
-    firewall = FirewallRules(_firewall_state(config, ground.pool), FirewallTarget(Firewall(), forward))
+    firewall = _firewall(config, ground.pool)
     derivations.attach(reconcilers["endpoints"], ip_reconciler, conntrack, firewall)
     return Enforcement(
         policy_store,
@@ -301,11 +301,11 @@ def _renumbered(slot: list[EndpointManager], labels: Labels, old: int, new: int)
 
 
 def _endpoint_target(ground: Ground, policy_store: PolicyMapStore) -> EndpointTarget:
+    sources = {4: str(ground.host.node_ip)}
+    if ground.pool.network6 is not None:
+        sources[6] = str(ground.pool.ipv6_of(ground.pool.router))
     place = Place(
-        ground.programs.root,
-        ground.config["mtu"] or ground.host.mtu,
-        str(ground.host.node_ip),
-        ground.node.pool,
+        ground.programs.root, ground.config["mtu"] or ground.host.mtu, ground.pool.networks, sources
     )
     lxc = ground.programs.maps.lxc
     return EndpointTarget(place, ground.devices, ground.routes, lxc, policy_store, ground.programs)
@@ -330,8 +330,8 @@ def _keeper(ground: Ground, known: Knowledge) -> Keeper:
         ground.programs.maps.lxc,
         ground.programs,
         configured_devices=ground.config["devices"],
-        pool=ground.node.pool,
-        router=str(ground.pool.router),
+        pools=ground.pool.networks,
+        routers=ground.pool.routers,
     )
 
 
@@ -343,6 +343,12 @@ def _engine(ground: Ground, enforcement: Enforcement) -> EngineSide:
     plugin = ground.config["docker-plugin-socket"]
     driver = Driver(plugin, enforcement.endpoints, engine, ground.checkpoint)
     return EngineSide(engine, driver, EngineWatch(engine, enforcement.endpoints, driver))
+
+
+def _ipv6_range(config: Config, host: HostView) -> IPv6Network | None:
+    if not config["enable-ipv6"]:
+        return None
+    return config["ipv6-range"] or automatic_network6(host.node_ip)
 
 
 def _node(config: Config, checkpoint: Checkpoint, host: HostView) -> Node:
@@ -380,11 +386,17 @@ def _etcd_config(config: Config) -> EtcdConfig:
     return EtcdConfig.load(Path(given["etcd.config"]))
 
 
-def _firewall_state(config: Config, pool: Pool) -> FirewallState:
+def _firewall(config: Config, pool: Pool) -> FirewallRules:
     direct = config["ipv4-native-routing-cidr"]
-    return FirewallState(
-        router=str(pool.router),
-        pools=frozenset({str(pool.network)}),
-        direct=frozenset({str(direct)} if direct else ()),
-        masquerade=config["enable-ipv4-masquerade"],
-    )
+    states = {
+        family: FirewallState(
+            router=router,
+            pools=frozenset({network}),
+            direct=frozenset({str(direct)} if direct and family == 4 else ()),
+            masquerade=config[f"enable-ipv{family}-masquerade"],
+        )
+        for family, router, network in zip((4, 6), pool.routers, pool.networks, strict=False)
+    }
+    accept = config["install-iptables-rules"]
+    rules = {family: FamilyRules(family, accept=accept) for family in states}
+    return FirewallRules(states, FirewallTarget(rules))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from agent.endpoint import Endpoint
 from core import metrics
 from core.errors import HoldfastError
 from core.table import Table
+from datapath.addresses import host_prefix
 from datapath.devices import Device, Devices, host_name
 from datapath.errors import DatapathError, DeviceError, SyscallError
 from datapath.maps import LxcMap, PolicyMap, RawPolicyEntry, RawPolicyKey
@@ -52,8 +53,8 @@ class Place:
 
     root: Path
     mtu: int
-    node_ip: str
-    pool: str
+    pools: tuple[str, ...]
+    sources: Mapping[int, str]  # by family: the host's address when it speaks to endpoints
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,12 @@ class Placed:
 
     ifindex: int
     identity: int
-    ipv4: str
+    addresses: tuple[str, ...]
     mac: str
     trusted_until: float
 
     def stands(self, endpoint: Endpoint) -> bool:
-        same = (self.ipv4, self.mac) == (endpoint.ipv4, endpoint.mac)
+        same = (self.addresses, self.mac) == (tuple(endpoint.addresses.values()), endpoint.mac)
         return same and time.monotonic() < self.trusted_until
 
 
@@ -162,7 +163,7 @@ class EndpointTarget:
                 if endpoint.connected:
                     await self._connect(endpoint)
                 else:
-                    await self._disconnect(endpoint_id, endpoint.ipv4, endpoint.interface)
+                    await self._disconnect(endpoint_id, endpoint.addresses.values(), endpoint.interface)
             except (HoldfastError, OSError) as error:
                 failed[endpoint_id] = error
         return failed
@@ -172,7 +173,7 @@ class EndpointTarget:
         for endpoint_id in keys:
             placed = self._placed.get(endpoint_id)
             try:
-                await self._disconnect(endpoint_id, placed.ipv4 if placed else "", "")
+                await self._disconnect(endpoint_id, placed.addresses if placed else (), "")
             except (HoldfastError, OSError) as error:
                 failed[endpoint_id] = error
         return failed
@@ -181,10 +182,9 @@ class EndpointTarget:
         """Remove interfaces, routes, map entries and maps of endpoints that nobody has."""
         endpoints = [endpoint for _, endpoint in table.items() if endpoint.connected]
         ids = {endpoint.id for endpoint in endpoints}
-        addresses = {endpoint.ipv4 for endpoint in endpoints}
+        addresses = {address for endpoint in endpoints for address in endpoint.addresses.values()}
         removed = len(await self._devices.collect_leaks(ids))
-        keep = {f"{address}/32" for address in addresses} | {self._place.pool}
-        removed += len(await self._routes.prune(keep))
+        removed += len(await self._routes.prune({*map(host_prefix, addresses), *self._place.pools}))
         stale = [
             address
             for address, entry in self._lxc.items()
@@ -208,13 +208,17 @@ class EndpointTarget:
         device = await self._device(endpoint)
         await self._load(endpoint, device, policy_map)
         entry = LxcEntry(device.index, endpoint.id, 0, endpoint.mac, endpoint.node_mac)
-        _raise_first(self._lxc.upsert([(endpoint.ipv4, entry)]))
-        await self._routes.upsert(
-            EndpointRoute(endpoint.ipv4, device.index, endpoint.mac, self._place.node_ip)
-        )
-        identity = endpoint.enforced_identity
+        addresses = endpoint.addresses
+        _raise_first(self._lxc.upsert((address, entry) for address in addresses.values()))
+        for family, address in addresses.items():
+            source = self._place.sources[family]
+            await self._routes.upsert(EndpointRoute(address, device.index, endpoint.mac, source))
         self._placed[endpoint.id] = Placed(
-            device.index, identity, endpoint.ipv4, endpoint.mac, time.monotonic() + TRUSTED_S
+            device.index,
+            endpoint.enforced_identity,
+            tuple(addresses.values()),
+            endpoint.mac,
+            time.monotonic() + TRUSTED_S,
         )
 
     def _identify(self, endpoint: Endpoint, placed: Placed) -> None:
@@ -260,9 +264,9 @@ class EndpointTarget:
             raise
         metrics.ENDPOINT_REGENERATIONS.labels("success").inc()
 
-    async def _disconnect(self, endpoint_id: int, address: str, interface: str) -> None:
+    async def _disconnect(self, endpoint_id: int, addresses: Iterable[str], interface: str) -> None:
         """Take everything away; what is not there is fine."""
-        if address:
+        for address in addresses:
             self._lxc.delete([address])
             await self._routes.delete(address)
         self._programs.unload(endpoint_id)

@@ -1,29 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """The node's address pool: which address of which endpoint, and which are free.
 
+With IPv6 each endpoint has a second address that is made of its first: the node's IPv6 range, ending with
+the 32 bits of the IPv4 address.  So there is one pool, and people see at once what belongs together.
+
 Pure: no I/O, no kernel.  Addresses are handed out in rotation, so that one that was just given back rests
 as long as possible (peers may still have it in their connection tracking).  Owner: the endpoint manager.
 """
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from agent.errors import AddressTaken, PoolExhausted
 
 # The first address is the node's own inside the pool (Cilium's CiliumInternalIP).
 RESERVED_FIRST = 2  # network address and router
+# Of our own (RFC 4193): "hold", then the node's IPv4 address, as Cilium makes a node's range.
+AUTOMATIC_IPV6 = IPv6Network("fd68:6f6c:6400::/64")
 
 
 class Pool:
     """Addresses of one network, each with the name of its user."""
 
-    def __init__(self, network: IPv4Network) -> None:
+    def __init__(self, network: IPv4Network, network6: IPv6Network | None = None) -> None:
         if network.num_addresses < 8:
             raise PoolExhausted(
                 f"pool {network} has too few addresses", hint="use a network of /29 or larger for ipv4-range"
             )
         self.network = network
+        self.network6 = network6
         self._first = int(network.network_address) + RESERVED_FIRST
         self._last = int(network.broadcast_address) - 1
         self._next = self._first
@@ -52,6 +58,21 @@ class Pool:
     def router(self) -> IPv4Address:
         """Return the node's own address inside the pool."""
         return self.network.network_address + 1
+
+    def ipv6_of(self, address: IPv4Address) -> IPv6Address | None:
+        """Return the IPv6 address that goes with an address; None without IPv6."""
+        return None if self.network6 is None else self.network6.network_address + int(address)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Return the pool, and the IPv6 range."""
+        return tuple(str(each) for each in (self.network, self.network6) if each is not None)
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """Return the node's own addresses inside `networks`."""
+        found = (self.router, self.ipv6_of(self.router))
+        return tuple(str(each) for each in found if each is not None)
 
     @property
     def capacity(self) -> int:
@@ -110,3 +131,8 @@ def automatic_network(node: IPv4Address, taken: list[IPv4Network]) -> IPv4Networ
     raise PoolExhausted(
         "every 10.x.0.0/16 overlaps a route of this host", hint="set ipv4-range to a network that is free"
     )
+
+
+def automatic_network6(node: IPv4Address) -> IPv6Network:
+    """Return the /96 of this node: of its own in the cluster, as its IPv4 address is."""
+    return IPv6Network((int(AUTOMATIC_IPV6.network_address) | int(node) << 32, 96))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from ipaddress import IPv4Address, ip_address
+from ipaddress import ip_address
 from typing import Any
 
 from agent.endpoint import PROTOCOL_NAMES, Port
@@ -20,12 +20,20 @@ from agent.errors import DriverError
 PORTMAP = "com.docker.network.portmap"
 # Where the engine leaves the choice to us: the range that Linux and the engine itself use.
 EPHEMERAL = (32768, 60999)
+# Host addresses that mean every address: of both families, of one.
+EVERYWHERE = ("", "0.0.0.0", "::")
 
 Taken = Collection[tuple[int, str, int]]
 
+_FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
-def parse_portmap(options: Mapping[str, Any], taken: Taken, present: Sequence[Port] = ()) -> tuple[Port, ...]:
+
+def parse_portmap(
+    options: Mapping[str, Any], taken: Taken, present: Sequence[Port] = (), *, ipv6: bool = False
+) -> tuple[Port, ...]:
     """Return the ports to publish; `taken` holds (protocol, host address, port) in use on this host.
+
+    `ipv6`: the container has an IPv6 address too, and bindings to IPv6 addresses mean something.
 
     A call that comes again (an engine that restarted) keeps what it chose before: `present`.  Raises
     DriverError that names the binding for what can not be published.
@@ -36,7 +44,7 @@ def parse_portmap(options: Mapping[str, Any], taken: Taken, present: Sequence[Po
     used = set(taken)
     ports: list[Port] = []
     for binding in bindings:
-        port = _parse_binding(binding, used, present)
+        port = _parse_binding(binding, used, present, ipv6)
         if port is None:
             continue
         used.add((port.protocol, port.host_ip, port.host_port))
@@ -44,7 +52,9 @@ def parse_portmap(options: Mapping[str, Any], taken: Taken, present: Sequence[Po
     return tuple(ports)
 
 
-def _parse_binding(binding: Any, used: set[tuple[int, str, int]], present: Sequence[Port]) -> Port | None:
+def _parse_binding(
+    binding: Any, used: set[tuple[int, str, int]], present: Sequence[Port], ipv6: bool
+) -> Port | None:
     try:
         protocol, container_port = int(binding["Proto"]), int(binding["Port"])
         low, high = int(binding.get("HostPort") or 0), int(binding.get("HostPortEnd") or 0)
@@ -54,10 +64,9 @@ def _parse_binding(binding: Any, used: set[tuple[int, str, int]], present: Seque
     in_range = 0 < container_port < 65536 and 0 <= low < 65536 and 0 <= high < 65536
     if protocol not in PROTOCOL_NAMES or not in_range:
         raise DriverError(f"port binding {binding!r}: protocol or port is out of range")
-    if host_ip and not _is_ipv4(host_ip):
-        return None  # the engine sends a second, IPv6 binding for -p without an address
-    host_ip = "" if host_ip == "0.0.0.0" else host_ip
-    if host_ip and not _is_of_this_host(host_ip):
+    if _version(host_ip) == 6 and not ipv6:
+        return None  # an engine with IPv6 sends a second binding for -p without an address
+    if host_ip not in EVERYWHERE and not _is_of_this_host(host_ip):
         raise DriverError(
             f"{host_ip} is not an address of this host: port {low or 'any'}/{PROTOCOL_NAMES[protocol]} "
             "can not be published on it"
@@ -72,10 +81,7 @@ def _parse_binding(binding: Any, used: set[tuple[int, str, int]], present: Seque
 
 
 def _choose(protocol: int, host_ip: str, wanted: range, used: set[tuple[int, str, int]]) -> int:
-    # A binding without an address takes the port on every address.
-    in_use = {
-        port for number, ip, port in used if number == protocol and (not ip or not host_ip or ip == host_ip)
-    }
+    in_use = {port for number, ip, port in used if number == protocol and _meet(ip, host_ip)}
     for candidate in wanted:
         if candidate not in in_use and _is_free(protocol, host_ip, candidate):
             return candidate
@@ -91,28 +97,47 @@ def _is_free(protocol: int, host_ip: str, port: int) -> bool:
     kind = {6: socket.SOCK_STREAM, 17: socket.SOCK_DGRAM}.get(protocol)
     if kind is None:
         return True
-    with socket.socket(socket.AF_INET, kind) as probe:
+    versions = (_version(host_ip),) if host_ip else (4, 6)
+    return all(_can_bind(_FAMILIES[version], kind, host_ip, port) for version in versions)
+
+
+def _can_bind(family: socket.AddressFamily, kind: socket.SocketKind, host_ip: str, port: int) -> bool:
+    try:
+        probe = socket.socket(family, kind)
+    except OSError:
+        return True  # a host without IPv6 has no service on it
+    with probe:
         if kind == socket.SOCK_STREAM:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         try:
             probe.bind((host_ip, port))
-        except OSError:
-            return False
+        except OSError as error:
+            return error.errno == errno.EADDRNOTAVAIL and not host_ip
     return True
+
+
+def _meet(one: str, other: str) -> bool:
+    """Whether two host addresses of bindings have an address in common.  Pure."""
+    if not one or not other or one == other:
+        return True
+    return _version(one) == _version(other) and (one in EVERYWHERE or other in EVERYWHERE)
 
 
 def _is_of_this_host(address: str) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
+    try:
+        with socket.socket(_FAMILIES[_version(address)], socket.SOCK_DGRAM) as probe:
             probe.bind((address, 0))
-        except OSError as error:
-            return error.errno != errno.EADDRNOTAVAIL
+    except OSError as error:
+        return error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
     return True
 
 
-def _is_ipv4(text: str) -> bool:
+def _version(text: str) -> int:
+    """Return 4 or 6, 0 for no address.  Raises DriverError for what is none."""
     try:
-        return isinstance(ip_address(text), IPv4Address)
+        return ip_address(text).version if text else 0
     except ValueError as error:
         raise DriverError(f"host address {text!r} of a published port is not an IP address") from error
 

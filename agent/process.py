@@ -11,7 +11,7 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, ip_address
 from pathlib import Path
 
 import prometheus_client
@@ -116,7 +116,8 @@ class AgentProcess:
         parts: Parts, made: Endpoint, request: models.EndpointRequest, labels: Labels
     ) -> Endpoint:
         made = await parts.endpoints.connect(made.id)
-        await parts.devices.move_inside(made.peer, Path(request.netns), request.interface, made.ipv4)
+        addresses = made.addresses.values()
+        await parts.devices.move_inside(made.peer, Path(request.netns), request.interface, *addresses)
         await parts.endpoints.handed_over(made.id, request.name, labels)
         return await parts.endpoints.set_labels(made.id, labels)
 
@@ -204,6 +205,14 @@ class AgentProcess:
         return report.networks(self._built())
 
 
+def _canonical(address: str) -> str:
+    """Return an address as records have it: IPv6 has many spellings."""
+    try:
+        return str(ip_address(address))
+    except ValueError:
+        return address  # and then it is no endpoint's
+
+
 def find_endpoint(parts: Parts, reference: str) -> Endpoint:
     """Return the endpoint of ``373``, ``container-name:web`` and the other forms of AgentView.endpoint."""
     kind, colon, value = reference.partition(":")
@@ -215,6 +224,7 @@ def find_endpoint(parts: Parts, reference: str) -> Endpoint:
         "container-id": lambda each: each.container_id.startswith(value),
         "container-name": lambda each: each.container_name == value,
         "ipv4": lambda each: each.ipv4 == value,
+        "ipv6": lambda each: each.ipv6 == _canonical(value),
         "docker-endpoint": lambda each: each.engine_endpoint_id.startswith(value),
     }.get(kind)
     if matches is None or not value:

@@ -163,6 +163,7 @@ class HostPrograms:
             ct_any_max=config["bpf-ct-global-any-max"],
             policy_max=config["bpf-policy-map-max"],
             fragments_max=config["bpf-fragments-map-max"],
+            enable_ipv6=config["enable-ipv6"],
         )
         objects = object_dir(config)
         templates = {

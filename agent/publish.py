@@ -8,9 +8,10 @@ back when somebody removes them.  So this target only states what is wanted and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address
 
 from agent.endpoint import Endpoint
+from agent.pool import Pool
 from core.reconciler import Reconciler
 from core.table import Table
 from kvstore import schema
@@ -27,18 +28,17 @@ class OwnEntries:
         self._space = space
         self._metadata = f"cilium-global:{cluster}:{node}:"
         self._node_ip = str(node_ip)
-        self._keys: dict[int, str] = {}
+        # Of each endpoint, one of each of its addresses.
+        self._keys: dict[int, frozenset[str]] = {}
 
     async def update(self, items: Sequence[tuple[int, Endpoint]]) -> Mapping[int, Exception]:
         for endpoint_id, endpoint in items:
-            if not endpoint.identity:
-                await self._withdraw(endpoint_id)
-                continue
-            key = schema.ip_key(self._space, endpoint.ipv4)
-            if self._keys.get(endpoint_id, key) != key:
-                await self._withdraw(endpoint_id)
-            self._keys[endpoint_id] = key
-            await self._session.own(key, schema.encode_ip(self._record(endpoint)))
+            records = self._records(endpoint)
+            await self._withdraw(endpoint_id, keep=frozenset(records))
+            if records:
+                self._keys[endpoint_id] = frozenset(records)
+            for key, record in records.items():
+                await self._session.own(key, record)
         return {}
 
     async def delete(self, keys: Sequence[int]) -> Mapping[int, Exception]:
@@ -50,14 +50,23 @@ class OwnEntries:
         """Nothing: what former lives of this node left goes by way of its lease; see `kvstore.former`."""
         return 0
 
-    async def _withdraw(self, endpoint_id: int) -> None:
-        key = self._keys.pop(endpoint_id, None)
-        if key is not None and key not in self._keys.values():
+    async def _withdraw(self, endpoint_id: int, keep: frozenset[str] = frozenset()) -> None:
+        """Disown an endpoint's keys but for `keep`, and but for what another endpoint has by now."""
+        gone = self._keys.pop(endpoint_id, frozenset()) - keep
+        for key in gone.difference(*self._keys.values()):
             await self._session.disown(key)
 
-    def _record(self, endpoint: Endpoint) -> schema.IpRecord:
-        metadata = f"{self._metadata}{endpoint.id}"
-        return schema.ip_record(endpoint.ipv4, endpoint.identity, host_ip=self._node_ip, metadata=metadata)
+    def _records(self, endpoint: Endpoint) -> dict[str, bytes]:
+        """Return key → record of an endpoint; nothing of one without an identity."""
+        if not endpoint.identity:
+            return {}
+        host, metadata = self._node_ip, f"{self._metadata}{endpoint.id}"
+        return {
+            schema.ip_key(self._space, address): schema.encode_ip(
+                schema.ip_record(address, endpoint.identity, host_ip=host, metadata=metadata)
+            )
+            for address in endpoint.addresses.values()
+        }
 
 
 def reconciler(table: Table[int, Endpoint], entries: OwnEntries) -> Reconciler[int, Endpoint]:
@@ -65,17 +74,18 @@ def reconciler(table: Table[int, Endpoint], entries: OwnEntries) -> Reconciler[i
 
 
 def node_record(
-    *, name: str, cluster: str, cluster_id: int, node_ip: IPv4Address, router: IPv4Address, pool: IPv4Network
+    *, name: str, cluster: str, cluster_id: int, node_ips: Sequence[str], pool: Pool
 ) -> schema.NodeRecord:
-    """Return this node's record as a real agent writes it."""
+    """Return this node's record as a real agent writes it; `node_ips`: at most one of each family."""
     return schema.NodeRecord(
         name=name,
         cluster=cluster,
         addresses=(
-            schema.NodeAddress("InternalIP", str(node_ip)),
-            schema.NodeAddress("CiliumInternalIP", str(router)),
+            *(schema.NodeAddress("InternalIP", address) for address in node_ips),
+            *(schema.NodeAddress("CiliumInternalIP", address) for address in pool.routers),
         ),
-        ipv4_alloc_cidr=schema.AllocCidr.of(str(pool)),
+        ipv4_alloc_cidr=schema.AllocCidr.of(str(pool.network)),
+        ipv6_alloc_cidr=schema.AllocCidr.of(str(pool.network6)) if pool.network6 else None,
         cluster_id=cluster_id,
         source="local",
         identity=1,

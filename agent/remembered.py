@@ -15,7 +15,7 @@ node's `addresses_at` says were deleted go at once.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from ipaddress import IPv4Network, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 
 import msgspec
 from loguru import logger
@@ -81,21 +81,21 @@ def restore(view: View, policies: PolicyKeys, identities: IdentityCache) -> None
     identities.restore(found)
 
 
-def restore_addresses(source: Source[str, Record], ipcache: IpcacheMap, pool: IPv4Network) -> int:
+def restore_addresses(source: Source[str, Record], ipcache: IpcacheMap, pools: Iterable[str]) -> int:
     """Take the pinned map's entries of other machines as if etcd had delivered them; return how many."""
     try:
         entries = list(ipcache.items())
     except DatapathError as error:
         logger.warning("addresses can not be restored from the pinned map: {}", error)
         return 0
-    restored = 0
+    restored, own = 0, [ip_network(pool) for pool in pools]
     for prefix, entry in entries:
-        if is_global(entry.identity) and not _within(prefix, (pool,)):
+        if is_global(entry.identity) and not _within(prefix, own):
             source.upsert(prefix, Record(entry.identity, key=entry.key))
             restored += 1
     return restored
 
 
-def _within(prefix: str, pools: Iterable[IPv4Network]) -> bool:
-    network = ip_network(prefix, strict=False)
-    return any(isinstance(network, IPv4Network) and network.subnet_of(pool) for pool in pools)
+def _within(prefix: str, pools: Iterable[IPv4Network | IPv6Network]) -> bool:
+    address = ip_network(prefix, strict=False).network_address
+    return any(address in pool for pool in pools)

@@ -45,6 +45,7 @@ def status(process: AgentProcess) -> models.Status:
         masquerading=_masquerading(parts),
         ipam=models.Ipam(
             pool=str(parts.pool.network),
+            pool6=str(parts.pool.network6 or ""),
             used=parts.pool.used,
             available=parts.pool.capacity - parts.pool.used,
         ),
@@ -155,9 +156,12 @@ def _masquerading(parts: Parts) -> models.Component:
     errors = parts.firewall.reconciler.errors
     if errors:
         return models.Component(state=FAILURE, msg=next(iter(errors.values())))
-    if not parts.config["enable-ipv4-masquerade"]:
+    families = [4, 6] if parts.pool.network6 else [4]
+    on = [family for family in families if parts.config[f"enable-ipv{family}-masquerade"]]
+    if not on:
         return models.Component(state=DISABLED, msg="enable-ipv4-masquerade is false")
-    return models.Component(state=OK, msg=f"nft, {parts.pool.network} [IPv4: Enabled]")
+    words = ", ".join(f"IPv{each}: {'Enabled' if each in on else 'Disabled'}" for each in families)
+    return models.Component(state=OK, msg=f"nft, {' '.join(parts.pool.networks)} [{words}]")
 
 
 def _monitor(process: AgentProcess) -> models.MonitorInfo:
@@ -281,6 +285,8 @@ def own_node(parts: Parts) -> models.Node:
         cluster=parts.config["cluster-name"],
         ipv4_address=str(parts.host.node_ip),
         ipv4_endpoint_cidr=str(parts.pool.network),
+        ipv6_address=str(parts.host.node_ip6 or ""),
+        ipv6_endpoint_cidr=str(parts.pool.network6 or ""),
         source="local",
         local=True,
     )
@@ -295,6 +301,8 @@ def nodes(parts: Parts) -> Sequence[models.Node]:
             cluster=record.cluster,
             ipv4_address=record.address(),
             ipv4_endpoint_cidr=record.ipv4_alloc_cidr.prefix if record.ipv4_alloc_cidr else "",
+            ipv6_address=record.address(ipv6=True),
+            ipv6_endpoint_cidr=record.ipv6_alloc_cidr.prefix if record.ipv6_alloc_cidr else "",
             source="kvstore",
         )
         for _, record in sorted(parts.nodes.items())

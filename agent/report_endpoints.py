@@ -57,7 +57,7 @@ def _shown(parts: Parts, each: Endpoint, used: Counter[int]) -> models.Endpoint:
                 ],
             ),
             networking=models.EndpointNetworking(
-                addressing=[models.EndpointAddress(ipv4=each.ipv4)],
+                addressing=[models.EndpointAddress(ipv4=each.ipv4, ipv6=each.ipv6)],
                 interface_name=each.interface,
                 interface_index=_interface_index(parts, each),
                 mac=each.mac,

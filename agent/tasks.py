@@ -97,9 +97,8 @@ async def _session(parts: Parts) -> None:
         name=parts.node.name,
         cluster=parts.config["cluster-name"],
         cluster_id=parts.config["cluster-id"],
-        node_ip=parts.host.node_ip,
-        router=parts.pool.router,
-        pool=parts.pool.network,
+        node_ips=parts.host.node_ips,
+        pool=parts.pool,
     )
     key = schema.node_key(parts.config["cluster-name"], parts.node.name)
     await parts.session.own(key, schema.encode_node(record))

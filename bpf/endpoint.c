@@ -145,11 +145,13 @@ SEC("tc")
 int to_endpoint(struct __sk_buff *ctx)
 {
 	struct parties who;
-	int ret = -DROP_UNSUPPORTED_L3;
+	int ret;
 
-	if (ctx->protocol == bpf_htons(ETH_P_ARP))
-		return TC_ACT_OK;
 	packet_gather(ctx, HEADERS);
+	ret = neighbour_pass(ctx);
+	if (ret)
+		return ret == NEIGHBOUR_PASSES ? TC_ACT_OK : ret;
+	ret = -DROP_UNSUPPORTED_L3;
 	parties_ingress(&who, 0);
 	if (l3_is_ours(ctx))
 		ret = ingress_from_stack(ctx, &who);

@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Network, ip_address
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Type(enum.Enum):
     LIST = "a list, separated by spaces or commas"
     MAP = "a map such as key=value,key=value or a JSON object"
     CIDR4 = "an IPv4 network such as 10.16.0.0/16"
+    CIDR6 = "an IPv6 network such as fd00:1::/96"
     ADDRESS = "an IP address"
     PATH = "an absolute path"
 
@@ -142,6 +143,7 @@ _PARSERS: dict[Type, Callable[[str], Any]] = {
     Type.LIST: lambda text: tuple(filter(None, re.split(r"[,\s]+", text.strip()))),
     Type.MAP: _parse_map,
     Type.CIDR4: IPv4Network,
+    Type.CIDR6: IPv6Network,
     Type.ADDRESS: ip_address,
     Type.PATH: _parse_path,
 }

@@ -52,6 +52,11 @@ def split_prefix(prefix: str) -> tuple[int, bytes, int]:
     return family, data, bits
 
 
+def host_prefix(address: str) -> str:
+    """Return the prefix that is one address: "10.0.0.1/32", "fd00::1/128"."""
+    return f"{address}/{128 if ':' in address else 32}"
+
+
 def pack_mac(text: str) -> bytes:
     """Return a MAC address as the eight bytes maps hold.  Raises ValueError when it is none."""
     data = bytes.fromhex(text.replace(":", ""))

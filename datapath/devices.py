@@ -20,9 +20,11 @@ from pathlib import Path
 
 from loguru import logger
 
+from datapath.addresses import host_prefix
 from datapath.errors import DeviceError
 from datapath.namespace import inside, open_namespace
 from datapath.netlink import Message, Netlink, errno_of
+from datapath.routes import PROTOCOL
 from datapath.sysctl import Sysctls, needed_by_endpoint, quiet_in_ipv6, useful_to_endpoint
 
 HOST_PREFIX = "lxc0"  # every name below starts so: ids are 16 bits in five hex digits
@@ -31,8 +33,11 @@ _OURS = re.compile(r"lxc0[0-9a-f]{4}")
 _ALIAS = "holdfast endpoint "
 _FLAG_UP = 1
 GATEWAY = "169.254.1.1"  # what every container's default route names; answered in BPF
+GATEWAY6 = "fe80::1"  # the same in IPv6
 _SCOPE_LINK = 253
-# The mark of the router's address: what somebody else set on lo bears another label.
+_NO_DUPLICATE_DETECTION = 0x02  # IFA_F_NODAD: addresses are ours to give, and in use at once
+# The mark of the router's address: what somebody else set on lo bears another label.  IPv6 has no labels, but
+# says since Linux 5.18 who set an address (routes.PROTOCOL); older kernels forget it.
 _ROUTER_LABEL = "lo:holdfast"
 
 
@@ -96,9 +101,10 @@ def random_mac() -> str:
 class Devices:
     """Devices of the namespace that `netlink` was opened in."""
 
-    def __init__(self, netlink: Netlink, sysctls: Sysctls | None = None) -> None:
+    def __init__(self, netlink: Netlink, sysctls: Sysctls | None = None, *, ipv6: bool = False) -> None:
         self._netlink = netlink
         self._sysctls = sysctls or Sysctls()
+        self._ipv6 = ipv6
         self._warned = False
 
     async def create_veth(self, endpoint_id: int, *, mtu: int, mac: str, host_mac: str = "") -> VethPair:
@@ -128,7 +134,7 @@ class Devices:
             raise
 
     async def _prepare(self, endpoint_id: int, name: str, other: str, mac: str) -> VethPair:
-        self._sysctls.write_all(needed_by_endpoint(name))
+        self._sysctls.write_all(needed_by_endpoint(name, ipv6=self._ipv6))
         self._set_useful(name)
         host = await self.get(name)
         alias = f"{_ALIAS}{endpoint_id}"
@@ -138,7 +144,8 @@ class Devices:
 
     def _set_useful(self, name: str) -> None:
         """Write settings that an endpoint can do without; where /proc/sys is read-only, say so once."""
-        self._sysctls.try_all(quiet_in_ipv6(name))
+        if not self._ipv6:
+            self._sysctls.try_all(quiet_in_ipv6(name))
         refused = self._sysctls.try_all(useful_to_endpoint(name))
         if refused and not self._warned:
             self._warned = True
@@ -217,16 +224,23 @@ class Devices:
     async def add_router(self, address: str) -> None:
         """Give lo the host's own address among its endpoints ("10.0.0.1"); having it already is fine.
 
-        It bears our label, unless somebody else had set it before.
+        It bears our mark, unless somebody else had set it before.
         """
-        await self._address("replace", address, "lo", label=_ROUTER_LABEL)
+        mark: dict[str, object] = {"proto": PROTOCOL} if ":" in address else {"label": _ROUTER_LABEL}
+        await self._address("replace", address, "lo", **mark)
 
     async def routers(self) -> set[str]:
         """Return the addresses that `add_router` has put on lo, in this life or a former one."""
-        found = await self._netlink.request(
-            "list addresses of lo", DeviceError, "addr", "dump", family=socket.AF_INET, label=_ROUTER_LABEL
-        )
-        return {message.get("address") for message in found}
+        found: set[str] = set()
+        for family, mark, value in (
+            (socket.AF_INET, "label", _ROUTER_LABEL),
+            (socket.AF_INET6, "proto", PROTOCOL),
+        ):
+            messages = await self._netlink.request(
+                "list addresses of lo", DeviceError, "addr", "dump", family=family
+            )
+            found |= {message.get("address") for message in messages if message.get(mark) == value}
+        return found
 
     async def add_address(self, address: str, device: str) -> None:
         """Give a device an address ("10.0.0.1", as /32 or /128); having it already is fine."""
@@ -245,13 +259,15 @@ class Devices:
     async def _address(self, command: str, address: str, device: str, **more: object) -> None:
         index = (await self.get(device)).index
         length = 128 if ":" in address else 32
+        if ":" in address and command != "del":
+            more["flags"] = _NO_DUPLICATE_DETECTION
         what = f"{command} address {address} on {device}"
         await self._netlink.request(
             what, DeviceError, "addr", command, index=index, address=address, prefixlen=length, **more
         )
 
-    async def move_inside(self, name: str, netns: Path, inside_name: str, address: str) -> None:
-        """Move a device into a namespace and set it up there: name, address, default route by the gateway.
+    async def move_inside(self, name: str, netns: Path, inside_name: str, *addresses: str) -> None:
+        """Move a device into a namespace and set it up there: name, addresses, default routes by the gateway.
 
         For endpoints that no engine sets up.  Raises DeviceError; the device may then be in either place.
         """
@@ -259,7 +275,7 @@ class Devices:
         handle = open_namespace(netns)
         try:
             await self._link(f"move {name} to {netns}", "set", index=device.index, net_ns_fd=handle)
-            await inside(handle, lambda netlink: _set_up_inside(netlink, name, inside_name, address))
+            await inside(handle, lambda netlink: _set_up_inside(netlink, name, inside_name, addresses))
         finally:
             os.close(handle)
 
@@ -281,16 +297,17 @@ def _device(message: Message) -> Device:
     )
 
 
-async def _set_up_inside(netlink: Netlink, name: str, inside_name: str, address: str) -> None:
+async def _set_up_inside(netlink: Netlink, name: str, inside_name: str, addresses: Iterable[str]) -> None:
     devices = Devices(netlink)
     device = await devices.get(name)
     await devices._link(f"rename {name} to {inside_name}", "set", index=device.index, ifname=inside_name)
     await devices._link(f"set {inside_name} up", "set", index=device.index, state="up")
-    await devices.add_address(address, inside_name)
-    what = f"default route by {GATEWAY} on {inside_name}"
-    await netlink.request(
-        what, DeviceError, "route", "replace", dst=f"{GATEWAY}/32", oif=device.index, scope=_SCOPE_LINK
-    )
-    await netlink.request(
-        what, DeviceError, "route", "replace", dst="0.0.0.0/0", gateway=GATEWAY, oif=device.index
-    )
+    for address in addresses:
+        await devices.add_address(address, inside_name)
+        gateway, everywhere = (GATEWAY6, "::/0") if ":" in address else (GATEWAY, "0.0.0.0/0")
+        for route in (
+            {"dst": host_prefix(gateway), "scope": _SCOPE_LINK},
+            {"dst": everywhere, "gateway": gateway},
+        ):
+            what = f"default route by {gateway} on {inside_name}"
+            await netlink.request(what, DeviceError, "route", "replace", oif=device.index, **route)

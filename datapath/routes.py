@@ -12,6 +12,7 @@ import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from datapath.addresses import host_prefix
 from datapath.errors import RouteError
 from datapath.netlink import Message, Netlink, errno_of
 
@@ -45,7 +46,7 @@ class Routes:
             f"route to {route.address} by device {route.ifindex}",
             "route",
             "replace",
-            dst=_host_prefix(route.address),
+            dst=host_prefix(route.address),
             oif=route.ifindex,
             proto=PROTOCOL,
             scope=_SCOPE_LINK,
@@ -66,7 +67,7 @@ class Routes:
 
         A neighbour goes with its device.
         """
-        dst = prefix if "/" in prefix else _host_prefix(prefix)
+        dst = prefix if "/" in prefix else host_prefix(prefix)
         what = f"delete route to {dst}"
         try:
             await self._request(what, "route", "del", dst=dst, proto=PROTOCOL, **_ANY)
@@ -97,10 +98,6 @@ class Routes:
 
     async def _request(self, what: str, kind: str, command: str, **arguments: object) -> list[Message]:
         return await self._netlink.request(what, RouteError, kind, command, **arguments)
-
-
-def _host_prefix(address: str) -> str:
-    return f"{address}/{128 if ':' in address else 32}"
 
 
 def _prefix(message: Message) -> str:

@@ -67,14 +67,26 @@ class Sysctls:
         return f"{self.root} is read-only: bind /proc/sys/net to {BOUND_PROC_SYS}/net, or set it on the host"
 
 
-def host_settings() -> dict[str, str]:
+def host_settings(*, ipv6: bool = False) -> dict[str, str]:
     """What the host needs once: it forwards between its devices."""
-    return {"net/ipv4/ip_forward": "1"}
+    return {"net/ipv4/ip_forward": "1"} | ({"net/ipv6/conf/all/forwarding": "1"} if ipv6 else {})
 
 
-def needed_by_endpoint(device: str) -> dict[str, str]:
-    """Without this nothing passes the host side of a pair; a forwarding host's devices begin with it."""
-    return {f"net/ipv4/conf/{device}/forwarding": "1"}
+def needed_by_endpoint(device: str, *, ipv6: bool = False) -> dict[str, str]:
+    """Without this nothing passes the host side of a pair; a forwarding host's devices begin with it.
+
+    In IPv6 the device has no address of its own and takes none, so that the kernel announces nothing there.
+    """
+    settings = {f"net/ipv4/conf/{device}/forwarding": "1"}
+    if ipv6:
+        base = f"net/ipv6/conf/{device}"
+        settings |= {
+            f"{base}/addr_gen_mode": "1",
+            f"{base}/accept_ra": "0",
+            f"{base}/disable_ipv6": "0",
+            f"{base}/forwarding": "1",
+        }
+    return settings
 
 
 def useful_to_endpoint(device: str) -> dict[str, str]:
@@ -93,10 +105,24 @@ def useful_to_endpoint(device: str) -> dict[str, str]:
     }
 
 
+def keep_router_advertisements(sysctls: Sysctls) -> list[str]:
+    """Have devices go on listening to routers when the host begins to forward IPv6; return which.
+
+    A host that forwards takes router advertisements only where accept_ra is 2: one that has its default
+    route from them would lose it, and with it its network, some time after forwarding began.
+    """
+    changed = []
+    for path in sorted((sysctls.root / "net/ipv6/conf").glob("*/accept_ra")):
+        key = str(path.relative_to(sysctls.root))
+        if path.parent.name not in ("all", "lo") and sysctls.read(key) == "1" and sysctls.write(key, "2"):
+            changed.append(path.parent.name)
+    return changed
+
+
 def quiet_in_ipv6(device: str) -> dict[str, str]:
     """Keep the kernel's own IPv6 announcements off the host side of a pair.
 
-    Endpoints have no IPv6 addresses yet, so each announcement would count as a dropped packet.  A host
-    without IPv6 has no such setting, and needs none.
+    Where endpoints have no IPv6 addresses each announcement would count as a dropped packet.  A host without
+    IPv6 has no such setting, and needs none.
     """
     return {f"net/ipv6/conf/{device}/disable_ipv6": "1"}

@@ -97,9 +97,7 @@ SECTIONS: Final[dict[str, tuple[Field, ...]]] = {
     ),
     "rule": (
         Field("endpointSelector", E, f"the endpoints it is for; {_SELECTOR_NOTE}"),
-        Field(
-            "nodeSelector", R, "it is checked; there is no host firewall yet; use endpointSelector"
-        ),
+        Field("nodeSelector", R, "it is checked; there is no host firewall yet; use endpointSelector"),
         Field("ingress", E, "list; the selected endpoints become default-deny for ingress"),
         Field("ingressDeny", E, "list; wins over every allow"),
         Field("egress", E, "list; the selected endpoints become default-deny for egress"),

@@ -38,6 +38,7 @@ class Ipam(Model, frozen=True, kw_only=True):
     pool: str  # CIDR
     used: int
     available: int
+    pool6: str = ""  # where IPv6 addresses lie; each ends with an IPv4 address of the pool
 
 
 class Controller(Model, frozen=True, kw_only=True):

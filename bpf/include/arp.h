@@ -36,6 +36,12 @@ static __always_inline bool arp_asks_for_gateway(const struct arp_ipv4 *arp)
 	       arp->operation == bpf_htons(ARPOP_REQUEST) && target == config.gateway.v4;
 }
 
+/* neighbour_pass: the host's questions and our answers pass, whichever they are. */
+static __always_inline int neighbour_pass(struct __sk_buff *ctx)
+{
+	return ctx->protocol == bpf_htons(ETH_P_ARP) ? NEIGHBOUR_PASSES : 0;
+}
+
 /* neighbour_answer sends a request for the gateway back as its answer; any other is dropped.  0: this is
  * none. */
 static __always_inline int neighbour_answer(struct __sk_buff *ctx)

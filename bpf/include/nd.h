@@ -4,6 +4,9 @@
 
 #include "l3.h"
 
+#define ND_FIRST 130 /* multicast listener query; up to redirect, all is for one link */
+#define ND_LAST 137
+#define ND_LISTENER_REPORT 143
 #define ND_SOLICITATION 135
 #define ND_ADVERTISEMENT 136
 #define ND_HOP_LIMIT 255
@@ -63,15 +66,44 @@ static __always_inline __sum16 nd_checksum(struct nd_frame *frame)
 	return ~sum;
 }
 
-/* neighbour_answer sends a solicitation for the gateway back as the advertisement; it returns 0 for what is no
- * such thing. */
+/* nd_type returns the type of an ICMPv6 message that is for a link alone (neighbour discovery, router
+ * discovery, multicast listeners), 0 for everything else.  Listeners' reports come behind a hop-by-hop
+ * header. */
+static __always_inline __u8 nd_type(struct __sk_buff *ctx)
+{
+	const struct ipv6hdr *ip = packet_at(ctx, ETH_HLEN, sizeof(*ip));
+	__u32 off = IPV6_BEHIND;
+	const __u8 *next;
+	__u8 proto;
+
+	if (!ip)
+		return 0;
+	proto = ip->nexthdr;
+	if (proto == IPV6_NEXT_HOP_BY_HOP) {
+		next = packet_at(ctx, off, sizeof(struct ipv6_extension));
+		if (!next || next[1])
+			return 0;
+		proto = next[0];
+		off += sizeof(struct ipv6_extension);
+	}
+	next = packet_at(ctx, off, 1);
+	if (proto != ICMP_PROTOCOL || !next)
+		return 0;
+	return (*next >= ND_FIRST && *next <= ND_LAST) || *next == ND_LISTENER_REPORT ? *next : 0;
+}
+
+/* neighbour_answer sends a solicitation for the gateway back as the advertisement.  What else is for a link
+ * alone ends here, uncounted: there is nobody else on it, and systems say such things by themselves.
+ * 0: this is none of it. */
 SEPARATE int neighbour_answer(struct __sk_buff *ctx)
 {
 	struct nd_frame *frame = packet_at(ctx, 0, sizeof(*frame));
 	union address gateway;
 
-	if (!frame || !nd_asks_for_gateway(frame))
+	if (!nd_type(ctx))
 		return 0;
+	if (!frame || !nd_asks_for_gateway(frame))
+		return TC_ACT_SHOT;
 	gateway = frame->nd.target;
 	memcpy(&frame->ip.daddr, &frame->ip.saddr, sizeof(gateway));
 	memcpy(&frame->ip.saddr, &gateway, sizeof(gateway));
@@ -83,4 +115,17 @@ SEPARATE int neighbour_answer(struct __sk_buff *ctx)
 	copy_mac(frame->eth.h_source, config.host_mac);
 	frame->nd.checksum = nd_checksum(frame);
 	return bpf_redirect(ctx->ifindex, 0);
+}
+
+/* neighbour_pass says what becomes of a packet for the endpoint that is for a link alone: our answers pass,
+ * what the host's kernel says by itself does not.  0: this is none. */
+static __always_inline int neighbour_pass(struct __sk_buff *ctx)
+{
+	struct addresses ends;
+
+	if (!nd_type(ctx))
+		return 0;
+	if (l3_addresses(ctx, &ends) < 0 || !l3_equal(&ends.source, &config.gateway))
+		return TC_ACT_SHOT;
+	return NEIGHBOUR_PASSES;
 }

@@ -25,7 +25,8 @@ HEADERS = (
 )
 _HERE = "cli.commands.endpoint"
 
-REFERENCE_HELP = """An endpoint is its number, or container-name:NAME, container-id:PREFIX, ipv4:ADDRESS."""
+REFERENCE_HELP = """An endpoint is its number, or container-name:NAME, container-id:PREFIX, ipv4:ADDRESS,
+ipv6:ADDRESS."""
 
 
 @click.group(

@@ -109,7 +109,8 @@ def monitor(info: Json) -> str:
 def ipam(info: Json) -> str:
     if not info["pool"]:
         return NOT_KNOWN
-    return f"IPv4: {info['used']}/{info['used'] + info['available']} allocated from {info['pool']}"
+    text = f"IPv4: {info['used']}/{info['used'] + info['available']} allocated from {info['pool']}"
+    return f"{text}, IPv6: {info['pool6']}" if info.get("pool6") else text
 
 
 def controllers(all_: list[Json]) -> str:

@@ -13,6 +13,7 @@ import pytest
 
 from agent import publish
 from agent.endpoint import Endpoint, macs_of
+from agent.pool import Pool
 from core.table import Table
 from datapath.devices import host_name, temporary_name
 from identity.allocator import Allocator
@@ -78,9 +79,8 @@ class Life:
             name=node,
             cluster="default",
             cluster_id=0,
-            node_ip=IPv4Address(NODE_IP),
-            router=IPv4Address("10.50.0.1"),
-            pool=IPv4Network("10.50.0.0/24"),
+            node_ips=(NODE_IP,),
+            pool=Pool(IPv4Network("10.50.0.0/24")),
         )
 
     def has(self, number: int, identity: int) -> None:

@@ -60,8 +60,8 @@ class Host:
             programs.maps.lxc,
             programs,
             configured_devices=devices,
-            pool=pool,
-            router=router,
+            pools=(pool,),
+            routers=(router,),
         )
 
     def add_nic(self) -> None:

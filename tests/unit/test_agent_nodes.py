@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network
 
 from agent import ipcache
 from agent.ipcache import IpTable, Record
 from agent.nodes import follow_nodes
 from agent.options import OPTIONS
+from agent.pool import Pool
 from agent.publish import node_record
 from core.options import load
 from core.table import Table
@@ -27,9 +28,8 @@ def record(name: str, node_ip: str = "10.9.9.9", router: str = "10.60.0.1") -> N
         name=name,
         cluster="default",
         cluster_id=0,
-        node_ip=IPv4Address(node_ip),
-        router=IPv4Address(router),
-        pool=IPv4Network("10.60.0.0/16"),
+        node_ips=(node_ip,),
+        pool=Pool(IPv4Network(f"{router}/16", strict=False)),
     )
 
 
