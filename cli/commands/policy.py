@@ -202,12 +202,16 @@ def get(
     epilog=examples(
         "holdfast policy delete allow-web",
         "holdfast policy delete --local web",
+        "holdfast policy delete -l team=shop",
         "holdfast policy delete --all",
     )
 )
 @click.argument("names", nargs=-1)
 @click.option(
     "--all", "everything", is_flag=True, help="Every policy in etcd, or with --local in the directory."
+)
+@click.option(
+    "-l", "--label", "labels", multiple=True, help="The policies whose rules have this label; repeatable."
 )
 @click.option("--local", is_flag=True, help="From this host's directory, through its agent.")
 @click.option("-f", "--force", is_flag=True, help="Do not ask.")
@@ -218,26 +222,50 @@ def delete(
     settings: Settings,
     names: tuple[str, ...],
     everything: bool,
+    labels: tuple[str, ...],
     local: bool,
     force: bool,
     etcd_config: Path | None,
     output: str | None,
 ) -> None:
-    """Take policies back, by name.  Endpoints that no policy selects any more allow everything."""
-    if bool(names) == everything:
-        raise click.UsageError("give either names or --all")
+    """Take policies back, by name or by the labels of their rules.
+
+    Endpoints that no policy selects any more allow everything.
+    """
+    if [bool(names), bool(labels), everything].count(True) != 1:
+        raise click.UsageError("give names, or --label, or --all")
     if everything and not force:
         ask("Delete all policies? Where none is left, everything is allowed.")
     if local:
-        names = names or tuple(each["name"] for each in known_policies(settings) if each["source"] == "local")
+        names = names or _local_names(settings, labels)
         for name in names:
             settings.agent().request("DELETE", api_path("policy", *name.split("/")))
     else:
         from cli.policy_store import delete_all
 
+        names = names or _stored_names(etcd_config, labels)
         names = tuple(with_client(etcd_config, lambda client: delete_all(client, names), writes=True))
     results = [{"name": name, "change": "deleted"} for name in names]
     print_done(output, results, *(f"{name}: deleted" for name in names))
+
+
+def _local_names(settings: Settings, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the policies of this host's directory that have all `labels`: every one without labels."""
+    local = [each for each in known_policies(settings) if each["source"] == "local"]
+    return _with_labels(local, labels) if labels else tuple(each["name"] for each in local)
+
+
+def _stored_names(etcd_config: Path | None, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the policies in etcd that have all `labels`; none, which means all, without labels."""
+    from cli.policy_store import stored
+
+    return _with_labels(with_client(etcd_config, stored)["policies"], labels) if labels else ()
+
+
+def _with_labels(policies: list[Json], labels: tuple[str, ...]) -> tuple[str, ...]:
+    from cli.policy_labels import named_by_labels
+
+    return named_by_labels(policies, labels)
 
 
 @click.command(

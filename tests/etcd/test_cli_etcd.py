@@ -90,6 +90,35 @@ def test_delete_all(config: Path) -> None:
     assert gone == [{"name": name, "change": "deleted"} for name in "ab"]
 
 
+def test_delete_by_labels(config: Path) -> None:
+    """Every rule of a policy must have them all; without a source a label is meant with any."""
+    labelled = {
+        "mine": ["k8s:team=shop", "tier=1"],
+        "also": ["team=shop", "tier=1"],
+        "other": ["team=shop", "tier=2"],
+        "none": [],
+    }
+    for name, labels in labelled.items():
+        rule = json.dumps([{**json.loads(RULE)[0], "labels": labels}])
+        assert holdfast(config, "policy", "apply", "-f", "-", "--name", name, stdin=rule)[0] == 0
+    delete = ["policy", "delete", "-l"]
+    assert holdfast(config, *delete, "team=nobody")[0] == 4
+    assert holdfast(config, *delete, "team=shop", "other")[0] == 2
+    assert holdfast(config, *delete, "te;am")[0] == 2
+    assert holdfast(config, *delete, "team=shop", "-l", "tier=1")[1] == "also: deleted\nmine: deleted\n"
+    assert holdfast(config, *delete, "k8s:team=shop")[0] == 4
+    stored = json.loads(holdfast(config, "policy", "get", "--etcd", "-o", "json")[1])
+    assert [each["name"] for each in stored["policies"]] == ["none", "other"]
+
+
+def test_delete_by_labels_takes_no_policy_apart(config: Path) -> None:
+    rules = json.dumps([{**json.loads(RULE)[0], "labels": ["team=shop"]}, json.loads(RULE)[0]])
+    assert holdfast(config, "policy", "apply", "-f", "-", "--name", "mixed", stdin=rules)[0] == 0
+    code, _, errors = holdfast(config, "policy", "delete", "-l", "team=shop")
+    assert (code, "1 of the 2 rules of policy mixed" in errors) == (1, True)
+    assert holdfast(config, "policy", "get", "--etcd", "mixed")[0] == 0
+
+
 def test_kvstore_verbs(config: Path) -> None:
     written = json.loads(holdfast(config, "kvstore", "set", "test/a", "1", "-o", "json")[1])
     assert (written["key"], written["revision"] > 1) == ("test/a", True)

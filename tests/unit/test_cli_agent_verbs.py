@@ -203,6 +203,15 @@ def test_policy_delete_all_asks_and_no_terminal_means_no(agent: Serving) -> None
     assert not agent.view.local
 
 
+def test_policy_delete_by_labels_of_this_host(agent: Serving) -> None:
+    labelled = json.dumps([{**json.loads(RULE)[0], "labels": ["team=shop"]}])
+    agent.view.local.update({"mine": labelled, "other": RULE})
+    gone = run("policy", "delete", "--local", "-l", "team=shop", socket=agent.path)
+    assert (gone.stdout, gone.stderr) == ("mine: deleted\n", "")
+    assert agent.view.local.keys() == {"other"}
+    assert run("policy", "delete", "--local", "-l", "team=shop", socket=agent.path).returncode == 4
+
+
 def test_policy_wait(agent: Serving) -> None:
     assert run("policy", "wait", "3", socket=agent.path).stdout.startswith("Every endpoint is at revision 3")
     assert json.loads(run("policy", "wait", "3", "-o", "json", socket=agent.path).stdout) == {"revision": 3}
