@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from loguru import logger
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -12,8 +12,12 @@ from prometheus_client.registry import Collector
 from agent.programs import HostMaps
 from core.errors import HoldfastError
 from core.metrics import DROP_BYTES, DROP_COUNT, FORWARD_BYTES, FORWARD_COUNT, MAP_PRESSURE
+from datapath.mapspec import policy_map_name
 from datapath.reasons import direction_name, reason_name
 from datapath.records import MetricsKey, MetricsValue
+
+# A policy map has a series of its own from this fill level.
+POLICY_THRESHOLD = 0.1
 
 Family = CounterMetricFamily | GaugeMetricFamily
 
@@ -21,11 +25,13 @@ Family = CounterMetricFamily | GaugeMetricFamily
 class MapCollector(Collector):
     """Reads cilium_metrics, and cilium_lxc and cilium_ipcache as a whole, at each scrape.
 
-    That is a tenth of a second for 300 000 addresses: scrape in a thread.  Only maps are touched here.
+    That is a tenth of a second for 300 000 addresses: scrape in a thread.  Only maps are touched here, and
+    `policies`, which returns what endpoints' policies need of their maps; it must be safe in a thread.
     """
 
-    def __init__(self, maps: HostMaps) -> None:
+    def __init__(self, maps: HostMaps, policies: Callable[[], Mapping[int, float]]) -> None:
         self._maps = maps
+        self._policies = policies
 
     def collect(self) -> Iterable[Family]:
         try:
@@ -38,6 +44,10 @@ class MapCollector(Collector):
         family = GaugeMetricFamily(*MAP_PRESSURE[:2], labels=MAP_PRESSURE.labels)
         for each in (self._maps.lxc, self._maps.ipcache):
             family.add_metric([each.name], each.pressure())
+        for endpoint_id, level in self._policies().items():
+            # As in Cilium: hundreds of maps that are nearly empty are no news.
+            if level > POLICY_THRESHOLD:
+                family.add_metric([policy_map_name(endpoint_id)], level)
         return family
 
 

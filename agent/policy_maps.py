@@ -18,6 +18,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from loguru import logger
+
 from core import metrics
 from core.errors import HoldfastError
 from core.reconciler import Reconciler
@@ -53,6 +55,9 @@ class PolicyMaps:
         # Endpoint → what changed since the map was last written; None: compare the whole map.
         self._changes: dict[int, MapChange | None] = {}
         self._revision = 0
+        # Endpoint → what its policy needs of what the map holds; above 1 it keeps the last that fitted.
+        self.pressure: Mapping[int, float] = {}
+        self._overflows: set[int] = set()
         self.opened = asyncio.Event()
         self.waiting_since = time.monotonic()
         self.reconciler: Reconciler[int, int] = Reconciler("policy-maps", self.table, self)
@@ -66,7 +71,7 @@ class PolicyMaps:
         if self.is_open:
             return
         self.opened.set()
-        self.engine.take_changes()
+        self._take_changes()
         for endpoint_id in self._wanted:
             self._want(endpoint_id, None)
         self._source.mark_in_sync()
@@ -83,6 +88,8 @@ class PolicyMaps:
         """Forget an endpoint; its map is emptied and unpinned by whoever removes its programs."""
         self._wanted.discard(endpoint_id)
         self.engine.delete_endpoint(endpoint_id)
+        self._overflows.discard(endpoint_id)
+        self.pressure = {each: level for each, level in self.pressure.items() if each != endpoint_id}
         self._changes.pop(endpoint_id, None)
         self._source.delete(endpoint_id)
 
@@ -90,9 +97,22 @@ class PolicyMaps:
         """Hand what changed in the engine to the reconciler."""
         if not self.is_open:
             return
-        for endpoint_id, change in self.engine.take_changes().items():
+        for endpoint_id, change in self._take_changes().items():
             self._want(endpoint_id, change)
         metrics.POLICY_REVISION.set(self.engine.revision)
+
+    def _take_changes(self) -> dict[int, MapChange]:
+        """Return the engine's changes, and say which endpoints' policies stopped or began to fit."""
+        changes = self.engine.take_changes()
+        errors = self.engine.errors()
+        for endpoint_id in errors.keys() - self._overflows:
+            logger.error("{}", errors[endpoint_id])
+        for endpoint_id in self._overflows - errors.keys():
+            logger.info("the policy of endpoint {} fits into its map again", endpoint_id)
+        if changes or errors or self._overflows:
+            self.pressure = {each: size / self.engine.limit for each, size in self.engine.sizes().items()}
+        self._overflows = set(errors)
+        return changes
 
     def _want(self, endpoint_id: int, change: MapChange | None) -> None:
         if endpoint_id not in self._wanted:

@@ -104,8 +104,8 @@ def _policy(parts: Parts, each: Endpoint) -> models.EndpointPolicy:
     overflow = engine.errors().get(each.id)
     return models.EndpointPolicy(
         policy_enabled=_enabled(enforced.ingress, enforced.egress),
-        # What is not in the map yet belongs to the newest revision.
-        policy_revision=engine.revision - (status.kind is not Kind.DONE),
+        # What is not in the map yet, or does not fit into it, belongs to the newest revision.
+        policy_revision=engine.revision - (status.kind is not Kind.DONE or overflow is not None),
         map_entries=entries,
         error=str(overflow) if overflow else status.error if status.kind is Kind.ERROR else "",
     )

@@ -39,7 +39,7 @@ def start(parts: Parts, supervisor: Supervisor) -> None:
     restored = parts.endpoints.restore()
     if parts.driver is not None:
         parts.driver.restore()
-    metrics.REGISTRY.register(MapCollector(parts.programs.maps))
+    metrics.REGISTRY.register(MapCollector(parts.programs.maps, lambda: parts.policy_maps.pressure))
     logger.info("{} endpoints restored, pool {}, node {}", restored, parts.node.pool, parts.node.name)
     for name, main in _tasks(parts).items():
         supervisor.start(name, main)

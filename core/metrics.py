@@ -131,7 +131,10 @@ DROP_BYTES = _described("counter", "cilium_drop_bytes_total", "Bytes dropped", (
 FORWARD_COUNT = _described("counter", "cilium_forward_count_total", "Packets forwarded", ("direction",))
 FORWARD_BYTES = _described("counter", "cilium_forward_bytes_total", "Bytes forwarded", ("direction",))
 MAP_PRESSURE = _described(
-    "gauge", "cilium_bpf_map_pressure", "Fill level of a BPF map, 0 to 1", ("map_name",)
+    "gauge",
+    "cilium_bpf_map_pressure",
+    "Fill level of a BPF map, 0 to 1; above 1: a policy that does not fit, the last one that did is in force",
+    ("map_name",),
 )
 
 _HEAD = """\

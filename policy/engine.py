@@ -230,6 +230,11 @@ class PolicyEngine:
             if change:
                 changes[endpoint_id] = change
 
+    def sizes(self) -> dict[int, int]:
+        """Return how many entries the policy of each endpoint needs, as far as it was looked at: what fits
+        and what does not."""
+        return {endpoint_id: endpoint.policy.size for endpoint_id, endpoint in self._endpoints.items()}
+
     def errors(self) -> Mapping[int, PolicyMapOverflow]:
         """Return the endpoints whose policy did not fit when changes were last taken (a copy)."""
         return dict(self._errors)

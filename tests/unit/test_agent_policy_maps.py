@@ -11,13 +11,14 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loguru import logger
 
 from agent.policy_maps import PolicyMaps, merge
 from datapath.errors import DatapathError
 from identity.labels import Labels
 from policy.engine import PolicyEngine
 from policy.language import parse_policies
-from policy.model import Direction, MapChange, Policy, PolicyEntry, PolicyKey
+from policy.model import MAX_ENTRIES, Direction, MapChange, Policy, PolicyEntry, PolicyKey
 
 WEB, DB, CLIENT = (Labels.parse(f"container:app={name};") for name in ("web", "db", "client"))
 ALLOW_CLIENT = """
@@ -62,9 +63,9 @@ class ModelMaps:
 
 
 class Host:
-    def __init__(self) -> None:
+    def __init__(self, limit: int = MAX_ENTRIES) -> None:
         self.kernel = ModelMaps()
-        self.engine = PolicyEngine()
+        self.engine = PolicyEngine(limit=limit)
         self.maps = PolicyMaps(self.engine, self.kernel)
         self.engine.upsert_identity(300, WEB)
         self.engine.upsert_identity(301, CLIENT)
@@ -83,9 +84,9 @@ def parsed(text: str) -> Policy:
     return policy
 
 
-def run(test: Callable[[Host], Coroutine[Any, Any, None]]) -> None:
+def run(test: Callable[[Host], Coroutine[Any, Any, None]], limit: int = MAX_ENTRIES) -> None:
     async def main() -> None:
-        host = Host()
+        host = Host(limit)
         task = asyncio.create_task(host.maps.reconciler.run())
         try:
             await asyncio.wait_for(test(host), 20)
@@ -262,3 +263,39 @@ async def act(host: Host, verb: str, argument: str, wanted: set[int]) -> None:
     else:
         await asyncio.sleep(0.001)
     host.maps.flush()
+
+
+def test_overflow_keeps_the_last_map_and_is_loud() -> None:
+    """Endpoint 1's policy stops to fit and fits again; endpoint 2 goes on."""
+
+    async def story(host: Host) -> None:
+        host.maps.open_gate()
+        host.policy(ALLOW_CLIENT)
+        for endpoint, labels in ((1, WEB), (2, DB)):
+            host.maps.add_endpoint(endpoint, labels)
+        await host.idle()
+        fitted = dict(host.kernel.maps[1])
+        assert len(fitted) == 2
+        said: list[str] = []
+        sink = logger.add(said.append, format="{level} {message}")
+        host.engine.upsert_identity(302, CLIENT)
+        host.maps.flush()
+        host.maps.flush()
+        await host.idle()
+        assert host.kernel.maps[1] == fitted
+        assert dict(host.maps.pressure) == {1: 1.5, 2: 1.0}
+        host.engine.delete_identity(301)
+        host.maps.flush()
+        await host.idle()
+        logger.remove(sink)
+        assert PolicyKey(302, 0, 0, Direction.INGRESS) in host.kernel.maps[1]
+        assert PolicyKey(301, 0, 0, Direction.INGRESS) not in host.kernel.maps[1]
+        assert dict(host.maps.pressure) == {1: 1.0, 2: 1.0}
+        host.maps.remove_endpoint(1)
+        assert host.maps.pressure.keys() == {2}
+        assert [line.split(";")[0].strip() for line in said] == [
+            "ERROR the policy of endpoint 1 needs 3 map entries, its map holds 2",
+            "INFO the policy of endpoint 1 fits into its map again",
+        ]
+
+    run(story, limit=2)
