@@ -129,39 +129,45 @@ class LabelIndex(Generic[K]):
 class SelectorIndex(Generic[T]):
     """Selectors with something attached to each, found by labels.
 
-    Each selector stands under one of its requirements that can only hold when a label is there.
+    Each selector stands under one of its requirements that can only hold when a label is there: that under
+    which fewest stand, so that of a hundred selectors "app=shop, service=…" one is looked at and not all.
     """
 
     def __init__(self) -> None:
         self._values: dict[tuple[str, str], dict[Selector, T]] = {}
         self._keys: dict[str, dict[Selector, T]] = {}
         self._rest: dict[Selector, T] = {}
+        self._anchors: dict[Selector, Requirement] = {}
 
     def add(self, selector: Selector, item: T) -> None:
         """Attach `item` to `selector`, which must not be here."""
-        anchor = _anchor(selector)
+        anchor = min((each for each in selector.requirements if each.positive), key=self._crowd, default=None)
         if anchor is None:
             self._rest[selector] = item
-        elif anchor.source == CIDR:
-            self._values.setdefault((_PREFIXES, anchor.key), {})[selector] = item
-        elif anchor.operator is Operator.EXISTS:
+            return
+        self._anchors[selector] = anchor
+        if _any_value(anchor):
             self._keys.setdefault(anchor.key, {})[selector] = item
-        else:
-            for value in anchor.values:
-                self._values.setdefault((anchor.key, value), {})[selector] = item
+        for term in _terms(anchor):
+            self._values.setdefault(term, {})[selector] = item
 
     def remove(self, selector: Selector) -> None:
         """Remove `selector`, which must be here."""
-        anchor = _anchor(selector)
+        anchor = self._anchors.pop(selector, None)
         if anchor is None:
             del self._rest[selector]
-        elif anchor.source == CIDR:
-            _drop(self._values, (_PREFIXES, anchor.key), selector)
-        elif anchor.operator is Operator.EXISTS:
+            return
+        if _any_value(anchor):
             _drop(self._keys, anchor.key, selector)
-        else:
-            for value in anchor.values:
-                _drop(self._values, (anchor.key, value), selector)
+        for term in _terms(anchor):
+            _drop(self._values, term, selector)
+
+    def _crowd(self, requirement: Requirement) -> tuple[bool, int]:
+        """Return what decides where a selector is looked for: a key alone is met by most labels."""
+        if _any_value(requirement):
+            return True, len(self._keys.get(requirement.key, ()))
+        terms = _terms(requirement)
+        return False, len(terms) + sum(len(self._values.get(term, ())) for term in terms)
 
     def find(self, labels: Labels) -> list[T]:
         """Return what is attached to the selectors that select `labels`."""
@@ -184,10 +190,16 @@ def _any_source(requirement: Requirement) -> bool:
     return requirement.source in (ANY, CIDR)
 
 
-def _anchor(selector: Selector) -> Requirement | None:
-    """Return the requirement to look `selector` up by: the one that fewest labels are likely to meet."""
-    positive = [each for each in selector.requirements if each.positive]
-    return min(positive, key=lambda each: len(each.values) or 1_000, default=None)
+def _any_value(requirement: Requirement) -> bool:
+    """True if any label with the key meets it.  (A prefix's key is indexed as a value.)"""
+    return requirement.operator is Operator.EXISTS and requirement.source != CIDR
+
+
+def _terms(requirement: Requirement) -> list[tuple[str, str]]:
+    """Return the keys and values that a positive requirement may be met by; none if by any value."""
+    if requirement.source == CIDR:
+        return [(_PREFIXES, requirement.key)]
+    return [(requirement.key, value) for value in requirement.values]
 
 
 def _drop(buckets: dict[K, dict[Selector, T]], key: K, selector: Selector) -> None:
