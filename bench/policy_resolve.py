@@ -170,6 +170,7 @@ def main() -> None:
     engine = prepared(policies)
     if "--profile" in sys.argv:
         profile(engine)
+        profile_cold(policies)
         return
     harness.emit("policy_resolve_warm_ms", median_ms(warm(engine)), "ms", ROUNDS)
     harness.emit("policy_resolve_cold_ms", median_ms(cold(policies)), "ms", ROUNDS)
@@ -193,7 +194,7 @@ def warm_entries(engine: PolicyEngine) -> int:
 
 
 def profile(engine: PolicyEngine) -> None:
-    """Print where a warm resolution spends its time."""
+    """Print where a resolution of known selectors spends its time."""
     profiler = cProfile.Profile()
     for number in range(50):
         engine.upsert_endpoint(1, Labels.of({"app": "subject", "copy": str(number)}))
@@ -201,6 +202,20 @@ def profile(engine: PolicyEngine) -> None:
         engine.map_state(1)
         profiler.disable()
         engine.delete_endpoint(1)
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(15)
+
+
+def profile_cold(policies: list[Policy]) -> None:
+    """Print where the way from parsed rules to the map spends its time."""
+    profiler = cProfile.Profile()
+    for _ in range(5):
+        engine = engine_with_identities()
+        profiler.enable()
+        for policy in policies:
+            engine.upsert_policy(policy)
+        engine.upsert_endpoint(1, ENDPOINT)
+        engine.map_state(1)
+        profiler.disable()
     pstats.Stats(profiler).sort_stats("tottime").print_stats(15)
 
 
