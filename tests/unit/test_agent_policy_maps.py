@@ -7,13 +7,18 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loguru import logger
 
+from agent.api import models
+from agent.endpoint import Endpoint
+from agent.parts import Parts
 from agent.policy_maps import PolicyMaps, merge
+from agent.report_endpoints import _policy
 from datapath.errors import DatapathError
 from identity.labels import Labels
 from policy.engine import PolicyEngine
@@ -265,6 +270,12 @@ async def act(host: Host, verb: str, argument: str, wanted: set[int]) -> None:
     host.maps.flush()
 
 
+def shown(host: Host, endpoint_id: int) -> models.EndpointPolicy:
+    """Return what `endpoint get` and `policy wait` are told."""
+    parts = cast(Parts, SimpleNamespace(policy_maps=host.maps))
+    return _policy(parts, cast(Endpoint, SimpleNamespace(id=endpoint_id)))
+
+
 def test_overflow_keeps_the_last_map_and_is_loud() -> None:
     """Endpoint 1's policy stops to fit and fits again; endpoint 2 goes on."""
 
@@ -284,6 +295,13 @@ def test_overflow_keeps_the_last_map_and_is_loud() -> None:
         await host.idle()
         assert host.kernel.maps[1] == fitted
         assert dict(host.maps.pressure) == {1: 1.5, 2: 1.0}
+        late, current = (shown(host, endpoint) for endpoint in (1, 2))
+        assert (late.policy_revision, current.policy_revision) == (
+            host.engine.revision - 1,
+            host.engine.revision,
+        ), "policy wait takes an old map for the new policy"
+        assert "needs 3 map entries" in late.error
+        assert late.map_entries == 2
         host.engine.delete_identity(301)
         host.maps.flush()
         await host.idle()
