@@ -25,8 +25,8 @@ def element(direction: str, *, of: Rule | None = None, **peers: Any) -> Rule:
     return {f"{prefix}{_PEERS[name]}": value for name, value in peers.items()} | dict(of or {})
 
 
-def on(protocol: str, port: int = PORTS[0]) -> Rule:
-    """What an element says of a protocol: a port of TCP or UDP, ICMP's echo request."""
+def on(protocol: str, port: int | str = PORTS[0]) -> Rule:
+    """What an element says of a protocol: a port of TCP or UDP (its number or name), ICMP's echo request."""
     if protocol == "ICMP":
         return {"icmps": [{"fields": [{"family": "IPv4", "type": 8}]}]}
     return {"toPorts": [{"ports": [{"port": str(port), "protocol": protocol}]}]}
