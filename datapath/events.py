@@ -22,6 +22,8 @@ _HEADER = struct.Struct("=BBHIIHH")  # type, subtype, source, hash, original len
 _DROP = struct.Struct("=IIII")
 _TRACE = struct.Struct("=IIHBBI16s")
 _VERDICT = struct.Struct("=IiHBBI")
+_DROP_SIZE, _TRACE_SIZE, _VERDICT_SIZE = (_HEADER.size + body.size for body in (_DROP, _TRACE, _VERDICT))
+_NO_ADDRESS = bytes(16)
 
 
 class Header(NamedTuple):
@@ -30,6 +32,11 @@ class Header(NamedTuple):
     endpoint: int
     flow: int  # the kernel's hash of the 5-tuple
     length: int
+
+
+def _sides(speaker: int, receiver: int) -> tuple[int, int]:
+    """Return sender and receiver: a receiver's own program does not know which endpoint sent."""
+    return (0 if speaker == receiver else speaker, receiver)
 
 
 class DropEvent(NamedTuple):
@@ -41,6 +48,15 @@ class DropEvent(NamedTuple):
     destination_identity: int
     destination_endpoint: int
     packet: bytes
+
+    @property
+    def kind(self) -> str:
+        return "drop"
+
+    @property
+    def endpoints(self) -> tuple[int, int]:
+        """The sender's and the receiver's id, 0 for none of this host."""
+        return _sides(self.header.endpoint, self.destination_endpoint)
 
 
 class TraceEvent(NamedTuple):
@@ -57,6 +73,15 @@ class TraceEvent(NamedTuple):
     original_ip: str
     packet: bytes
 
+    @property
+    def kind(self) -> str:
+        return "trace"
+
+    @property
+    def endpoints(self) -> tuple[int, int]:
+        """The sender's and the receiver's id, 0 for none of this host."""
+        return _sides(self.header.endpoint, self.destination_endpoint)
+
 
 class VerdictEvent(NamedTuple):
     """Policy decided about a new connection: `verdict` 0 allow, negative a drop reason, positive a proxy."""
@@ -71,6 +96,16 @@ class VerdictEvent(NamedTuple):
     match: int
     audited: bool
     packet: bytes
+
+    @property
+    def kind(self) -> str:
+        return "policy-verdict"
+
+    @property
+    def endpoints(self) -> tuple[int, int]:
+        """The sender's and the receiver's id, 0 for none of this host."""
+        own = self.header.endpoint
+        return (0, own) if self.direction == INGRESS else (own, 0)
 
 
 Event = DropEvent | TraceEvent | VerdictEvent
@@ -106,37 +141,29 @@ def decode_many(records: Iterable[bytes]) -> tuple[list[Event], int]:
     return events, refused
 
 
-def _payload(data: bytes, at: int, captured: int) -> bytes:
-    """Return the captured bytes; the record may have more room than that."""
-    return bytes(data[at : at + captured])
-
-
 def _drop(header: Header, reason: int, data: bytes, captured: int) -> DropEvent:
     source, destination, endpoint, _ = _DROP.unpack_from(data, _HEADER.size)
-    packet = _payload(data, _HEADER.size + _DROP.size, captured)
-    return DropEvent(header, reason, source, destination, endpoint, packet)
+    return DropEvent(header, reason, source, destination, endpoint, data[_DROP_SIZE : _DROP_SIZE + captured])
 
 
 def _trace(header: Header, point: int, data: bytes, captured: int) -> TraceEvent:
     source, destination, endpoint, state, bits, ifindex, ip = _TRACE.unpack_from(data, _HEADER.size)
     ipv6 = bool(bits & 1)
-    original = unpack_address(FAMILY6 if ipv6 else FAMILY4, ip)
-    packet = _payload(data, _HEADER.size + _TRACE.size, captured)
-    return TraceEvent(header, point, source, destination, endpoint, state, ipv6, ifindex, original, packet)
+    packet = data[_TRACE_SIZE : _TRACE_SIZE + captured]
+    return TraceEvent(
+        header, point, source, destination, endpoint, state, ipv6, ifindex, _original(ipv6, ip), packet
+    )
+
+
+def _original(ipv6: bool, ip: bytes) -> str:
+    """Return the address a packet had before translation; of most it was none."""
+    if ip == _NO_ADDRESS:
+        return "::" if ipv6 else "0.0.0.0"
+    return unpack_address(FAMILY6 if ipv6 else FAMILY4, ip)
 
 
 def _verdict(header: Header, data: bytes, captured: int) -> VerdictEvent:
     remote, verdict, port, protocol, flags, _ = _VERDICT.unpack_from(data, _HEADER.size)
-    packet = _payload(data, _HEADER.size + _VERDICT.size, captured)
-    return VerdictEvent(
-        header,
-        remote,
-        verdict,
-        port,
-        protocol,
-        direction=flags & 3,
-        ipv6=bool(flags & 4),
-        match=flags >> 3 & 7,
-        audited=bool(flags & 0x40),
-        packet=packet,
-    )
+    direction, ipv6, match, audited = flags & 3, bool(flags & 4), flags >> 3 & 7, bool(flags & 0x40)
+    packet = data[_VERDICT_SIZE : _VERDICT_SIZE + captured]
+    return VerdictEvent(header, remote, verdict, port, protocol, direction, ipv6, match, audited, packet)

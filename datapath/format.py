@@ -46,11 +46,10 @@ def _drop(event: DropEvent, packet: Packet) -> Described:
         f"identity {event.source_identity}->{event.destination_identity}: {packet.summary}"
     )
     return Described(
-        "drop",
+        event.kind,
         line,
         reason,
-        event.header.endpoint,
-        event.destination_endpoint,
+        *event.endpoints,
         event.source_identity,
         event.destination_identity,
         {"reason_code": event.reason, **_common(event, packet)},
@@ -67,11 +66,10 @@ def _trace(event: TraceEvent, packet: Packet, device_name: DeviceName) -> Descri
         f"ifindex {device} orig-ip {event.original_ip}: {packet.summary}"
     )
     return Described(
-        "trace",
+        event.kind,
         line,
         point,
-        event.header.endpoint,
-        event.destination_endpoint,
+        *event.endpoints,
         event.source_identity,
         event.destination_identity,
         {"state": state, "ifindex": event.ifindex, "orig_ip": event.original_ip, **_common(event, packet)},
@@ -103,11 +101,8 @@ def _verdict(event: VerdictEvent, packet: Packet) -> Described:
         "verdict": event.verdict,
         **_common(event, packet),
     }
-    if ingress:
-        sides = (0, header.endpoint, event.remote_identity, 0)
-    else:
-        sides = (header.endpoint, 0, 0, event.remote_identity)
-    return Described("policy-verdict", line, action, *sides, details)
+    identities = (event.remote_identity, 0) if ingress else (0, event.remote_identity)
+    return Described(event.kind, line, action, *event.endpoints, *identities, details)
 
 
 def _action(event: VerdictEvent) -> str:
@@ -120,5 +115,5 @@ def _action(event: VerdictEvent) -> str:
 
 def _common(event: Event, packet: Packet) -> dict[str, Any]:
     """Return what every event says in JSON: the flow, the length, and the packet as far as it was seen."""
-    seen = {key: value for key, value in packet._asdict().items() if value}
+    seen = {key: value for key, value in zip(packet._fields, packet, strict=True) if value}
     return {"flow": f"{event.header.flow:#x}", "length": event.header.length, "packet": seen}

@@ -8,35 +8,60 @@ may carry less than the headers.  Called by: `datapath.format`.
 from __future__ import annotations
 
 import struct
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from datapath.addresses import unpack_ip
 
-_ETHERNET = struct.Struct("!6s6sH")
+_ETHERNET_SIZE = 14
 _IPV4 = struct.Struct("!BBHHHBBH4s4s")
 _IPV6 = struct.Struct("!IHBB16s16s")
 _PORTS = struct.Struct("!HH")
+_FRAGMENT = struct.Struct("!BBH")  # next header, reserved, offset and flags
 _ARP = struct.Struct("!HHBBH6s4s6s4s")
-_ETHERTYPES = {0x0800: "IPv4", 0x0806: "ARP", 0x86DD: "IPv6", 0x8100: "VLAN"}
+_IPV4_TYPE, _ARP_TYPE, _IPV6_TYPE = 0x0800, 0x0806, 0x86DD
+_ETHERTYPES = {_IPV4_TYPE: "IPv4", _ARP_TYPE: "ARP", _IPV6_TYPE: "IPv6", 0x8100: "VLAN"}
 _TCP_FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR")
-_PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6", 132: "sctp"}
-_WITH_PORTS = frozenset({6, 17, 132})
-_FRAGMENT_OFFSET = 0x1FFF
+_TCP, _ICMP, _ICMPV6 = 6, 1, 58
+_PROTOCOLS = {_ICMP: "icmp", _TCP: "tcp", 17: "udp", _ICMPV6: "icmpv6", 132: "sctp"}
+_WITH_PORTS = frozenset({_TCP, 17, 132})
+_FRAGMENT_OFFSET, _FRAGMENT6_OFFSET = 0x1FFF, 0xFFF8
+# The headers that the programs skip between IPv6 and transport, and the bytes a unit of their length is.
+_FRAGMENT_HEADER = 44
+_EXTENSIONS = {0: 8, 43: 8, _FRAGMENT_HEADER: 0, 51: 4, 60: 8}
 _ICMP_TYPES = {
     (1, 0): "EchoReply",
     (1, 3): "DestinationUnreachable",
+    (1, 4): "SourceQuench",
     (1, 5): "Redirect",
     (1, 8): "EchoRequest",
+    (1, 9): "RouterAdvertisement",
+    (1, 10): "RouterSolicitation",
     (1, 11): "TimeExceeded",
+    (1, 12): "ParameterProblem",
+    (1, 13): "TimestampRequest",
+    (1, 14): "TimestampReply",
     (58, 1): "DestinationUnreachable",
     (58, 2): "PacketTooBig",
     (58, 3): "TimeExceeded",
+    (58, 4): "ParameterProblem",
     (58, 128): "EchoRequest",
     (58, 129): "EchoReply",
+    (58, 130): "MulticastListenerQuery",
+    (58, 131): "MulticastListenerReport",
+    (58, 132): "MulticastListenerDone",
+    (58, 133): "RouterSolicitation",
+    (58, 134): "RouterAdvertisement",
     (58, 135): "NeighborSolicitation",
     (58, 136): "NeighborAdvertisement",
+    (58, 137): "Redirect",
+    (58, 143): "MulticastListenerReportV2",
 }
+
+_LATER_FRAGMENT = (0, 0, "fragment")  # ports and note
+
+# Few addresses speak at a time; 4096 of them are 0.6 MB.
+_address = lru_cache(4096)(unpack_ip)
 
 
 class Packet(NamedTuple):
@@ -58,10 +83,10 @@ class Packet(NamedTuple):
         if not self.source:
             kind = _ETHERTYPES.get(self.ethertype, f"ethertype {self.ethertype:#06x}")
             return " ".join(filter(None, (f"{self.source_mac} -> {self.destination_mac}", kind, self.note)))
-        name = _PROTOCOLS.get(self.protocol, f"protocol {self.protocol}")
-        words = f"{self._end(self.source, self.source_port)} -> "
-        words += f"{self._end(self.destination, self.destination_port)} {name}"
-        return f"{words} {self.note}".rstrip()
+        name = _PROTOCOLS.get(self.protocol) or f"protocol {self.protocol}"
+        source = self._end(self.source, self.source_port)
+        words = f"{source} -> {self._end(self.destination, self.destination_port)} {name}"
+        return f"{words} {self.note}" if self.note else words
 
     @staticmethod
     def _end(address: str, port: int) -> str:
@@ -72,42 +97,56 @@ class Packet(NamedTuple):
 
 def dissect(data: bytes) -> Packet:
     """Return what the first bytes of an Ethernet frame say.  Never raises."""
-    if len(data) < _ETHERNET.size:
+    if len(data) < _ETHERNET_SIZE:
         return Packet()
-    destination, source, ethertype = _ETHERNET.unpack_from(data)
-    packet = Packet(ethertype, source.hex(":"), destination.hex(":"))
-    rest = data[_ETHERNET.size :]
-    if ethertype == 0x0800 and len(rest) >= _IPV4.size:
-        return _ipv4(packet, rest)
-    if ethertype == 0x86DD and len(rest) >= _IPV6.size:
-        return _ipv6(packet, rest)
-    if ethertype == 0x0806 and len(rest) >= _ARP.size:
-        return _arp(packet, rest)
-    return packet
+    ethertype = data[12] << 8 | data[13]
+    macs = (data[6:12].hex(":"), data[:6].hex(":"))
+    rest = len(data) - _ETHERNET_SIZE
+    if ethertype == _IPV4_TYPE and rest >= _IPV4.size:
+        return _ipv4(data, macs)
+    if ethertype == _IPV6_TYPE and rest >= _IPV6.size:
+        return _ipv6(data, macs)
+    note = _arp(data) if ethertype == _ARP_TYPE and rest >= _ARP.size else ""
+    return Packet(ethertype, *macs, note=note)
 
 
-def _ipv4(packet: Packet, data: bytes) -> Packet:
-    first, _, _, _, fragment, _, protocol, _, source, destination = _IPV4.unpack_from(data)
-    packet = packet._replace(source=unpack_ip(source), destination=unpack_ip(destination), protocol=protocol)
-    if fragment & _FRAGMENT_OFFSET:
-        return packet._replace(note="fragment")
-    return _transport(packet, data[max((first & 15) * 4, _IPV4.size) :])
+def _ipv4(data: bytes, macs: tuple[str, str]) -> Packet:
+    first, _, _, _, fragment, _, protocol, _, source, destination = _IPV4.unpack_from(data, _ETHERNET_SIZE)
+    behind = _ETHERNET_SIZE + max((first & 15) * 4, _IPV4.size)
+    ends = _LATER_FRAGMENT if fragment & _FRAGMENT_OFFSET else _transport(protocol, data, behind)
+    return Packet(_IPV4_TYPE, macs[0], macs[1], _address(source), _address(destination), protocol, *ends)
 
 
-def _ipv6(packet: Packet, data: bytes) -> Packet:
-    _, _, protocol, _, source, destination = _IPV6.unpack_from(data)
-    packet = packet._replace(source=unpack_ip(source), destination=unpack_ip(destination), protocol=protocol)
-    return _transport(packet, data[_IPV6.size :])
+def _ipv6(data: bytes, macs: tuple[str, str]) -> Packet:
+    _, _, protocol, _, source, destination = _IPV6.unpack_from(data, _ETHERNET_SIZE)
+    protocol, behind = _extensions(protocol, data, _ETHERNET_SIZE + _IPV6.size)
+    ends = _transport(protocol, data, behind) if behind else _LATER_FRAGMENT
+    return Packet(_IPV6_TYPE, macs[0], macs[1], _address(source), _address(destination), protocol, *ends)
 
 
-def _transport(packet: Packet, data: bytes) -> Packet:
-    if packet.protocol in (1, 58) and data:
-        return packet._replace(note=_ICMP_TYPES.get((packet.protocol, data[0]), f"type {data[0]}"))
-    if packet.protocol not in _WITH_PORTS or len(data) < _PORTS.size:
-        return packet
-    source_port, destination_port = _PORTS.unpack_from(data)
-    note = _tcp_flags(data[13]) if packet.protocol == 6 and len(data) > 13 else ""
-    return packet._replace(source_port=source_port, destination_port=destination_port, note=note)
+def _extensions(protocol: int, data: bytes, at: int) -> tuple[int, int]:
+    """Return what follows IPv6's extension headers and where; 0 when this is a later fragment of it."""
+    # Each of them takes eight bytes at least, so the end of the bytes ends this.
+    while protocol in _EXTENSIONS and at + _FRAGMENT.size <= len(data):
+        header, unit = protocol, _EXTENSIONS[protocol]
+        protocol, length, offset = _FRAGMENT.unpack_from(data, at)
+        if header == _FRAGMENT_HEADER and offset & _FRAGMENT6_OFFSET:
+            return protocol, 0
+        at += 8 + length * unit
+    return protocol, at
+
+
+def _transport(protocol: int, data: bytes, at: int) -> tuple[int, int, str]:
+    """Return the ports and the note of the header at `at`, which may lie behind the end."""
+    room = len(data) - at
+    if protocol in _WITH_PORTS:
+        if room < _PORTS.size:
+            return (0, 0, "")
+        note = _tcp_flags(data[at + 13]) if protocol == _TCP and room > 13 else ""
+        return (*_PORTS.unpack_from(data, at), note)
+    if protocol in (_ICMP, _ICMPV6) and room > 0:
+        return (0, 0, _ICMP_TYPES.get((protocol, data[at])) or f"type {data[at]}")
+    return (0, 0, "")
 
 
 @cache
@@ -115,7 +154,7 @@ def _tcp_flags(bits: int) -> str:
     return ", ".join(name for bit, name in enumerate(_TCP_FLAGS) if bits >> bit & 1)
 
 
-def _arp(packet: Packet, data: bytes) -> Packet:
-    *_, operation, _, sender, _, target = _ARP.unpack_from(data)
+def _arp(data: bytes) -> str:
+    *_, operation, _, sender, _, target = _ARP.unpack_from(data, _ETHERNET_SIZE)
     verb = {1: "who has", 2: "answer to"}.get(operation, f"operation {operation} to")
-    return packet._replace(note=f"{verb} {unpack_ip(target)} from {unpack_ip(sender)}")
+    return f"{verb} {unpack_ip(target)} from {unpack_ip(sender)}"

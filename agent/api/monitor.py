@@ -12,12 +12,14 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from agent.api.models import MonitorEvent
+
+LOST = "lost"
 
 _encoder = msgspec.json.Encoder()
 
@@ -31,12 +33,15 @@ class MonitorFilter:
     destination: frozenset[int] = frozenset()
     related: frozenset[int] = frozenset()
 
-    def wants(self, event: MonitorEvent) -> bool:
+    def wants(self, kind: str, source: int, destination: int) -> bool:
+        """Tell by an event's type and endpoints.  Everybody is told of a loss: any may have been theirs."""
+        if kind == LOST:
+            return True
         return (
-            (not self.types or event.type in self.types)
-            and (not self.source or event.source in self.source)
-            and (not self.destination or event.destination in self.destination)
-            and (not self.related or not self.related.isdisjoint((event.source, event.destination)))
+            (not self.types or kind in self.types)
+            and (not self.source or source in self.source)
+            and (not self.destination or destination in self.destination)
+            and (not self.related or source in self.related or destination in self.related)
         )
 
 
@@ -78,7 +83,7 @@ class Listener:
 
 def _lost_line(number: int) -> bytes:
     summary = f"CPU 00: Lost {number} events: this reader is too slow"
-    event = MonitorEvent(time=time.time(), type="lost", summary=summary, details={"lost": number})
+    event = MonitorEvent(time=time.time(), type=LOST, summary=summary, details={"lost": number})
     return _encoder.encode(event) + b"\n"
 
 
@@ -97,16 +102,22 @@ class MonitorHub:
     def listeners(self) -> int:
         return len(self._listeners)
 
+    def readers(self, kind: str, source: int, destination: int) -> list[Listener]:
+        """Return who wants such an event, so that nobody says what nobody reads; the event counts as seen."""
+        self.seen += bool(self._listeners)
+        return [each for each in self._listeners if each.filter.wants(kind, source, destination)]
+
+    def hand(self, event: MonitorEvent, readers: Sequence[Listener]) -> None:
+        """Give one event to these.  Call from the loop; never blocks, never raises."""
+        line = _encoder.encode(event) + b"\n"
+        for listener in readers:
+            self.lost += not listener.offer(line)
+
     def publish(self, event: MonitorEvent) -> None:
-        """Hand one event to everybody who wants it.  Call from the loop; never blocks, never raises."""
-        if not self._listeners:
-            return
-        self.seen += 1
-        line = b""
-        for listener in self._listeners:
-            if listener.filter.wants(event):
-                line = line or _encoder.encode(event) + b"\n"
-                self.lost += not listener.offer(line)
+        """Hand one event to everybody who wants it."""
+        readers = self.readers(event.type, event.source, event.destination)
+        if readers:
+            self.hand(event, readers)
 
     @contextlib.contextmanager
     def listen(self, wanted: MonitorFilter) -> Iterator[Listener]:

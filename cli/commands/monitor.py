@@ -42,7 +42,8 @@ def monitor(
 ) -> None:
     """Follow drops, policy verdicts and traces until interrupted.
 
-    Events exist only while somebody listens; a reader that is too slow is told how many it lost.
+    Events exist only while somebody listens.  How many were lost, because the agent or this reader was too
+    slow, is told whatever the filter.
     """
     query = {"type": ",".join(types), "from_": csv(source), "to": csv(destination), "related": csv(related)}
     if sys.stderr.isatty():

@@ -271,6 +271,61 @@ def test_monitor_prints_lines_until_it_is_interrupted(agent: Serving) -> None:
         agent.wait_for_listeners(0)
 
 
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["-t", "drop"], [1, 4]),
+        (["-t", "drop", "-t", "trace"], [1, 2, 4]),
+        (["--from", "373"], [1, 3]),
+        (["--from", "373", "--from", "5"], [1, 3, 4]),
+        (["--to", "373"], [4]),
+        (["--related-to", "373"], [1, 3, 4]),
+        (["--related-to", "6", "-t", "trace"], [2]),
+    ],
+)
+def test_monitor_shows_what_was_asked_for(agent: Serving, words: list[str], wanted: list[int]) -> None:
+    events = [
+        models.MonitorEvent(time=1.0, type=kind, summary=str(number), source=source, destination=destination)
+        for number, (kind, source, destination) in enumerate(
+            [("drop", 373, 0), ("trace", 0, 6), ("policy-verdict", 373, 0), ("drop", 5, 373)], 1
+        )
+    ]
+    # A loss is for everybody, and ends what is read here.
+    lost = models.MonitorEvent(time=1.0, type="lost", summary="CPU 00: Lost 7 events", details={"lost": 7})
+    with subprocess.Popen(
+        command("monitor", *words, socket=agent.path), stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        agent.wait_for_listeners(1)
+        agent.publish(*events, lost)
+        assert process.stdout is not None
+        lines = [process.stdout.readline().strip() for _ in range(len(wanted) + 1)]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+    assert lines == [*map(str, wanted), "CPU 00: Lost 7 events"]
+
+
+def test_monitor_verbose_has_every_field_below_the_line(agent: Serving) -> None:
+    packet = {"source": "fd00::5", "destination_port": 80}
+    event = models.MonitorEvent(
+        time=1.0,
+        type="drop",
+        summary="xx drop (Policy denied): [fd00::5]:4000 -> [fd00::6]:80 tcp SYN",
+        source=373,
+        details={"flow": "0x1", "packet": packet},
+    )
+    fields = ["time=1.0", "type=drop", "source=373", "flow=0x1", f"packet={packet}"]
+    with subprocess.Popen(
+        command("monitor", "-v", socket=agent.path), stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        agent.wait_for_listeners(1)
+        agent.publish(event)
+        assert process.stdout is not None
+        lines = [process.stdout.readline().rstrip("\n") for _ in range(len(fields) + 1)]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+    assert lines == [event.summary, *(f"  {field}" for field in fields)]
+
+
 @pytest.mark.parametrize("option", ["-j", "-ojson"])
 def test_monitor_json_ends_with_the_agent(tmp_path: Path, option: str) -> None:
     with serving(FakeAgent(), tmp_path / "h.sock") as agent:

@@ -25,7 +25,14 @@ def frame(protocol: int, rest: bytes, *, fragment: int = 0) -> bytes:
     return ETHERNET + b"\x08\x00" + header + addresses + rest
 
 
-SYN = frame(6, struct.pack("!HHIIBBHHH", 40020, 80, 1, 0, 0x50, 0x02, 64240, 0, 0))
+def frame6(first: int, rest: bytes) -> bytes:
+    """Return an Ethernet frame from fd00::5 to fd00::6; `first` is the header behind IPv6's."""
+    addresses = bytes.fromhex("fd00" + "00" * 13 + "05" + "fd00" + "00" * 13 + "06")
+    return ETHERNET + b"\x86\xdd" + struct.pack("!IHBB", 6 << 28, len(rest), first, 64) + addresses + rest
+
+
+TCP_SYN = struct.pack("!HHIIBBHHH", 40020, 80, 1, 0, 0x50, 0x02, 64240, 0, 0)
+SYN, SYN6 = frame(6, TCP_SYN), frame6(6, TCP_SYN)
 PING = frame(1, bytes([8, 0, 0, 0, 0, 1, 0, 1]))
 
 
@@ -42,6 +49,12 @@ TRACE_TO = record(4, 0, struct.pack("=IIHBBI16s", 13465, 6114, 52, 2, 0, 11, byt
 TRACE_FROM = record(4, 5, struct.pack("=IIHBBI16s", 13465, 0, 0, 0, 0, 0, bytes(16)), PING)
 TRACE_STACK = record(4, 3, struct.pack("=IIHBBI16s", 13465, 2, 0, 1, 0, 0, bytes(16)), SYN)
 DENIED = record(5, 0, struct.pack("=IiHBBI", 6114, -181, 80, 6, 1 | 2 << 3, 0), SYN)
+DROP6 = record(1, 133, struct.pack("=IIII", 13465, 6114, 52, 0), SYN6)
+TRACE6 = record(4, 0, struct.pack("=IIHBBI16s", 13465, 6114, 52, 2, 1, 11, bytes(15) + b"\1"), SYN6)
+SOLICITING = record(
+    4, 5, struct.pack("=IIHBBI16s", 13465, 0, 0, 0, 1, 0, bytes(16)), frame6(58, b"\x87\0" + bytes(22))
+)
+DENIED6 = record(5, 0, struct.pack("=IiHBBI", 6114, -133, 80, 6, 1 | 4, 0), SYN6)
 ALLOWED = record(5, 0, struct.pack("=IiHBBI", 6114, 0, 80, 6, 2 | 4 << 3, 0), SYN)
 
 
@@ -77,6 +90,26 @@ ALLOWED = record(5, 0, struct.pack("=IiHBBI", 6114, 0, 80, 6, 2 | 4 << 3, 0), SY
             ALLOWED,
             "Policy verdict log: flow 0xd6f0f3a9 local EP ID 373, remote ID 6114, dst port 80, proto 6, "
             "ingress false, action allow, match all, 10.50.0.5:40020 -> 10.50.0.6:80 tcp SYN",
+        ),
+        (
+            DROP6,
+            "xx drop (Policy denied) flow 0xd6f0f3a9 to endpoint 52, identity 13465->6114: "
+            "[fd00::5]:40020 -> [fd00::6]:80 tcp SYN",
+        ),
+        (
+            TRACE6,
+            "-> endpoint 52 flow 0xd6f0f3a9 identity 13465->6114 state reply ifindex lxc00034 "
+            "orig-ip ::1: [fd00::5]:40020 -> [fd00::6]:80 tcp SYN",
+        ),
+        (
+            SOLICITING,
+            "<- endpoint 373 flow 0xd6f0f3a9 identity 13465->0 state new ifindex 0 orig-ip ::: "
+            "fd00::5 -> fd00::6 icmpv6 NeighborSolicitation",
+        ),
+        (
+            DENIED6,
+            "Policy verdict log: flow 0xd6f0f3a9 local EP ID 373, remote ID 6114, dst port 80, proto 6, "
+            "ingress true, action deny, match none, [fd00::5]:40020 -> [fd00::6]:80 tcp SYN",
         ),
     ],
 )
@@ -143,6 +176,51 @@ def test_foreign_version_is_named() -> None:
 )
 def test_packet_summaries(packet: bytes, summary: str) -> None:
     assert dissect(packet).summary == summary
+
+
+def extension(following: int, *, units: int = 0) -> bytes:
+    """Return a header of options, 8 * (`units` + 1) bytes."""
+    return bytes([following, units]) + bytes(6 + 8 * units)
+
+
+def fragment6(following: int, offset: int) -> bytes:
+    return struct.pack("!BBHI", following, 0, offset << 3 | 1, 7)
+
+
+@pytest.mark.parametrize(
+    ("packet", "said"),
+    [
+        (frame6(0, extension(6) + TCP_SYN), "[fd00::5]:40020 -> [fd00::6]:80 tcp SYN"),
+        (
+            frame6(0, extension(60) + extension(6, units=1) + TCP_SYN),
+            "[fd00::5]:40020 -> [fd00::6]:80 tcp SYN",
+        ),
+        (frame6(43, extension(17, units=2) + TCP_SYN), "[fd00::5]:40020 -> [fd00::6]:80 udp"),
+        (frame6(51, bytes([6, 4]) + bytes(22) + TCP_SYN), "[fd00::5]:40020 -> [fd00::6]:80 tcp SYN"),
+        (frame6(44, fragment6(6, 0) + TCP_SYN), "[fd00::5]:40020 -> [fd00::6]:80 tcp SYN"),
+        (frame6(44, fragment6(6, 3) + TCP_SYN), "fd00::5 -> fd00::6 tcp fragment"),
+        (frame6(44, fragment6(60, 3) + TCP_SYN), "fd00::5 -> fd00::6 protocol 60 fragment"),
+        # Beyond what was captured, or cut: the header that should be there, without ports.
+        (frame6(0, extension(6, units=200) + TCP_SYN)[:128], "fd00::5 -> fd00::6 tcp"),
+        (frame6(0, extension(60) + b"\6"), "fd00::5 -> fd00::6 protocol 60"),
+        (frame6(0, b""), "fd00::5 -> fd00::6 protocol 0"),
+        (frame6(59, b"\0" * 8), "fd00::5 -> fd00::6 protocol 59"),
+        (frame6(58, b"\x02\0" + bytes(6)), "fd00::5 -> fd00::6 icmpv6 PacketTooBig"),
+        (
+            frame6(0, extension(58) + b"\x8f\0" + bytes(6)),
+            "fd00::5 -> fd00::6 icmpv6 MulticastListenerReportV2",
+        ),
+        (frame6(58, b"\x80\0" + bytes(6)), "fd00::5 -> fd00::6 icmpv6 EchoRequest"),
+        (frame6(58, b"\xc8\0" + bytes(6)), "fd00::5 -> fd00::6 icmpv6 type 200"),
+    ],
+)
+def test_summaries_of_ipv6(packet: bytes, said: str) -> None:
+    assert dissect(packet).summary == said
+
+
+@given(st.sampled_from([0, 43, 44, 51, 60]), st.binary(max_size=80))
+def test_any_extension_headers_have_a_summary(first: int, data: bytes) -> None:
+    assert dissect(frame6(first, data)).summary.startswith(("fd00::5 -> ", "[fd00::5]:"))
 
 
 @given(st.binary(max_size=200))
