@@ -35,6 +35,7 @@ static __always_inline bool icmp_is_error(__u8 type)
 
 #define IPV6_FRAGMENT_OFFSET 0xfff8
 #define IPV6_MORE_FRAGMENTS 0x0001
+#define IPV6_IS_FRAGMENT (IPV6_FRAGMENT_OFFSET | IPV6_MORE_FRAGMENTS)
 #define IPV6_BEHIND (ETH_HLEN + sizeof(struct ipv6hdr)) /* where the next header begins */
 #define IPV6_EXTENSIONS 4 /* more are refused, as in Cilium */
 #define IPV6_L4_FARTHEST 200 /* flow.l4_off has eight bits */
@@ -145,8 +146,7 @@ SEPARATE int ipv6_extended(struct __sk_buff *ctx)
 			break;
 		if (bpf_skb_load_bytes(ctx, flow_get(ctx, l4_off), &head, sizeof(head)))
 			return -DROP_INVALID;
-		if (flow_get(ctx, proto) != IPV6_NEXT_FRAGMENT)
-			head.fragment = 0;
+		head.fragment &= flow_get(ctx, proto) == IPV6_NEXT_FRAGMENT ? bpf_htons(IPV6_IS_FRAGMENT) : 0;
 		ret = ipv6_skip(ctx, &head);
 		if (ret < 0)
 			return ret;
@@ -159,7 +159,7 @@ SEPARATE int ipv6_extended(struct __sk_buff *ctx)
 	if (off > end)
 		return -DROP_INVALID;
 	packet_gather(ctx, off + L4_HEADER);
-	if (head.fragment & bpf_htons(IPV6_FRAGMENT_OFFSET | IPV6_MORE_FRAGMENTS))
+	if (head.fragment)
 		return ipv6_load_fragment(ctx, &head, end - off);
 	return l4_load(ctx, off, end - off, flow_get(ctx, proto));
 }
@@ -179,11 +179,13 @@ static __always_inline int l3_parse_l4(struct __sk_buff *ctx)
 	return ipv6_extended(ctx);
 }
 
-/* l3_embedded reads the packet that an ICMPv6 error is about, as ipv4_embedded does. */
+/* l3_embedded reads the packet that an ICMPv6 error is about, as that of ipv4.h does.  It may be a fragment:
+ * one that is too big for the way. */
 static __always_inline bool l3_embedded(struct __sk_buff *ctx, struct embedded *inner)
 {
 	struct addresses ends;
 	__u32 off = flow_get(ctx, l4_off) + sizeof(struct icmp_header);
+	struct ipv6_extension head;
 	struct ipv6hdr ip;
 
 	if (l3_addresses(ctx, &ends) < 0 || bpf_skb_load_bytes(ctx, off, &ip, sizeof(ip)))
@@ -192,8 +194,16 @@ static __always_inline bool l3_embedded(struct __sk_buff *ctx, struct embedded *
 	ipv6_take(&ip.daddr, &inner->ends.destination);
 	if (ip.version != 6 || !l3_equal(&inner->ends.source, &ends.destination))
 		return false;
+	off += sizeof(ip);
 	inner->proto = ip.nexthdr;
-	return l4_embedded(ctx, off + sizeof(ip), inner);
+	if (inner->proto == IPV6_NEXT_FRAGMENT) {
+		if (bpf_skb_load_bytes(ctx, off, &head, sizeof(head)) ||
+		    head.fragment & bpf_htons(IPV6_FRAGMENT_OFFSET))
+			return false;
+		off += sizeof(head);
+		inner->proto = head.next;
+	}
+	return l4_embedded(ctx, off, inner);
 }
 
 /* l3_key is an address as the keys of conntrack hold it. */
@@ -203,10 +213,11 @@ static __always_inline ip_address l3_key(const union address *ip)
 }
 
 /* l3_unroutable says that a destination must never reach the host's stack from an endpoint: what means
- * something only on the device it was sent by, and addresses that are none. */
+ * something only on the device it was sent by, and what is nobody's on any wire: loopback, none, and IPv4
+ * addresses in disguise (::/32; NAT64's 64:ff9b::/96 is behind that). */
 static __always_inline bool l3_unroutable(const union address *destination)
 {
-	return destination->bytes[0] == 0xff || !destination->bytes[0] ||
+	return destination->bytes[0] == 0xff || !destination->words[0] ||
 	       (destination->words[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
 }
 

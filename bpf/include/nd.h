@@ -20,7 +20,7 @@ struct nd_message {
 	__sum16 checksum;
 	__be32 flags;
 	union address target;
-	__u8 option; /* the link-layer address of who speaks: it may be missing, with all that follows */
+	__u8 option; /* the link-layer address of who speaks */
 	__u8 option_length; /* in units of eight bytes */
 	__u8 mac[ETH_ALEN];
 } __attribute__((packed));
@@ -42,10 +42,10 @@ static __always_inline bool nd_asks_for_gateway(const struct nd_frame *frame)
 {
 	union address target = frame->nd.target;
 
-	return frame->ip.nexthdr == ICMP_PROTOCOL && frame->ip.hop_limit == ND_HOP_LIMIT &&
-	       frame->ip.payload_len == bpf_htons(sizeof(struct nd_message)) && frame->nd.type == ND_SOLICITATION &&
-	       frame->nd.option == ND_SOURCE_LINK && frame->nd.option_length == 1 &&
-	       l3_equal(&target, &config.gateway);
+	return frame->ip.version == 6 && frame->ip.nexthdr == ICMP_PROTOCOL &&
+	       frame->ip.hop_limit == ND_HOP_LIMIT && frame->ip.payload_len == bpf_htons(sizeof(struct nd_message)) &&
+	       frame->nd.type == ND_SOLICITATION && !frame->nd.code && frame->nd.option == ND_SOURCE_LINK &&
+	       frame->nd.option_length == 1 && l3_equal(&target, &config.gateway);
 }
 
 static __always_inline __sum16 nd_checksum(struct nd_frame *frame)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real traffic through real devices: who reaches whom, what is translated, and what a reload disturbs."""
+"""Real traffic of both families through real devices: who reaches whom, what is translated, what a reload
+disturbs."""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.bpfhost import HOST_ADDRESS, VM_ADDRESS, VM_IDENTITY, BpfHost, bpf_host
-from tests.support.bpflab import EGRESS, HOST, INGRESS, address, identity
+from tests.support.bpfhost import BpfHost, bpf_host
+from tests.support.bpflab import EGRESS, HOST, INGRESS, VM_IDENTITY, WORLD, identity
+from tests.support.families import Net
 from tests.support.netns import Netns
-from tests.support.traffic import TCP, UDP, ask, connected, seen_by_server, serving
+from tests.support.traffic import REFUSED_AFTER_S, TCP, UDP, ask, connected, seen_by_server, serving
 
-A, B = address(1), address(2)
 PORT = 8080
 PROTOCOLS = {"tcp": (6, TCP), "udp": (17, UDP)}
-ECHO = 8
+SMALL_MTU = 1300  # IPv6 knows none below 1280
 
 
 @pytest.fixture
@@ -30,24 +31,26 @@ def host(tmp_path: Path) -> Iterator[BpfHost]:
         yield made
 
 
-def party(host: BpfHost, name: str) -> tuple[Netns, str, int, int]:
+def party(host: BpfHost, net: Net, name: str) -> tuple[Netns, str, int, int]:
     """Return namespace, address, identity and endpoint id (0: none) of a party by name."""
     if name == "host":
-        return host.netns, HOST_ADDRESS, HOST, 0
+        return host.netns, net.wire, HOST, 0
     if name == "vm":
-        return host.vm, VM_ADDRESS, VM_IDENTITY, 0
+        return host.vm, net.vm, VM_IDENTITY, 0
     number = int(name)
-    return host.endpoints[number], address(number), identity(number), number
+    return host.endpoints[number], net.endpoint(number), identity(number), number
+
+
+def ping(client: Netns, target: str, *options: str) -> subprocess.CompletedProcess[str]:
+    argv = client.command(["ping", "-c", "1", "-W", str(REFUSED_AFTER_S), *options, target])
+    return subprocess.run(argv, capture_output=True, text=True, timeout=10)
 
 
 def reaches(client: Netns, server: Netns, target: str, protocol: str) -> bool:
     if protocol == "icmp":
-        done = subprocess.run(
-            client.command(["ping", "-c", "1", "-W", "1", target]), capture_output=True, timeout=10
-        )
-        return done.returncode == 0
+        return ping(client, target).returncode == 0
     kind = PROTOCOLS[protocol][1]
-    with serving(server, PORT, kind):
+    with serving(server, PORT, kind, target):
         return seen_by_server(client, target, PORT, kind) is not None
 
 
@@ -55,10 +58,12 @@ def reaches(client: Netns, server: Netns, target: str, protocol: str) -> bool:
 @pytest.mark.parametrize(
     ("source", "target"), [("1", "2"), ("1", "vm"), ("vm", "1"), ("1", "host"), ("host", "1")]
 )
-def test_what_policy_says_is_what_passes(host: BpfHost, source: str, target: str, protocol: str) -> None:
-    client, _, client_identity, client_id = party(host, source)
-    server, server_address, server_identity, server_id = party(host, target)
-    number, port = (1, ECHO) if protocol == "icmp" else (PROTOCOLS[protocol][0], PORT)
+def test_what_policy_says_is_what_passes(
+    host: BpfHost, net: Net, source: str, target: str, protocol: str
+) -> None:
+    client, _, client_identity, client_id = party(host, net, source)
+    server, server_address, server_identity, server_id = party(host, net, target)
+    number, port = (net.icmp, net.echo) if protocol == "icmp" else (PROTOCOLS[protocol][0], PORT)
     assert not reaches(client, server, server_address, protocol)
     first_drop = (133, 2) if client_id else (133, 1)
     assert host.dropped().get(first_drop, 0) >= 1
@@ -75,63 +80,98 @@ def test_what_policy_says_is_what_passes(host: BpfHost, source: str, target: str
     assert not reaches(client, server, server_address, protocol)
 
 
-def test_a_vms_request_is_answered_from_the_address_it_asked(host: BpfHost) -> None:
+def test_a_vms_request_is_answered_from_the_address_it_asked(host: BpfHost, net: Net) -> None:
     """The request went past the host's netfilter; the answer must not be masqueraded by it."""
     host.allow(1, INGRESS, VM_IDENTITY, PORT, 17)
-    with serving(host.endpoints[1], PORT, UDP):
-        assert seen_by_server(host.vm, A, PORT, UDP) == VM_ADDRESS
+    with serving(host.endpoints[1], PORT, UDP, net.a):
+        assert seen_by_server(host.vm, net.a, PORT, UDP) == net.vm
 
 
-def test_what_an_endpoint_opens_is_masqueraded(host: BpfHost) -> None:
+def test_what_an_endpoint_opens_is_masqueraded(host: BpfHost, net: Net) -> None:
     host.allow(1, EGRESS, VM_IDENTITY)
     for kind in (TCP, UDP):
-        with serving(host.vm, PORT, kind):
-            assert seen_by_server(host.endpoints[1], VM_ADDRESS, PORT, kind) == HOST_ADDRESS
+        with serving(host.vm, PORT, kind, net.vm):
+            assert seen_by_server(host.endpoints[1], net.vm, PORT, kind) == net.wire
 
 
-def test_large_datagrams_pass_in_fragments(host: BpfHost) -> None:
+def test_large_datagrams_pass_in_fragments(host: BpfHost, net: Net) -> None:
     host.allow(1, EGRESS)
     host.allow(2, INGRESS, identity(1), PORT, 17)
-    host.allow(2, INGRESS, identity(1), ECHO, 1)
-    with serving(host.endpoints[2], PORT, UDP), connected(host.endpoints[1], B, PORT, UDP) as client:
-        assert ask(client, "x" * 3500) == A
-    for target in (B, VM_ADDRESS):
-        host.endpoints[1].run("ping", "-c", "1", "-W", "1", "-s", "4000", target)
+    host.allow(2, INGRESS, identity(1), net.echo, net.icmp)
+    with (
+        serving(host.endpoints[2], PORT, UDP, net.b),
+        connected(host.endpoints[1], net.b, PORT, UDP) as client,
+    ):
+        assert ask(client, "x" * 3500) == net.a
+    for target in (net.b, net.vm):
+        assert ping(host.endpoints[1], target, "-s", "4000").returncode == 0
     assert host.dropped() == {}
 
 
-def test_the_end_of_a_packets_life_is_told_to_its_sender(host: BpfHost) -> None:
+def answered(client: socket.socket, size: int) -> bool:
+    try:
+        ask(client, "x" * size)
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("size", [1400, 3500])
+@pytest.mark.parametrize("opener", ["1", "beyond"])
+def test_a_smaller_mtu_on_the_way_is_told_to_the_sender(
+    host: BpfHost, net: Net, opener: str, size: int
+) -> None:
+    """By the VM, about a packet that the host translated or one that it did not; never twice."""
+    beyond = host.add_beyond(SMALL_MTU)
+    host.allow(1, EGRESS, WORLD)
+    host.allow(1, INGRESS, WORLD, PORT, 17)
+    endpoint = host.endpoints[1]
+    client, server, target = endpoint, beyond, net.beyond
+    if opener == "beyond":
+        client, server, target = beyond, endpoint, net.a
+    with serving(server, PORT, UDP, target), connected(client, target, PORT, UDP) as datagrams:
+        assert answered(datagrams, 100)
+        first = answered(datagrams, size)
+        assert answered(datagrams, size)
+    # IPv4 routers put what the sender already has in fragments into smaller ones, and tell nobody.
+    told = net.family == 6 or size < 1500
+    assert first != told
+    assert (f"mtu {SMALL_MTU}" in endpoint.run("ip", "route", "get", net.beyond)) == told
+    # An error about a later fragment has no ports, so it belongs to no connection; that about the first does.
+    assert host.dropped().keys() <= ({(133, 1)} if net.family == 6 and size > 1500 else set())
+
+
+def test_the_end_of_a_packets_life_is_told_to_its_sender(host: BpfHost, net: Net) -> None:
     host.allow(1, EGRESS)
     host.allow(2, INGRESS)
-    ping = host.endpoints[1].command(["ping", "-c", "1", "-W", "1", "-t", "1", B])
-    told = subprocess.run(ping, capture_output=True, text=True, timeout=10).stdout
-    assert f"From {HOST_ADDRESS}" in told
-    assert "Time to live exceeded" in told
+    told = ping(host.endpoints[1], net.b, "-t", "1").stdout
+    assert f"From {net.wire}" in told
+    assert ("Time to live exceeded" if net.family == 4 else "Hop limit") in told
 
 
-def test_a_port_without_a_server_is_told_to_the_client(host: BpfHost) -> None:
+def test_a_port_without_a_server_is_told_to_the_client(host: BpfHost, net: Net) -> None:
     host.allow(1, EGRESS)
     host.allow(2, INGRESS, identity(1), PORT, 17)
-    with connected(host.endpoints[1], B, PORT, UDP) as client, pytest.raises(ConnectionRefusedError):
+    with connected(host.endpoints[1], net.b, PORT, UDP) as client, pytest.raises(ConnectionRefusedError):
         ask(client)
 
 
-def test_a_spoofed_source_does_not_leave_the_endpoint(host: BpfHost) -> None:
+def test_a_spoofed_source_does_not_leave_the_endpoint(host: BpfHost, net: Net) -> None:
     host.allow(1, EGRESS)
     host.allow(2, INGRESS)
-    host.endpoints[1].run("ip", "addr", "add", "10.0.0.77/32", "dev", "eth0")
-    ping = host.endpoints[1].command(["ping", "-c", "1", "-W", "1", "-I", "10.0.0.77", B])
-    assert subprocess.run(ping, capture_output=True, timeout=10).returncode != 0
+    stolen = net.endpoint(77)
+    host.endpoints[1].run("ip", "addr", "add", net.alone(stolen), "dev", "eth0")
+    assert ping(host.endpoints[1], net.b, "-I", stolen).returncode != 0
     assert host.dropped() == {(132, 2): 1}
 
 
-def test_programs_outlive_whoever_loaded_them(host: BpfHost) -> None:
+def test_programs_outlive_whoever_loaded_them(host: BpfHost, net: Net) -> None:
     for number in (3, 4):
         host.add_endpoint(number, load=False)
         host.load_and_die(number)
     host.allow(3, EGRESS, identity(4), PORT, 6)
     host.allow(4, INGRESS, identity(3), PORT, 6)
-    client, server, target = host.endpoints[3], host.endpoints[4], address(4)
+    client, server, target = host.endpoints[3], host.endpoints[4], net.endpoint(4)
     assert reaches(client, server, target, "tcp")
     assert not reaches(client, server, target, "udp")
 
@@ -157,15 +197,16 @@ def reloading(host: BpfHost, *numbers: int) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize(("source", "target"), [("1", "2"), ("vm", "1")])
-def test_programs_are_replaced_without_losing_a_packet(host: BpfHost, source: str, target: str) -> None:
+def test_programs_are_replaced_without_losing_a_packet(
+    host: BpfHost, net: Net, source: str, target: str
+) -> None:
     host.allow(1, EGRESS)
     host.allow(1, INGRESS)
     host.allow(2, INGRESS)
-    client, server = party(host, source)[0], party(host, target)[0]
-    server_address = party(host, target)[1]
+    client, (server, server_address, _, _) = party(host, net, source)[0], party(host, net, target)
     with (
-        serving(server, PORT, TCP),
-        serving(server, PORT, UDP),
+        serving(server, PORT, TCP, server_address),
+        serving(server, PORT, UDP, server_address),
         connected(client, server_address, PORT, TCP) as stream,
         connected(client, server_address, PORT, UDP) as datagrams,
         reloading(host, 1, 2) as rounds,

@@ -56,7 +56,7 @@ def where(labels: Labels) -> str:
 def frame(source: str, destination: str, transport: Transport) -> bytes:
     port = 10_000 + next(source_ports) % 50_000
     if transport.protocol == ICMP:
-        return frames.echo(source, destination, port, transport.port)
+        return frames.packet(source, destination, ICMP, frames.icmp_message(transport.port, port))
     if transport.protocol == TCP:
         return frames.tcp(source, destination, port, transport.port)
     if transport.protocol == SCTP:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A host in a namespace with real devices: endpoints behind veths, and a machine ("VM") behind its NIC.
 
-    endpoint n   10.0.0.n in a namespace of its own, host side lxc<n>
-    host         10.9.0.1 on nic, forwards, masquerades what endpoints open
-    VM           10.9.0.5, identity 777, reaches the endpoints through the host
+    endpoint n   10.0.0.n and fd00::n in a namespace of its own, host side lxc<n>
+    host         10.9.0.1 and fd09::1 on nic, forwards, masquerades what endpoints open
+    VM           10.9.0.5 and fd09::5, identity 777, reaches the endpoints through the host
+    beyond       10.77.0.1 and fd77::1, if a test wants it: behind the VM, over a link with a small MTU
 
 Maps are pinned in a BPF file system of the test's own.  Run as a module (`python -m tests.support.bpfhost
 ROOT NUMBER IFINDEX MAC`) it loads one endpoint's programs and dies by SIGKILL: what an agent leaves behind.
@@ -19,7 +20,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from ipaddress import IPv4Address
+from ipaddress import ip_address
 from pathlib import Path
 
 from datapath.attach import Attacher, Hook, attach_endpoint
@@ -32,19 +33,28 @@ from datapath.netlink import Netlink
 from datapath.records import IpcacheEntry, LxcEntry, PolicyEntry, PolicyKey
 from datapath.ring import EventRing
 from tests.support.bpf import own_bpffs
-from tests.support.bpflab import CATALOGUE, HOST, address, identity, template
+from tests.support.bpflab import CATALOGUE, HOST, VM_IDENTITY, identity, template
+from tests.support.families import NETS
 from tests.support.netns import Netns, inside_new_netns, new_netns
 from tests.support.require import require_root, require_tools
 
-HOST_ADDRESS, VM_ADDRESS, VM_IDENTITY = "10.9.0.1", "10.9.0.5", 777
-POOL, GATEWAY = "10.0.0.0/24", "169.254.1.1"
-_NFT = f"""
-table ip pool {{
+_MASQUERADE = """
+table {word} pool {{
   chain post {{
     type nat hook postrouting priority srcnat;
-    ip saddr {POOL} ip daddr != {POOL} meta mark & 0x00080000 == 0 masquerade
+    {word} saddr {pool} {word} daddr != {pool} meta mark & 0x00080000 == 0 masquerade
   }}
 }}
+"""
+_FORWARDING = ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+# What a stack says of itself whenever a device comes up: programs drop it, and a test would count that.
+_QUIET = """
+table ip6 quiet {
+  chain out {
+    type filter hook output priority filter;
+    icmpv6 type { mld-listener-report, mld2-listener-report, nd-router-solicit } drop
+  }
+}
 """
 
 
@@ -76,29 +86,38 @@ class Loader:
         self, number: int, ifindex: int, host_mac: str, options: DatapathOptions | None = None
     ) -> None:
         """Put an endpoint's programs in force, in the place of those it has."""
-        constants = EndpointConstants(
-            number, identity(number), ifindex, IPv4Address(address(number)), host_mac,
-            options=options or DatapathOptions(),
-        )  # fmt: skip
         maps = self.fds | {POLICY_MAP: self.policy(number).fd}
+        call_policy = {4: self.fds["cilium_call_policy"], 6: self.fds["holdfast_call_policy6"]}
 
         async def attach() -> None:
             async with Netlink() as netlink:
-                call_policy = {4: self.fds["cilium_call_policy"]}
-                await attach_endpoint(Attacher(netlink), ifindex, number, {4: programs}, call_policy)
+                await attach_endpoint(Attacher(netlink), ifindex, number, programs, call_policy)
 
-        with template(ENDPOINT_OBJECTS[4]).load(constants, maps) as programs:
+        with contextlib.ExitStack() as stack:
+            programs = {}
+            for net in NETS:
+                constants = EndpointConstants(
+                    number,
+                    identity(number),
+                    ifindex,
+                    ip_address(net.endpoint(number)),
+                    host_mac,
+                    options=options or DatapathOptions(),
+                )
+                loaded = template(ENDPOINT_OBJECTS[net.family]).load(constants, maps)
+                programs[net.family] = stack.enter_context(loaded)
             asyncio.run(attach())
 
     def netdev(self, ifindex: int) -> None:
-        """Put the program on a device of the host in force."""
+        """Put the programs on a device of the host in force."""
 
-        async def attach() -> None:
+        async def attach(program: int, family: int) -> None:
             async with Netlink() as netlink:
-                await Attacher(netlink).attach(ifindex, Hook.INGRESS, programs["from_netdev"], "from_netdev")
+                await Attacher(netlink).attach(ifindex, Hook.INGRESS, program, "from_netdev", family=family)
 
-        with template(NETDEV_OBJECTS[4]).load(netdev_constants(DatapathOptions()), self.fds) as programs:
-            asyncio.run(attach())
+        for family, name in NETDEV_OBJECTS.items():
+            with template(name).load(netdev_constants(DatapathOptions()), self.fds) as programs:
+                asyncio.run(attach(programs["from_netdev"], family))
 
 
 class BpfHost:
@@ -112,45 +131,56 @@ class BpfHost:
         self.metrics = MetricsMap(self.loader.handles["cilium_metrics"])
         self.endpoints: dict[int, Netns] = {}
         self._devices: dict[int, tuple[int, str]] = {}
-        self.vm = stack.enter_context(new_netns())
-        for name in ("net.ipv4.ip_forward=1", "net.ipv4.conf.all.rp_filter=0"):
-            netns.run("sysctl", "-qw", name)
+        _hush(self.netns)
+        self.vm = self._machine()
+        netns.run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0", *_FORWARDING)
         self._add_vm()
 
-    def _add_vm(self) -> None:
-        self._pair("nic", self.vm)
-        self.netns.run("ip", "addr", "add", f"{HOST_ADDRESS}/24", "dev", "nic")
-        self.vm.run("ip", "addr", "add", f"{VM_ADDRESS}/24", "dev", "eth0")
-        self.vm.run("ip", "route", "add", POOL, "via", HOST_ADDRESS)
-        self.ipcache.upsert(
-            [(f"{VM_ADDRESS}/32", IpcacheEntry(VM_IDENTITY)), (f"{HOST_ADDRESS}/32", IpcacheEntry(HOST))]
-        )
-        self.lxc.upsert([(HOST_ADDRESS, LxcEntry(0, 0, 1, "00:00:00:00:00:00", "00:00:00:00:00:00"))])
-        self.loader.netdev(_link(self.netns, "nic")[0])
-        subprocess.run(["nft", "-f", "-"], input=_NFT, text=True, check=True, timeout=10)
+    def _machine(self) -> Netns:
+        """Return a namespace whose stack only speaks when it has something to say."""
+        made = self._stack.enter_context(new_netns())
+        _hush(made)
+        return made
 
-    def _pair(self, name: str, other: Netns) -> None:
-        peer = ("peer", "name", "eth0", "netns", str(other.path))
-        self.netns.run("ip", "link", "add", name, "type", "veth", *peer)
-        self.netns.run("ip", "link", "set", name, "up")
-        other.run("ip", "link", "set", "eth0", "up")
-        self.netns.run("sysctl", "-qw", f"net.ipv4.conf.{name}.rp_filter=0")
+    def _add_vm(self) -> None:
+        _pair(self.netns, "nic", self.vm)
+        nothing = "00:00:00:00:00:00"
+        for net in NETS:
+            self.netns.run("ip", "addr", "add", net.on_link(net.wire), "dev", "nic")
+            self.vm.run("ip", "addr", "add", net.on_link(net.vm), "dev", "eth0")
+            self.vm.run("ip", "route", "add", net.pool, "via", net.wire)
+            known = ((net.vm, VM_IDENTITY), (net.wire, HOST))
+            self.ipcache.upsert((net.alone(address), IpcacheEntry(number)) for address, number in known)
+            self.lxc.upsert([(net.wire, LxcEntry(0, 0, 1, nothing, nothing))])
+            self.netns.run("nft", _MASQUERADE.format(word="ip" if net.family == 4 else "ip6", pool=net.pool))
+        self.loader.netdev(_link(self.netns, "nic")[0])
+
+    def add_beyond(self, mtu: int) -> Netns:
+        """Make a machine that the VM forwards to, over a link with a smaller MTU than all others here."""
+        beyond = self._machine()
+        self.vm.run("sysctl", "-qw", *_FORWARDING)
+        _pair(self.vm, "far", beyond, mtu)
+        for net in NETS:
+            self.vm.run("ip", "addr", "add", net.on_link(net.beyond_router), "dev", "far")
+            beyond.run("ip", "addr", "add", net.on_link(net.beyond), "dev", "eth0")
+            beyond.run("ip", "route", "add", "default", "via", net.beyond_router)
+            self.netns.run("ip", "route", "add", net.alone(net.beyond), "via", net.vm)
+        return beyond
 
     def add_endpoint(self, number: int, *, load: bool = True) -> Netns:
         """Make an endpoint with an empty policy."""
-        inside, name = self._stack.enter_context(new_netns()), f"lxc{number}"
-        self._pair(name, inside)
-        inside.run("ip", "addr", "add", f"{address(number)}/32", "dev", "eth0")
-        inside.run("ip", "route", "add", GATEWAY, "dev", "eth0", "scope", "link")
-        inside.run("ip", "route", "add", "default", "via", GATEWAY)
+        inside, name = self._machine(), f"lxc{number}"
+        _pair(self.netns, name, inside)
         ifindex, host_mac = _link(self.netns, name)
         mac = _link(inside, "eth0")[1]
-        self.netns.run("ip", "route", "add", address(number), "dev", name)
-        self.netns.run(
-            *("ip", "neigh", "add", address(number), "lladdr", mac, "dev", name, "nud", "permanent")
-        )
-        self.lxc.upsert([(address(number), LxcEntry(ifindex, number, 0, mac, host_mac))])
-        self.ipcache.upsert([(f"{address(number)}/32", IpcacheEntry(identity(number)))])
+        for net in NETS:
+            address = net.endpoint(number)
+            inside.run("ip", "addr", "add", net.alone(address), "dev", "eth0")
+            inside.run("ip", "route", "add", "default", "via", net.gateway, "dev", "eth0", "onlink")
+            self.netns.run("ip", "route", "add", address, "dev", name)
+            self.netns.run("ip", "neigh", "add", address, "lladdr", mac, "dev", name, "nud", "permanent")
+            self.lxc.upsert([(address, LxcEntry(ifindex, number, 0, mac, host_mac))])
+            self.ipcache.upsert([(net.alone(address), IpcacheEntry(identity(number)))])
         self._devices[number], self.endpoints[number] = (ifindex, host_mac), inside
         self.loader.policy(number)
         if load:
@@ -180,10 +210,23 @@ class BpfHost:
         self.loader.policy(number).sync([])
 
     def dropped(self) -> dict[tuple[int, int], int]:
-        """All IPv4 drops so far: (reason, direction) → packets.  Namespaces send IPv6 by themselves."""
-        return {
-            (k.reason, k.direction): v.packets for k, v in self.metrics.items() if k.reason not in (0, 139)
-        }
+        """All drops so far: (reason, direction) → packets."""
+        return {(k.reason, k.direction): v.packets for k, v in self.metrics.items() if k.reason}
+
+
+def _hush(netns: Netns) -> None:
+    """Keep a stack from talking of its devices and from asking whether its addresses are taken."""
+    netns.run("nft", _QUIET)
+    netns.run("sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0", "net.ipv6.conf.default.dad_transmits=0")
+
+
+def _pair(netns: Netns, name: str, other: Netns, mtu: int = 1500) -> None:
+    """Join two namespaces by a veth pair: `name` here, eth0 there, without any address."""
+    size, peer = ("mtu", str(mtu)), ("peer", "name", "eth0", "netns", str(other.path))
+    netns.run("ip", "link", "add", name, *size, "type", "veth", *peer, *size)
+    for each, device in ((netns, name), (other, "eth0")):
+        each.run("ip", "link", "set", device, "up")
+    netns.run("sysctl", "-qw", f"net.ipv4.conf.{name}.rp_filter=0")
 
 
 def _link(netns: Netns, name: str) -> tuple[int, str]:

@@ -34,10 +34,11 @@ from datapath.records import (
 )
 from datapath.ring import EventRing
 from tests.support import frames
+from tests.support.families import NETS
 from tests.support.require import require, require_root
 
 OBJECTS = Path(__file__).parents[2] / "bpf" / "build"
-HOST, WORLD = 1, 2
+HOST, WORLD, VM_IDENTITY = 1, 2, 777
 INGRESS, EGRESS = 0, 1  # policy keys
 LOOPBACK = 1  # ifindex: a device that every namespace has
 CONTAINER_MAC, HOST_MAC = "02:00:00:00:00:c{:x}", "02:00:00:00:00:a{:x}"
@@ -54,7 +55,7 @@ def template(name: str) -> Template:
 
 
 def address(endpoint_id: int, family: int = 4) -> str:
-    return f"10.0.0.{endpoint_id}" if family == 4 else f"fd00::{endpoint_id}"
+    return next(net for net in NETS if net.family == family).endpoint(endpoint_id)
 
 
 def identity(endpoint_id: int) -> int:
@@ -152,6 +153,12 @@ class Lab:
         self.policies[number].upsert([(key, PolicyEntry(deny, 0))])
         return key
 
+    def allow_all(self, *endpoints: int) -> None:
+        """Let endpoints speak with everybody."""
+        for number in endpoints:
+            self.allow(number, INGRESS)
+            self.allow(number, EGRESS)
+
     def send(self, number: int, frame: bytes, **context: int) -> testrun.Outcome:
         """Hand a frame to the program that meets what endpoint `number` sends."""
         programs = self._meeting(number, frame)
@@ -207,4 +214,19 @@ def lab(
         made = Lab(stack, options or DatapathOptions(aggregation=aggregation), catalogue)
         for number in endpoints:
             made.add_endpoint(number)
+        yield made
+
+
+@contextlib.contextmanager
+def lab_with_neighbours() -> Iterator[Lab]:
+    """Yield endpoints 1 and 2 without any policy; of each family a known VM and the host's own address."""
+    with lab(1, 2) as made:
+        for net in NETS:
+            made.ipcache.upsert(
+                [
+                    (net.alone(net.vm), IpcacheEntry(VM_IDENTITY)),
+                    (net.alone(net.node), IpcacheEntry(HOST)),
+                ]
+            )
+            made.lxc.upsert([(net.node, LxcEntry(0, 0, 1, "00:00:00:00:00:00", "00:00:00:00:00:00"))])
         yield made

@@ -15,10 +15,14 @@ TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
 REFUSED_AFTER_S = 0.5  # how long a client waits before it says that nothing came through
 
 
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
 @contextlib.contextmanager
 def serving(netns: Netns, port: int, kind: socket.SocketKind = TCP, address: str = "") -> Iterator[None]:
-    """Serve inside `netns` for the time of the block."""
-    server = netns.socket(kind)
+    """Serve inside `netns` for the time of the block: on IPv4, unless `address` is one of IPv6."""
+    server = netns.socket(kind, _family(address))
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     server.bind((address, port))
     if kind == TCP:
@@ -62,7 +66,7 @@ def connected(
     netns: Netns, address: str, port: int, kind: socket.SocketKind = TCP
 ) -> Iterator[socket.socket]:
     """Yield a client's connected socket; raises OSError when nothing answers."""
-    client = netns.socket(kind)
+    client = netns.socket(kind, _family(address))
     with client:
         client.settimeout(REFUSED_AFTER_S)
         client.connect((address, port))
