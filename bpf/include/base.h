@@ -58,13 +58,15 @@ enum direction {
 /* The same in cilium_metrics and in policy-verdict events. */
 #define METRIC_DIRECTION(dir) ((dir) == EGRESS ? 2 : 1)
 
-/* `family` in keys of maps, and how many bits an address has. */
+/* `family` in keys of maps, how many bits an address has, and how many bytes the least header. */
 #if IP_VERSION == 4
 #define FAMILY 1
 #define ADDRESS_BITS 32
+#define L3_HEADER 20
 #elif IP_VERSION == 6
 #define FAMILY 2
 #define ADDRESS_BITS 128
+#define L3_HEADER 40
 #else
 #error "IP_VERSION must be 4 or 6"
 #endif
@@ -97,9 +99,10 @@ union address {
 		pointer;                                                                             \
 	})
 
-/* What is read of the longest L4 header; Ethernet, the longest IPv4 header, and that. */
+/* What is read of the longest L4 header; and up to there when nothing unusual comes before it.  No more than
+ * that: the kernel's own TCP keeps just its headers outside of page fragments. */
 #define L4_HEADER 20
-#define HEADERS (ETH_HLEN + 60 + L4_HEADER)
+#define HEADERS (ETH_HLEN + L3_HEADER + L4_HEADER)
 
 /* packet_gather brings the first `needed` bytes into reach when they lie in page fragments; before their
  * first packet_at, because it moves the packet. */

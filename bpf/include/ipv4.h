@@ -31,6 +31,7 @@ static __always_inline bool icmp_is_error(__u8 type)
 
 #include "l4.h"
 
+#define IPV4_LONGEST 60
 #define IPV4_MORE_FRAGMENTS 0x2000
 #define IPV4_FRAGMENT_OFFSET 0x1fff
 
@@ -83,6 +84,11 @@ static __always_inline int l3_parse_l4(struct __sk_buff *ctx)
 	__u32 off, length;
 
 	if (unlikely(!ip))
+		return -DROP_INVALID;
+	if (unlikely(ip->ihl * 4 > L3_HEADER)) /* options */
+		packet_gather(ctx, ETH_HLEN + IPV4_LONGEST + L4_HEADER);
+	ip = packet_at(ctx, ETH_HLEN, sizeof(*ip)); /* anew: gathering moves it */
+	if (!ip)
 		return -DROP_INVALID;
 	off = ETH_HLEN + ip->ihl * 4;
 	length = bpf_ntohs(ip->tot_len) - ip->ihl * 4; /* of one larger than its field: wraps, is large */
