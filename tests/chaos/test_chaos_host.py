@@ -214,7 +214,7 @@ def scene(request: pytest.FixtureRequest, hub: Hub) -> Iterator[Scene]:
         host.exec("iptables-restore", "--noflush", stdin=request.param)
         saved = host.exec("iptables-save").stdout
         host.exec("iptables-restore", stdin=saved)  # every chain that a restore makes is there already
-        wait_for(lambda: host.exec("ip", "-6", "address", "show", "tentative").stdout == "", "addresses")
+        wait_for(lambda: addressed(host), "eth0's own IPv6 address, which the kernel gives it after a while")
         before = snapshot.taken(host)
         host.start_agent()
         site = Site(host, hub, stack)
@@ -235,6 +235,11 @@ def scene(request: pytest.FixtureRequest, hub: Hub) -> Iterator[Scene]:
         yield made
         if not running(host):
             host.start_agent()  # the engine waits for the driver before it removes a container
+
+
+def addressed(host: AgentHost) -> bool:
+    shown = host.exec("ip", "-6", "-o", "address", "show", "dev", "eth0", "scope", "link").stdout
+    return "fe80" in shown and "tentative" not in shown
 
 
 def running(host: AgentHost) -> bool:
