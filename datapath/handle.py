@@ -61,6 +61,12 @@ class MapHandle:
             return -(-self.info.value_size // 8) * 8 * possible_cpus()
         return self.info.value_size
 
+    def memory(self) -> int:
+        """Return the bytes of kernel memory that the map takes now; 0 where this kernel does not say."""
+        with open(f"/proc/self/fdinfo/{self.fd}", encoding="ascii") as lines:
+            said = (line.split() for line in lines)
+            return next((int(words[1]) for words in said if words[0] == "memlock:"), 0)
+
     # --- one entry
 
     def lookup(self, key: bytes) -> bytes | None:

@@ -79,6 +79,7 @@ class MapInfo(Model, frozen=True, kw_only=True):
     max_entries: int
     errors: int = 0
     pressure: float = 0.0  # 0 to 1
+    memory: int = 0  # bytes of the kernel's
     cached: bool = False  # whether the agent keeps the desired contents, as Cilium's map cache
 
 

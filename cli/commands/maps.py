@@ -28,7 +28,7 @@ def map_() -> None:
 
 
 @click.command("list", epilog=examples("holdfast map list", "holdfast map list --verbose"))
-@click.option("--verbose", is_flag=True, help="Also type, size and fill level.")
+@click.option("--verbose", is_flag=True, help="Also type, size, fill level and kernel memory.")
 @output_option
 @headers_option
 @click.pass_obj
@@ -38,7 +38,16 @@ def list_(settings: Settings, verbose: bool, output: str | None, no_headers: boo
     if output:
         print_json(found)
         return
-    headers = ("Name", "Num entries", "Num errors", "Cache enabled", "Type", "Max entries", "Pressure")
+    headers = (
+        "Name",
+        "Num entries",
+        "Num errors",
+        "Cache enabled",
+        "Type",
+        "Max entries",
+        "Pressure",
+        "Memory",
+    )
     shown = headers if verbose else headers[:4]
     print_table(shown, (row(each)[: len(shown)] for each in found), no_headers=no_headers)
 
@@ -46,8 +55,9 @@ def list_(settings: Settings, verbose: bool, output: str | None, no_headers: boo
 def row(found: Json) -> tuple[object, ...]:
     entries = found["entries"] if found["entries"] >= 0 else "unknown"
     cached = "true" if found["cached"] else "false"
-    pressure = f"{found['pressure']:.1%}"
-    return found["name"], entries, found["errors"], cached, found["type"], found["max-entries"], pressure
+    size, pressure = found["max-entries"], f"{found['pressure']:.1%}"
+    memory = f"{found['memory'] / 1e6:.1f} MB"
+    return found["name"], entries, found["errors"], cached, found["type"], size, pressure, memory
 
 
 @click.command(epilog=examples("holdfast map get cilium_lxc", "holdfast map get cilium_policy_00373 -o json"))

@@ -49,6 +49,10 @@ def test_fill_levels_are_those_of_maps_that_can_fill(pins: Path) -> None:
         "cilium_ct4_global": (1, 1 / 1024),
         "cilium_metrics": (1, 1 / 1024),
     }
+    # A connection is 70 bytes of key and value; the kernel adds its own.
+    connection_bytes = found["cilium_ct4_global"].memory / 1024
+    assert 70 < connection_bytes < 200
+    assert all(each.memory for each in found.values())
     arrays = {name for name, each in found.items() if each.entries == -1}
     assert arrays == {"cilium_call_policy", "holdfast_monitor", "holdfast_events_lost"}
 
