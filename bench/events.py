@@ -23,10 +23,8 @@ import cProfile
 import os
 import pstats
 import statistics
-import struct
 import sys
 import time
-from ipaddress import IPv6Address
 
 from loguru import logger
 
@@ -49,20 +47,12 @@ FILTERED = MonitorFilter(types=frozenset({"drop"}), related=frozenset({2}))
 MATCHING = REPEAT  # a round
 
 
-def frame(family: int, sender: int, receiver: int, port: int) -> bytes:
-    source, destination = address(sender, family), address(receiver, family)
-    segment = frames.tcp_segment(40_000, port, frames.ACK)
-    if family == 4:
-        return frames.ethernet(frames.ipv4(source, destination, frames.TCP, segment, ttl=255))
-    head = struct.pack(">IHBB", 6 << 28, len(segment), frames.TCP, 255)
-    addresses = IPv6Address(source).packed + IPv6Address(destination).packed
-    return frames.ethernet(head + addresses + segment, frames.ETH_IPV6)
-
-
 def write(host: Lab, sender: int, receiver: int, family: int, port: int) -> int:
     """Let the programs write events about one frame; return how many they tell of."""
     program = host.programs_of(family)[sender]["from_endpoint"]
-    testrun.run(program, frame(family, sender, receiver, port), repeat=REPEAT)
+    source, destination = address(sender, family), address(receiver, family)
+    frame = frames.tcp(source, destination, 40_000, port, frames.ACK, ttl=255)
+    testrun.run(program, frame, repeat=REPEAT)
     return REPEAT * EVENTS[port]
 
 

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import AsyncIterator, Iterator
-from ipaddress import IPv6Address
 from typing import Any
 
 import pytest
@@ -41,13 +39,7 @@ async def pump(host: Lab) -> AsyncIterator[EventPump]:
 
 def syn(family: int, port: int) -> bytes:
     """Return the beginning of a connection from endpoint 1 to 2."""
-    source, destination = address(1, family), address(2, family)
-    segment = frames.tcp_segment(4000, port, frames.SYN)
-    if family == 4:
-        return frames.ethernet(frames.ipv4(source, destination, frames.TCP, segment))
-    head = struct.pack(">IHBB", 6 << 28, len(segment), frames.TCP, 64)
-    addresses = IPv6Address(source).packed + IPv6Address(destination).packed
-    return frames.ethernet(head + addresses + segment, frames.ETH_IPV6)
+    return frames.tcp(address(1, family), address(2, family), 4000, port)
 
 
 def flow(family: int, port: int) -> str:
