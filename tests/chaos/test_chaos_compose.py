@@ -81,7 +81,7 @@ class Project:
 
     def forget_starts(self) -> None:
         """Have the start hook take the next start for the first: after many in a row it waits ever longer."""
-        (self.host.directory / "state" / "prestart.json").unlink(missing_ok=True)
+        (self.host.private("/var/lib/holdfast") / "prestart.json").unlink()
 
     def numbers(self) -> list[tuple[int, int, str]]:
         """Return (endpoint, identity, address) of every endpoint."""
