@@ -48,7 +48,8 @@ class Port(msgspec.Struct, frozen=True, omit_defaults=True):
     def __str__(self) -> str:
         """Return it as `docker ps` writes one."""
         spread = self.host_port_end - self.host_port
-        host = f"{self.host_ip or '0.0.0.0'}:{_span(self.host_port, spread)}"
+        address = f"[{self.host_ip}]" if self.family == 6 else self.host_ip or "0.0.0.0"
+        host = f"{address}:{_span(self.host_port, spread)}"
         return f"{host}->{_span(self.container_port, spread)}/{PROTOCOL_NAMES[self.protocol]}"
 
 

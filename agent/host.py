@@ -11,6 +11,7 @@ import errno
 import socket
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
+from typing import Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
@@ -21,6 +22,7 @@ from datapath.routes import PROTOCOL
 DEFAULT_MTU = 1500
 MAIN_TABLE = 254
 UNICAST = 1  # RTN_UNICAST
+PASSING = 0x21  # IFA_F_TEMPORARY, IFA_F_DEPRECATED: addresses of IPv6 that a node is not known by
 # Interfaces that never face another machine; `veth` may be a container's, so a route decides.
 OWN_PREFIXES = ("lo", "lxc0", "hf0", "cilium_", "docker", "br-", "ifb")
 
@@ -53,11 +55,9 @@ def look(node_ip: IPv4Address | None = None, devices: tuple[str, ...] = ()) -> H
     Raises AgentError when the host has no address to be known by, or lacks a named device.
     """
     with IPRoute() as ipr:
-        addressed = [
-            (address["index"], ip_address(address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS")))
-            for address in ipr.get_addr()
-            if address["family"] in (socket.AF_INET, socket.AF_INET6)
-        ]
+        addresses = [each for each in ipr.get_addr() if each["family"] in (socket.AF_INET, socket.AF_INET6)]
+        addressed = [(each["index"], _address(each)) for each in addresses]
+        passing = {_address(each) for each in addresses if each.get_attr("IFA_FLAGS") & PASSING}
         routes = [
             (route["dst_len"], route.get_attr("RTA_DST"), route.get_attr("RTA_OIF"))
             for route in ipr.get_routes(family=socket.AF_INET, table=MAIN_TABLE)
@@ -73,7 +73,10 @@ def look(node_ip: IPv4Address | None = None, devices: tuple[str, ...] = ()) -> H
     outward6 = [
         each
         for index, each in addressed
-        if index in facing.values() and isinstance(each, IPv6Address) and not each.is_link_local
+        if index in facing.values()
+        and isinstance(each, IPv6Address)
+        and not each.is_link_local
+        and each not in passing
     ]
     return HostView(
         node_ip=node_ip or _node_ip(outward),
@@ -83,6 +86,10 @@ def look(node_ip: IPv4Address | None = None, devices: tuple[str, ...] = ()) -> H
         node_ip6=min(outward6, default=None),
         networks=tuple(IPv4Network((dst or "0.0.0.0", length)) for length, dst, _ in routes),
     )
+
+
+def _address(message: Any) -> IPv4Address | IPv6Address:
+    return ip_address(message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"))
 
 
 @dataclass(frozen=True)

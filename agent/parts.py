@@ -301,9 +301,10 @@ def _renumbered(slot: list[EndpointManager], labels: Labels, old: int, new: int)
 
 
 def _endpoint_target(ground: Ground, policy_store: PolicyMapStore) -> EndpointTarget:
-    sources = {4: str(ground.host.node_ip)}
+    sources: dict[int, tuple[str, ...]] = {4: (str(ground.host.node_ip),)}
     if ground.pool.network6 is not None:
-        sources[6] = str(ground.pool.ipv6_of(ground.pool.router))
+        known = (ground.host.node_ip6, ground.pool.ipv6_of(ground.pool.router))
+        sources[6] = tuple(str(each) for each in known if each is not None)
     place = Place(
         ground.programs.root, ground.config["mtu"] or ground.host.mtu, ground.pool.networks, sources
     )

@@ -54,7 +54,8 @@ class Place:
     root: Path
     mtu: int
     pools: tuple[str, ...]
-    sources: Mapping[int, str]  # by family: the host's address when it speaks to endpoints
+    # By family: the host's address when it speaks to endpoints, best first; those of IPv6 come and go.
+    sources: Mapping[int, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -211,8 +212,8 @@ class EndpointTarget:
         addresses = endpoint.addresses
         _raise_first(self._lxc.upsert((address, entry) for address in addresses.values()))
         for family, address in addresses.items():
-            source = self._place.sources[family]
-            await self._routes.upsert(EndpointRoute(address, device.index, endpoint.mac, source))
+            route = EndpointRoute(address, device.index, endpoint.mac)
+            await self._routes.upsert_by(route, self._place.sources[family])
         self._placed[endpoint.id] = Placed(
             device.index,
             endpoint.enforced_identity,

@@ -25,6 +25,9 @@ EVERYWHERE = ("", "0.0.0.0", "::")
 
 Taken = Collection[tuple[int, str, int]]
 
+# Ports can not be bound to it: the kernel delivers nothing for ::1 that comes from an endpoint.
+LOOPBACK6 = "::1"
+
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
@@ -66,6 +69,12 @@ def _parse_binding(
         raise DriverError(f"port binding {binding!r}: protocol or port is out of range")
     if _version(host_ip) == 6 and not ipv6:
         return None  # an engine with IPv6 sends a second binding for -p without an address
+    if host_ip == LOOPBACK6:
+        raise DriverError(
+            f"port {low or 'any'}/{PROTOCOL_NAMES[protocol]} can not be published on {LOOPBACK6}: the kernel "
+            "delivers no answers there",
+            hint="publish it on 127.0.0.1 or on another address of this host",
+        )
     if host_ip not in EVERYWHERE and not _is_of_this_host(host_ip):
         raise DriverError(
             f"{host_ip} is not an address of this host: port {low or 'any'}/{PROTOCOL_NAMES[protocol]} "

@@ -303,6 +303,9 @@ async def _set_up_inside(netlink: Netlink, name: str, inside_name: str, addresse
     await devices._link(f"rename {name} to {inside_name}", "set", index=device.index, ifname=inside_name)
     await devices._link(f"set {inside_name} up", "set", index=device.index, state="up")
     for address in addresses:
+        if ":" in address:
+            # docker switches IPv6 off where it has given no address of it, as in --network none.
+            devices._sysctls.write(f"net/ipv6/conf/{inside_name}/disable_ipv6", "0")
         await devices.add_address(address, inside_name)
         gateway, everywhere = (GATEWAY6, "::/0") if ":" in address else (GATEWAY, "0.0.0.0/0")
         for route in (

@@ -44,10 +44,13 @@ class Family:
     type: str
     loopback: str
     version: int
+    # Whether the host reaches ports by its loopback.  The kernel takes a packet for ::1 from lo alone, and so
+    # never the answer of an endpoint: without translation a client is refused at once, and tries 127.0.0.1.
+    from_loopback: bool
 
 
-IPV4 = Family("ip", "ipv4_addr", "127.0.0.0/8", 4)
-IPV6 = Family("ip6", "ipv6_addr", "::1/128", 6)
+IPV4 = Family("ip", "ipv4_addr", "127.0.0.0/8", 4, from_loopback=True)
+IPV6 = Family("ip6", "ipv6_addr", "::1/128", 6, from_loopback=False)
 
 
 @dataclass(frozen=True, order=True)
@@ -183,7 +186,14 @@ def _rules(state: FirewallState, family: Family) -> dict[str, list[tuple[str, st
             ("loopback is not published to the wire", f"{ip} daddr {loopback} return"),
             *published,
         ],
-        "output": published,
+        "output": [
+            *(
+                []
+                if family.from_loopback
+                else [("loopback is not published", f"{ip} daddr {loopback} return")]
+            ),
+            *published,
+        ],
         "publish": [
             ("bound to one address", f"dnat {ip} to {ip} daddr . meta l4proto . th dport map @bound"),
             ("bound to every address", f"dnat {ip} to meta l4proto . th dport map @published"),

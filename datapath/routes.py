@@ -9,8 +9,8 @@ gateway), and finding routes that no endpoint owns.  Called by: the agent's reco
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from datapath.addresses import host_prefix
 from datapath.errors import RouteError
@@ -61,6 +61,16 @@ class Routes:
             ifindex=route.ifindex,
             state="permanent",
         )
+
+    async def upsert_by(self, route: EndpointRoute, sources: Sequence[str]) -> None:
+        """Write it with the first of `sources` that the host has.  Raises RouteError."""
+        for source in sources[:-1]:
+            try:
+                return await self.upsert(replace(route, source=source))
+            except RouteError as error:
+                if errno_of(error) != errno.EINVAL:
+                    raise
+        return await self.upsert(replace(route, source=sources[-1]))
 
     async def delete(self, prefix: str) -> bool:
         """Delete a route of ours ("10.0.0.1" or "10.0.0.0/24"); return whether it was there.

@@ -18,11 +18,17 @@ TIMEOUT_S = 600
 
 
 @pytest.fixture(scope="session")
-def site(hub: Hub) -> Iterator[Site]:
+def whole_site(hub: Hub) -> Iterator[Site]:
     """A host with etcd, engine and agent, three containers on it and the world behind its card."""
     require_tools("etcd", "etcdctl", "curl", "nft", "iptables", "ping")
     with new_site(hub) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def site(whole_site: Site, request: pytest.FixtureRequest) -> Site:
+    """The site by IPv4; by each of both for what is marked `both_families`."""
+    return whole_site.by(getattr(request, "param", 4))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from socket import inet_aton
+from socket import AF_INET, AF_INET6, inet_pton
 
 import pytest
 
@@ -18,18 +18,21 @@ from tests.support.engine import WORKLOAD_IMAGE
 from tests.support.host import unique_name
 from tests.support.places import PORTS, PacketTap, Place
 from tests.support.rules import Rule, element, rule
-from tests.support.site import Site
+from tests.support.site import Site, both_families
 
-STARTS = 4
-UDP, TCP = 17, 6
+STARTS = 2  # of each kind and family
+UDP, TCP, ICMPV6 = 17, 6, 58
+DISCOVERY = range(133, 138)  # router and neighbour solicitations and advertisements, redirects
 FIRST_WORDS = b"packet 0"
+SYN = 0x02
 SPEAKER = {"matchLabels": {"app": "speaker"}}
 
 # Nothing is imported but the socket itself: the first packet leaves as early as an interpreter can.
 CLIENT = f"""
 import _socket, sys
 addresses = sys.argv[1:]
-datagrams = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM, 0)
+family = _socket.AF_INET6 if ':' in addresses[0] else _socket.AF_INET
+datagrams = _socket.socket(family, _socket.SOCK_DGRAM, 0)
 streams = []
 for number in range(300):
     for address in addresses:
@@ -38,14 +41,15 @@ for number in range(300):
         except OSError:
             pass
         if number < 20:
-            stream = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM, 0)
+            stream = _socket.socket(family, _socket.SOCK_STREAM, 0)
             stream.setblocking(False)
             stream.connect_ex((address, {PORTS[0]}))
             streams.append(stream)
 """
 ASKS_ONCE = f"""
 import _socket, sys
-stream = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM, 0)
+family = _socket.AF_INET6 if ':' in sys.argv[1] else _socket.AF_INET
+stream = _socket.socket(family, _socket.SOCK_STREAM, 0)
 stream.connect((sys.argv[1], {PORTS[0]}))
 stream.send(b'x')
 print(stream.recv(100).decode())
@@ -72,15 +76,42 @@ def speak(site: Site, script: str, *addresses: str) -> str:
 
 def of_speaker(site: Site, packets: list[bytes]) -> list[bytes]:
     """Leave out what the containers of other tests may still say to each other."""
-    others = {inet_aton(place.address) for place in (site.client, site.other, site.server, site.far)}
-    return [packet for packet in packets if packet[12:16] not in others]
+    others = {packed(place.address) for place in (site.client, site.other, site.server, site.far)}
+    return [packet for packet in packets if source(packet) not in others and not is_discovery(packet)]
+
+
+def packed(address: str) -> bytes:
+    return inet_pton(AF_INET6 if ":" in address else AF_INET, address)
+
+
+def source(packet: bytes) -> bytes:
+    return packet[8:24] if is_ipv6(packet) else packet[12:16]
+
+
+def protocol(packet: bytes) -> int:
+    return packet[6 if is_ipv6(packet) else 9]
+
+
+def payload(packet: bytes) -> bytes:
+    """Return what is behind the IP header; nobody here sends options."""
+    return packet[40 if is_ipv6(packet) else 20 :]
+
+
+def is_ipv6(packet: bytes) -> bool:
+    return packet[0] >> 4 == 6
+
+
+def is_discovery(packet: bytes) -> bool:
+    """True for the neighbours' questions and answers, which are for a link alone."""
+    return protocol(packet) == ICMPV6 and payload(packet)[0] in DISCOVERY
 
 
 def protocols(packets: list[bytes]) -> set[int]:
     """ICMP is left out: a speaker that has ended refuses the answers."""
-    return {packet[9] for packet in packets} & {UDP, TCP}
+    return set(map(protocol, packets)) & {UDP, TCP}
 
 
+@both_families
 @pytest.mark.parametrize("start", range(STARTS))
 @pytest.mark.parametrize("direction", ["ingress", "egress"])
 def test_not_one_denied_packet_passes(site: Site, direction: str, start: int) -> None:
@@ -106,6 +137,7 @@ def closing(site: Site, direction: str) -> list[Rule]:
     return [{"endpointSelector": SPEAKER, "egress": [to_other]}]
 
 
+@both_families
 @pytest.mark.parametrize("start", range(STARTS))
 def test_first_packet_of_the_allowed_arrives(site: Site, start: int) -> None:
     """Both sides are enforced and name the other: nothing is lost while a new identity spreads."""
@@ -118,7 +150,7 @@ def test_first_packet_of_the_allowed_arrives(site: Site, start: int) -> None:
     ]
     with site.policy(*rules), tapped(site.server) as (tap,):
         seen = speak(site, ASKS_ONCE, site.server.address)
-        syns = [packet for packet in tap.packets() if packet[9] == TCP and packet[33] == 0x02]
+        syns = [each for each in tap.packets() if protocol(each) == TCP and payload(each)[13] == SYN]
         assert packets_from(seen, syns) == 1
         speak(site, CLIENT, site.server.address)
         assert any(packet.endswith(FIRST_WORDS) for packet in tap.packets())
@@ -126,4 +158,4 @@ def test_first_packet_of_the_allowed_arrives(site: Site, start: int) -> None:
 
 def packets_from(address: str, packets: list[bytes]) -> int:
     """Return how many of these come from an address: one SYN means that connect worked the first time."""
-    return sum(packet[12:16] == inet_aton(address) for packet in packets)
+    return sum(source(packet) == packed(address) for packet in packets)

@@ -13,11 +13,11 @@ from identity.numbers import HOST, WORLD
 from tests.support.host import wait_for
 from tests.support.places import PORTS, Place
 from tests.support.rules import Rule, element, rule, selects
-from tests.support.site import Monitor, Site
+from tests.support.site import Monitor, Site, both_families
 from tests.support.traffic import UDP, ask, connected, serving
 
 FIRST, SECOND = PORTS
-ROUTER = "10.50.0.1"  # what containers see of the host's loopback, and of themselves by a published port
+
 LOOPBACK = "127.0.0.1"
 
 # Ports of the host and what they lead to; `bound` ones have an address of the host of their own.
@@ -31,7 +31,7 @@ def shop(site: Site) -> Iterator[Place]:
     published = (
         f"{EVERYWHERE}:{FIRST}",
         f"{LOOPBACK}:{OF_LOOPBACK}:{FIRST}",
-        f"{site.host.address}:{OF_CARD}:{FIRST}",
+        f"{site.on_host.literal}:{OF_CARD}:{FIRST}",
         f"{OF_RANGE}-{OF_RANGE + 1}:{FIRST}-{SECOND}",
         f"{DATAGRAM}:{FIRST}/udp",
     )
@@ -41,27 +41,32 @@ def shop(site: Site) -> Iterator[Place]:
 
 
 @pytest.fixture(scope="module")
-def monitor(site: Site) -> Iterator[Monitor]:
+def monitor(whole_site: Site) -> Iterator[Monitor]:
     """One `holdfast monitor` for all tests here: each looks for its own addresses and ports."""
-    with site.monitor("-t", "drop") as listening:
+    with whole_site.monitor("-t", "drop") as listening:
         yield listening
 
 
-def places(site: Site, shop: Place) -> dict[str, tuple[Place, str, str]]:
-    """Return name → (who asks, the host's address that it uses, whom the container sees)."""
-    card = site.host.address
+def places(site: Site, shop: Place) -> dict[str, tuple[Place, str, str | None]]:
+    """Return name → (who asks, the host's address that it uses, whom the container sees if anybody).
+
+    Of the host's loopback, and of itself by a published port, it sees the host's address among endpoints.
+    """
+    card, router = site.card, site.router
+    by_loopback = router if site.family == 4 else None  # the kernel takes nothing for ::1 but from lo
     return {
         "world": (site.world, card, site.world.address),
         "host by its address": (site.on_host, card, card),
-        "host by its loopback": (site.on_host, LOOPBACK, ROUTER),
+        "host by its loopback": (site.on_host, site.loopback, by_loopback),
         "container": (site.client, card, site.client.address),
-        "hairpin": (shop, card, ROUTER),
+        "hairpin": (shop, card, router),
     }
 
 
 WHO = ("world", "host by its address", "host by its loopback", "container", "hairpin")
 
 
+@both_families
 @pytest.mark.parametrize("who", WHO)
 def test_published_ports_are_reached_from_everywhere(site: Site, shop: Place, who: str) -> None:
     place, address, seen = places(site, shop)[who]
@@ -69,14 +74,15 @@ def test_published_ports_are_reached_from_everywhere(site: Site, shop: Place, wh
     assert place.asks("UDP", address, DATAGRAM) == seen
     assert [place.asks("TCP", address, OF_RANGE + offset) for offset in (0, 1)] == [seen, seen]
     assert place.asks("TCP", address, OF_RANGE + 2) is None
-    by_loopback = address == LOOPBACK
+    by_loopback = address == site.loopback
     assert place.asks("TCP", address, OF_LOOPBACK) == (seen if by_loopback else None)
     assert place.asks("TCP", address, OF_CARD) == (None if by_loopback else seen)
 
 
+@both_families
 def test_published_ports_are_shown(site: Site, shop: Place) -> None:
     """The engine shows none for a network driver, not even those that the driver chose."""
-    card = site.host.address
+    card = site.on_host.literal
     assert published_by(site, shop) == {
         f"0.0.0.0:{EVERYWHERE}->{FIRST}/tcp",
         f"{LOOPBACK}:{OF_LOOPBACK}->{FIRST}/tcp",
@@ -90,16 +96,17 @@ def test_port_that_was_chosen_for_the_container_is_told_and_works(site: Site) ->
     with site.container("chosen", options=["--publish", str(FIRST)]) as chosen:
         (shown,) = published_by(site, chosen)
         port = int(shown.partition("->")[0].rpartition(":")[2])
-        assert site.world.asks("TCP", site.host.address, port) == site.world.address
+        assert site.world.asks("TCP", site.card, port) == site.world.address
 
 
 def published_by(site: Site, place: Place) -> set[str]:
     return set(site.host.endpoint_of(place.name)["status"]["networking"]["published-ports"])
 
 
+@both_families
 def test_client_that_never_pauses_follows_the_port_to_the_next_container(site: Site) -> None:
     """One UDP socket of the world, two containers that publish the port one after the other."""
-    with connected(site.world.netns, site.host.address, 5301, UDP) as client:
+    with connected(site.world.netns, site.card, 5301, UDP) as client:
         for name in ("earlier", "later"):
             with site.container(name, options=["--publish", f"5301:{FIRST}/udp"]):
                 assert ask(client) == site.world.address
@@ -110,12 +117,13 @@ def test_ports_follow_a_restarted_container(site: Site) -> None:
         site.host.engine.docker("restart", "-t", "1", "again")
         inside = site.netns_of("again")
         with contextlib.closing(inside), serving(inside, FIRST):
-            assert site.world.asks("TCP", site.host.address, 8091) == site.world.address
+            assert site.world.asks("TCP", site.card, 8091) == site.world.address
 
 
 # --- policy sees the real client
 
 
+@both_families
 @pytest.mark.parametrize(
     ("admitted", "peers"),
     [
@@ -141,6 +149,7 @@ def test_policy_judges_the_real_client(site: Site, shop: Place, admitted: set[st
         assert dict(zip(wanted, pool.map(answer, wanted), strict=True)) == wanted
 
 
+@both_families
 @pytest.mark.parametrize("protocol", ["TCP", "UDP"])
 def test_denial_through_a_port_is_counted_and_told(
     site: Site, shop: Place, monitor: Monitor, protocol: str
@@ -148,18 +157,19 @@ def test_denial_through_a_port_is_counted_and_told(
     """As of the client and the container: neither the host nor its port is in it."""
     with site.policy(rule(shop, "ingress", {})):
         before, seen = site.dropped("Policy denied", "ingress"), len(monitor.lines())
-        assert site.world.asks(protocol, site.host.address, PUBLISHED[protocol]) is None
+        assert site.world.asks(protocol, site.card, PUBLISHED[protocol]) is None
         assert site.dropped("Policy denied", "ingress") > before
         identities = f"identity {WORLD}->{site.identity(shop)}"
-        flow = (f"{site.world.address}:", f"-> {shop.address}:{FIRST} {protocol.lower()}")
+        flow = (f"{site.world.literal}:", f"-> {shop.literal}:{FIRST} {protocol.lower()}")
         monitor.waits_for("xx drop (Policy denied)", identities, *flow, after=seen)
 
 
+@both_families
 @pytest.mark.parametrize("protocol", ["TCP", "UDP"])
 def test_port_is_the_hosts_for_the_egress_of_who_asks(
     site: Site, shop: Place, monitor: Monitor, protocol: str
 ) -> None:
-    card, port = site.host.address, PUBLISHED[protocol]
+    card, port = site.card, PUBLISHED[protocol]
     with site.policy(rule(site.client, "egress", element("egress", entities=["host"]))):
         assert site.client.asks(protocol, card, port) == site.client.address
         assert site.client.asks(protocol, shop.address) is None
@@ -169,7 +179,7 @@ def test_port_is_the_hosts_for_the_egress_of_who_asks(
         assert site.client.asks(protocol, card, port) is None
         assert site.dropped("Policy denied", "egress") > before
         identities = f"identity {site.identity(site.client)}->{HOST}"
-        flow = (f"{site.client.address}:", f"-> {card}:{port} {protocol.lower()}")
+        flow = (f"{site.client.literal}:", f"-> {site.on_host.literal}:{port} {protocol.lower()}")
         monitor.waits_for("xx drop (Policy denied)", identities, *flow, after=seen)
 
 
@@ -178,7 +188,7 @@ def test_container_that_may_send_nothing_answers_through_its_port(
     site: Site, shop: Place, protocol: str
 ) -> None:
     """What it asks itself is denied, also where it would come back to it."""
-    card, port = site.host.address, PUBLISHED[protocol]
+    card, port = site.card, PUBLISHED[protocol]
     with site.policy(rule(shop, "egress", {})):
         assert site.world.asks(protocol, card, port) == site.world.address
         assert site.client.asks(protocol, card, port) == site.client.address
@@ -186,10 +196,11 @@ def test_container_that_may_send_nothing_answers_through_its_port(
         assert shop.asks(protocol, site.world.address) is None
 
 
+@both_families
 def test_virtual_machine_is_judged_by_its_labels(site: Site, shop: Place) -> None:
     """`far` is the world until it is registered as a VM, and again after it is not."""
     legacy = element("ingress", endpoints=[{"matchLabels": {"app": "legacy"}}])
-    address = site.host.address
+    address = site.card
     with site.policy(rule(shop, "ingress", legacy)):
         assert site.far.asks("TCP", address, EVERYWHERE) is None
         site.cli("vm", "register", "legacy-1", "--ip", site.far.address, "-l", "app=legacy")
@@ -203,18 +214,26 @@ def test_virtual_machine_is_judged_by_its_labels(site: Site, shop: Place) -> Non
 # --- what can not be published
 
 
+@both_families
 def test_port_of_a_host_service_is_refused_and_the_service_goes_on(site: Site) -> None:
     refuses(site, f"{FIRST}:80", f"host port {FIRST}/tcp is in use")
-    assert site.world.asks("TCP", site.host.address, FIRST) == site.world.address
+    assert site.world.asks("TCP", site.card, FIRST) == site.world.address
 
 
 def test_port_of_another_container_is_refused(site: Site, shop: Place) -> None:
     refuses(site, f"{EVERYWHERE}:80", f"host port {EVERYWHERE}/tcp is in use")
-    assert site.world.asks("TCP", site.host.address, EVERYWHERE) == site.world.address
+    assert site.world.asks("TCP", site.card, EVERYWHERE) == site.world.address
 
 
 def test_address_that_is_not_the_hosts_is_refused(site: Site) -> None:
     refuses(site, "192.0.2.1:8099:80", "192.0.2.1 is not an address of this host")
+
+
+def test_ipv6_loopback_is_refused_at_once(site: Site, shop: Place) -> None:
+    """A browser that tries `localhost` goes on to 127.0.0.1 then, instead of waiting."""
+    refuses(site, f"[::1]:8099:{FIRST}", "can not be published on ::1")
+    with pytest.raises(ConnectionRefusedError), connected(site.on_host.netns, "::1", EVERYWHERE):
+        pass
 
 
 def refuses(site: Site, publish: str, reason: str) -> None:
@@ -234,5 +253,5 @@ def refuses(site: Site, publish: str, reason: str) -> None:
 def test_port_is_free_again_after_its_container(site: Site) -> None:
     for name in ("first", "second"):
         with site.container(name, options=["--publish", f"8090:{FIRST}"]):
-            assert site.world.asks("TCP", site.host.address, 8090) == site.world.address
-        assert site.world.asks("TCP", site.host.address, 8090) is None
+            assert site.world.asks("TCP", site.card, 8090) == site.world.address
+        assert site.world.asks("TCP", site.card, 8090) is None

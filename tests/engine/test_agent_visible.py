@@ -12,26 +12,30 @@ from tests.support.engine import WORKLOAD_IMAGE
 from tests.support.host import wait_for
 from tests.support.places import PORTS
 from tests.support.rules import element, on, rule, selects
-from tests.support.site import Monitor, Site, document
+from tests.support.site import Monitor, Site, both_families, document
 
 FIRST, SECOND = PORTS
 PROTOCOLS = ("TCP", "UDP", "ICMP")
-PACKET = {"TCP": "tcp SYN", "UDP": "udp", "ICMP": "icmp EchoRequest"}
+PACKET = {
+    4: {"TCP": "tcp SYN", "UDP": "udp", "ICMP": "icmp EchoRequest"},
+    6: {"TCP": "tcp SYN", "UDP": "udp", "ICMP": "icmpv6 EchoRequest"},
+}
 
 # how a packet is denied → the reason that metrics and monitor give
 REASONS = {"no rule": "Policy denied", "deny rule": "Policy denied by denylist"}
 
 
 @pytest.fixture(scope="module")
-def monitor(site: Site) -> Iterator[Monitor]:
+def monitor(whole_site: Site) -> Iterator[Monitor]:
     """One `holdfast monitor` for all tests here: each looks for its own addresses and ports."""
-    with site.monitor() as listening:
+    with whole_site.monitor() as listening:
         yield listening
 
 
 # --- a denied packet
 
 
+@both_families
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("direction", ["ingress", "egress"])
 @pytest.mark.parametrize("how", list(REASONS))
@@ -51,8 +55,8 @@ def test_denied_packet_is_counted_and_told(
         assert site.other.asks(protocol, site.server.address) is None
         assert site.dropped(REASONS[how], direction) > before
         identities = f"identity {site.identity(site.other)}->{site.identity(site.server)}"
-        flow = f"{site.other.address}"
-        monitor.waits_for(f"xx drop ({REASONS[how]})", identities, flow, PACKET[protocol], after=seen)
+        told = (f"xx drop ({REASONS[how]})", identities, site.other.address)
+        monitor.waits_for(*told, PACKET[site.family][protocol], after=seen)
         verdict = monitor.waits_for(f"local EP ID {site.endpoint_id(subject)}", "action deny", after=seen)
         assert f"ingress {str(direction == 'ingress').lower()}" in verdict
 
@@ -74,11 +78,12 @@ def test_policy_map_shows_rules_with_counters(site: Site) -> None:
         assert f"{FIRST}/TCP" in site.cli("bpf", "policy", "get", str(number))
 
 
+@both_families
 def test_connections_are_listed_from_both_ends(site: Site) -> None:
     assert site.client.asks("TCP", site.server.address, SECOND) is not None
-    flow = f"-> {site.server.address}:{SECOND}"
+    flow = f"-> {site.server.literal}:{SECOND}"
     lines = [line for line in site.cli("bpf", "ct", "list").splitlines() if flow in line]
-    ours = [line for line in lines if site.client.address in line]
+    ours = [line for line in lines if f"{site.client.literal}:" in line]
     assert {line.split()[1] for line in ours} == {"IN", "OUT"}
     assert all(f"SourceSecurityID={site.identity(site.client)}" in line for line in ours)
 

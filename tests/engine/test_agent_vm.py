@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Machines without an agent: what somebody writes into etcd about them is enforced with real packets.
 
-vm (10.77.0.5, 10.77.0.6, 10.78.0.9) ── a router on the hub ── eth0 [host: agent] ── server, client
+vm (10.77.0.5, 10.77.0.6, 10.78.0.9, fd78::5) ── a router on the hub ── eth0 [host: agent] ── server, client
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 
-from tests.support.agent import POOL
+from datapath.addresses import host_prefix
 from tests.support.host import run, wait_for
 from tests.support.places import PORTS, Neighbour, Place, passes
 from tests.support.rules import element, rule
-from tests.support.site import Site
+from tests.support.site import Site, both_families
 from tests.support.traffic import TCP, UDP, serving
 from tests.support.vectors import Entry, etcd_dump
 
@@ -31,23 +31,26 @@ SELECTOR = {"matchLabels": {"container:app": "legacyvm"}}
 # Three ways in which the vectors write an address: in full, short by hand, and a prefix around it.
 ADDRESSES = {"10.77.0.5": "10.77.0.5", "10.77.0.6": "10.77.0.6", "10.78.0.9": "10.78.0.0/24"}
 FULL = "10.77.0.5"
+REGISTERED = {4: FULL, 6: "fd78::5"}
 
 
 @pytest.fixture(scope="module")
 def machines(site: Site) -> Iterator[dict[str, Place]]:
-    """Places with the vectors' addresses behind a route of the host."""
+    """Places with the vectors' addresses, and one of IPv6, behind a route of the host."""
+    addresses = {*ADDRESSES, *REGISTERED.values()}
     neighbour = Neighbour(site.hub)
     with contextlib.ExitStack() as stack:
         stack.callback(neighbour.stop)
         netns = neighbour.place("vm").netns
-        for address in ADDRESSES:
-            run(["ip", "-n", neighbour.netns, "address", "add", f"{address}/32", "dev", "lo"])
-            route = [f"{address}/32", "via", neighbour.address]
+        for address in addresses:
+            run(["ip", "-n", neighbour.netns, "address", "add", host_prefix(address), "dev", "lo"])
+            via = neighbour.place("vm").of(6 if ":" in address else 4).address
+            route = [host_prefix(address), "via", via]
             run(["ip", "-n", site.host.netns, "route", "add", *route])
             stack.callback(run, ["ip", "-n", site.host.netns, "route", "del", *route], check=False)
             for port, kind in itertools.product(PORTS, (TCP, UDP)):
                 stack.enter_context(serving(netns, port, kind, address))
-        yield {address: Place("vm", address, netns) for address in ADDRESSES}
+        yield {address: Place("vm", address, netns) for address in addresses}
 
 
 @pytest.fixture
@@ -56,7 +59,8 @@ def sender(site: Site, machines: dict[str, Place]) -> Callable[[str], Place]:
 
     def choose(address: str) -> Place:
         place = machines[address]
-        place.netns.run("ip", "route", "replace", POOL, "via", site.host.address, "src", address)
+        by = site.by(place.family)
+        place.netns.run("ip", "route", "replace", by.pool, "via", by.card, "src", address)
         return place
 
     return choose
@@ -85,7 +89,7 @@ def injected(site: Site, address: str) -> Iterator[None]:
 
 def identity_of(site: Site, prefix: str) -> int:
     """Return the identity that the kernel's map has for exactly this prefix, 0 without one."""
-    wanted = prefix if "/" in prefix else f"{prefix}/32"
+    wanted = prefix if "/" in prefix else host_prefix(prefix)
     found: dict[str, dict[str, Any]] = site.json("bpf", "ipcache", "list")
     return int(found[wanted]["identity"]) if wanted in found else 0
 
@@ -136,40 +140,48 @@ def test_relabelled_machine_is_somebody_else(site: Site, sender: Callable[[str],
 # --- the command line
 
 
+@both_families
 def test_registered_machine_is_let_in_until_it_is_unregistered(
     site: Site, sender: Callable[[str], Place]
 ) -> None:
     """As an operator of this host's etcd types it."""
-    machine = sender(FULL)
+    address = REGISTERED[site.family]
+    machine = sender(address)
     labels = ["-l", "app=legacyvm", "-l", "site=dc1"]
     with allowing(site, "ingress"):
-        said = json.loads(site.cli("vm", "register", "legacy-1", "--ip", FULL, *labels, "-o", "json"))
+        said = json.loads(site.cli("vm", "register", "legacy-1", "--ip", address, *labels, "-o", "json"))
         try:
-            wait_for(lambda: identity_of(site, FULL) == said["identity"], "identity of the machine")
+            wait_for(lambda: identity_of(site, address) == said["identity"], "identity of the machine")
             for protocol in PROTOCOLS:
                 assert passes(site.server, machine, "ingress", protocol), protocol
             assert [each["name"] for each in site.json("vm", "list")] == ["legacy-1"]
-            assert {"legacy-1", FULL} <= set(site.cli("vm", "list").split())
-            assert written(site, said["identity"]) == expected(said["identity"])
+            assert {"legacy-1", address} <= set(site.cli("vm", "list").split())
+            assert written(site, address, said["identity"]) == expected(address, said["identity"])
         finally:
             site.cli("vm", "unregister", "legacy-1")
-        wait_for(lambda: identity_of(site, FULL) == 0, "end of the machine")
+        wait_for(lambda: identity_of(site, address) == 0, "end of the machine")
         assert not passes(site.server, machine, "ingress", "TCP")
     assert site.json("vm", "list") == []
-    assert FULL not in "".join(site.host.keys("cilium/state/"))
+    assert address not in "".join(site.host.keys("cilium/state/"))
 
 
-def written(site: Site, number: int) -> dict[str, str]:
+def written(site: Site, address: str, number: int) -> dict[str, str]:
     """Return what etcd holds of the machine under cilium/."""
     found = site.host.keys("cilium/state/")
-    return {key: value for key, value in found.items() if FULL in key or key.endswith(f"/id/{number}")}
+    return {key: value for key, value in found.items() if address in key or key.endswith(f"/id/{number}")}
 
 
-def expected(number: int) -> dict[str, str]:
+def expected(address: str, number: int) -> dict[str, str]:
     """Return the vectors' three entries with our number; the machine is its own user and on no node."""
+    names = {f"/id/{NUMBER}": f"/id/{number}", str(NUMBER): str(number), FULL: address}
+    key_names = names | {"192.0.2.10": address}
     return {
-        entry.key.replace("/id/4242", f"/id/{number}").replace("192.0.2.10", FULL): entry.value.replace(
-            str(NUMBER), str(number)
-        ).replace("192.0.2.10", "")
+        replaced(entry.key, key_names): replaced(entry.value, names | {"192.0.2.10": ""})
         for entry in entries_of(FULL)
     }
+
+
+def replaced(text: str, names: Mapping[str, str]) -> str:
+    for recorded, ours in names.items():
+        text = text.replace(recorded, ours)
+    return text

@@ -68,7 +68,7 @@ class Agent:
     def __init__(self, directory: Path, net: HostNet, programs: HostPrograms) -> None:
         table: Table[int, Endpoint] = Table("endpoints", ("agent",))
         self.policy_maps = PolicyMapStore(CATALOGUE, programs.root)
-        place = Place(programs.root, MTU, (POOL,), {4: HOST_ON_WIRE})
+        place = Place(programs.root, MTU, (POOL,), {4: (HOST_ON_WIRE,)})
         self.lxc = programs.maps.lxc
         self.target = EndpointTarget(place, net.devices, net.routes, self.lxc, self.policy_maps, programs)
         self.reconciler = Reconciler("endpoints", table, self.target)

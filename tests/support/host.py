@@ -25,6 +25,7 @@ from typing import Protocol, Self
 REPO = Path(__file__).parents[2]
 PRIVATE_HOST = REPO / "compose" / "setup" / "private_host.sh"
 HUB_NETWORK = "10.77.0"  # hosts are 10.77.0.1 … on the hub: no route leads there from the machine
+HUB_NETWORK6 = "fd77::"  # the same host is fd77::1 …
 COMMAND_TIMEOUT_S = 60.0
 
 _numbers = itertools.count(1)
@@ -193,6 +194,11 @@ class Host:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
+def hub_ipv6(address: str) -> str:
+    """Return the IPv6 address on the hub of whoever has this IPv4 address there."""
+    return f"{HUB_NETWORK6}{int(address.rpartition('.')[2]):x}"
+
+
 class Joinable(Protocol):
     """What can be joined to a hub: something with a namespace under /run/netns of the machine."""
 
@@ -201,7 +207,7 @@ class Joinable(Protocol):
 
 
 class Hub:
-    """A switch in a namespace of its own; `join` gives a host an address on it and returns that."""
+    """A switch in a namespace of its own; `join` gives a host addresses on it and returns the IPv4 one."""
 
     def __init__(self) -> None:
         self.name = unique_name("hub")
@@ -217,17 +223,26 @@ class Hub:
         self.stop()
 
     def join(self, host: Joinable, *, device: str = "eth0") -> str:
-        """Give `host` a network card on this switch and a default route out of it; return its address."""
+        """Give `host` a network card on this switch and default routes out of it; return its address.
+
+        The other one is `hub_ipv6` of it.
+        """
         self._joined += 1
         address, port = f"{HUB_NETWORK}.{self._joined}", f"p{self._joined}"
         self._ip(
             "link", "add", port, "type", "veth", "peer", "name", device, "netns", f"/run/netns/{host.netns}"
         )
         self._ip("link", "set", port, "master", "br0", "up")
+        # Nobody else has these addresses; while the kernel looks for somebody it sends nothing by IPv6.
+        for name in ("all", device):
+            setting = f"echo 0 > /proc/sys/net/ipv6/conf/{name}/accept_dad"
+            run(["nsenter", f"--net=/run/netns/{host.netns}", "sh", "-c", setting])
         for line in (
             f"addr add {address}/24 dev {device}",
             f"link set {device} up",
             f"route add default via {HUB_NETWORK}.254",
+            f"-6 addr add {hub_ipv6(address)}/64 dev {device} nodad",
+            f"-6 route add default via {HUB_NETWORK6}fe dev {device}",
         ):
             run(["ip", "-n", host.netns, *line.split()])
         return address

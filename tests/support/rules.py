@@ -26,9 +26,9 @@ def element(direction: str, *, of: Rule | None = None, **peers: Any) -> Rule:
 
 
 def on(protocol: str, port: int | str = PORTS[0]) -> Rule:
-    """What an element says of a protocol: a port of TCP or UDP (its number or name), ICMP's echo request."""
+    """What an element says of a protocol: a port of TCP or UDP (its number or name), echo of ICMP(v6)."""
     if protocol == "ICMP":
-        return {"icmps": [{"fields": [{"family": "IPv4", "type": 8}]}]}
+        return {"icmps": [{"fields": [{"family": "IPv4", "type": 8}, {"family": "IPv6", "type": 128}]}]}
     return {"toPorts": [{"ports": [{"port": str(port), "protocol": protocol}]}]}
 
 

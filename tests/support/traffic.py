@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Servers and clients inside namespaces: a server answers with the address it sees, so that a test can
-say what happened to the packet."""
+say what happened to the packet.  An address decides the family; a server without one has both."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from collections.abc import Iterator
 from tests.support.netns import Netns
 
 TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
+MAPPED = "::ffff:"  # how a server of both families sees an IPv4 address
 REFUSED_AFTER_S = 0.5  # how long a client waits before it says that nothing came through
-
-
-def _family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 @contextlib.contextmanager
 def serving(netns: Netns, port: int, kind: socket.SocketKind = TCP, address: str = "") -> Iterator[None]:
-    """Serve inside `netns` for the time of the block: on IPv4, unless `address` is one of IPv6."""
-    server = netns.socket(kind, _family(address))
+    """Serve inside `netns` for the time of the block."""
+    server = netns.socket(kind, family_of(address) if address else socket.AF_INET6)
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if not address:
+        server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     server.bind((address, port))
     if kind == TCP:
         server.listen()
@@ -38,6 +37,10 @@ def serving(netns: Netns, port: int, kind: socket.SocketKind = TCP, address: str
         server.close()
 
 
+def family_of(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
 def _serve_tcp(server: socket.socket) -> None:
     with contextlib.suppress(OSError):
         while True:
@@ -49,7 +52,7 @@ def _echo(connection: socket.socket, peer: str) -> None:
     """Answer each message with the peer's address and the message, until the peer closes."""
     with contextlib.suppress(OSError), connection:
         while data := connection.recv(4096):
-            connection.sendall(f"{peer} {data.decode()}".encode())
+            connection.sendall(_answer(peer, data))
 
 
 def _serve_udp(server: socket.socket) -> None:
@@ -58,7 +61,11 @@ def _serve_udp(server: socket.socket) -> None:
             data, peer = server.recvfrom(4096)
             if not data:
                 return  # shutdown wakes the call with nothing
-            server.sendto(f"{peer[0]} {data.decode()}".encode(), peer)
+            server.sendto(_answer(peer[0], data), peer)
+
+
+def _answer(peer: str, data: bytes) -> bytes:
+    return f"{peer.removeprefix(MAPPED)} {data.decode()}".encode()
 
 
 @contextlib.contextmanager
@@ -66,7 +73,7 @@ def connected(
     netns: Netns, address: str, port: int, kind: socket.SocketKind = TCP
 ) -> Iterator[socket.socket]:
     """Yield a client's connected socket; raises OSError when nothing answers."""
-    client = netns.socket(kind, _family(address))
+    client = netns.socket(kind, family_of(address))
     with client:
         client.settimeout(REFUSED_AFTER_S)
         client.connect((address, port))

@@ -12,7 +12,7 @@ import pytest
 from agent import ipcache
 from agent.endpoint import Port
 from agent.errors import DriverError
-from agent.ports import PORTMAP, parse_portmap, taken_ports
+from agent.ports import LOOPBACK6, PORTMAP, parse_portmap, taken_ports
 from agent.sinks import IpSink, with_length
 from identity.numbers import REMOTE_NODE
 from kvstore import schema
@@ -84,6 +84,12 @@ def test_ipv6_bindings_are_left_out_and_no_list_is_refused() -> None:
     assert parse_portmap({}, ()) == ()
     with pytest.raises(DriverError, match="not a list"):
         parse_portmap({PORTMAP: "8080"}, ())
+
+
+def test_loopback_of_ipv6_is_refused_by_name() -> None:
+    """The kernel would not deliver the answers, and the client would wait for them."""
+    with pytest.raises(DriverError, match=f"can not be published on {LOOPBACK6}"):
+        parse_portmap(bindings(HostIP=LOOPBACK6), (), ipv6=True)
 
 
 def record(address: str, number: int) -> bytes:
