@@ -107,8 +107,9 @@ async def addresses(netlink: Netlink) -> AsyncIterator[Item]:
     """Yield the host's own address among its endpoints: on lo, inside a pool that we made unreachable."""
     own = Devices(netlink)
     found = await Routes(netlink).ours()
-    pools = [ip_network(prefix) for prefix, index in found.items() if not index]
     lo = await own.get("lo")
+    # Unreachable routes have no device in IPv4, and lo in IPv6.
+    pools = [ip_network(prefix) for prefix, index in found.items() if index in (0, lo.index)]
     for message in await netlink.request("list addresses", DatapathError, "addr", "dump"):
         address = message.get("address") or ""
         if message["index"] == lo.index and any(ip_address(address) in pool for pool in pools):
@@ -145,7 +146,7 @@ async def chains() -> AsyncIterator[Item]:
 
 def pins(directory: Path) -> Iterator[Item]:
     """Yield our pinned maps; a map is freed when the last program that uses it is gone."""
-    shared = {spec.name for spec in MapCatalogue().shared()}
+    shared = {spec.name for spec in MapCatalogue(enable_ipv6=True).shared()}
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:
         if path.name in shared or POLICY_MAP.fullmatch(path.name):
             yield Item("map", str(path), _unpinner(path))

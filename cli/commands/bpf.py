@@ -168,7 +168,10 @@ def endpoint_list(output: str | None, no_headers: bool) -> None:
     if output:
         print_json({address: entry._asdict() for address, entry in found})
         return
-    rows = ((f"{address}:0", endpoint_info(entry)) for address, entry in found)
+    rows = (
+        (f"[{address}]:0" if ":" in address else f"{address}:0", endpoint_info(entry))
+        for address, entry in found
+    )
     print_table(("IP ADDRESS", "LOCAL ENDPOINT INFO"), rows, no_headers=no_headers)
 
 

@@ -135,6 +135,25 @@ def test_conntrack(root: Path) -> None:
     assert bpf(root, "ct", "list").stdout == ""
 
 
+def test_ipv6_beside_ipv4(root: Path) -> None:
+    """Addresses of IPv6 stand in brackets before a port; connections of both families are forgotten."""
+    pins = root / "tc" / "globals"
+    endpoint = LxcEntry(12, 373, 0, "0a:58:0a:32:00:09", "0a:59:0a:32:00:09")
+    with LxcMap.open(CATALOGUE.lxc, pins).handle as handle:
+        assert LxcMap(handle).upsert([("fd00::9", endpoint)]) == {}
+    with CtMap.open(CATALOGUE.ct(tcp=True, family=6), pins).handle as handle:
+        assert CtMap(handle).upsert([(CtKey("fd00::9", "fd00::8", 40000, 80, 6, 0), ENTRY)]) == {}
+    assert [line[0] for line in table(root, "endpoint", "list")[1:]] == [
+        "10.50.0.9:0",
+        "10.99.0.2:0",
+        "[fd00::9]:0",
+    ]
+    listed = bpf(root, "ct", "list", "global").stdout
+    assert "TCP OUT [fd00::9]:40000 -> [fd00::8]:80 expires=1000000000 " in listed
+    assert bpf(root, "ct", "flush", "-f").stdout == "3 entries removed\n"
+    assert bpf(root, "ct", "list").stdout == ""
+
+
 # Command → its first line, and what its JSON says of one entry.
 TABLES: dict[str, tuple[str, Any]] = {
     "ipcache list": (

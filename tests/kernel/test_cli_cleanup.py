@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from datapath.firewall import Firewall, FirewallState
+from datapath.firewall import IPV6, Firewall, FirewallState
 from datapath.forward import ForwardChain
-from datapath.maps import LxcMap, PolicyMap
+from datapath.maps import CtMap, LxcMap, PolicyMap
 from datapath.mapspec import MapCatalogue
 from tests.support.agent_view import FakeAgent, serving
 from tests.support.bpf import own_bpffs
@@ -16,7 +16,8 @@ from tests.support.cli import run
 from tests.support.hostnet import POOL, ROUTER, host_net
 from tests.support.require import require_root, require_tools
 
-CATALOGUE = MapCatalogue(policy_max=256)
+CATALOGUE = MapCatalogue(policy_max=256, ct_tcp_max=1024)
+POOL6, ROUTER6 = "fd68::a32:0/112", "fd68::a32:1"
 
 
 def cleanup(mount: Path, state: Path, *words: str) -> tuple[int, str, str]:
@@ -47,6 +48,11 @@ async def test_everything_goes_and_nothing_else(tmp_path: Path) -> None:
             await net.routes.add_unreachable(POOL)
             await Firewall().apply(FirewallState(router=ROUTER, pools=frozenset({POOL})))
             await ForwardChain().ensure()
+            await net.devices.add_router(ROUTER6)
+            await net.routes.add_unreachable(POOL6)
+            await Firewall(IPV6).apply(FirewallState(router=ROUTER6, pools=frozenset({POOL6})))
+            await ForwardChain("ip6tables").ensure()
+            CtMap.open(CATALOGUE.ct(tcp=True, family=6), pins).close()
             LxcMap.open(CATALOGUE.lxc, pins).close()
             PolicyMap.of(5, CATALOGUE, pins).close()
             before = net.host.run("ip", "-br", "address", "show", "dev", "wire")
@@ -58,9 +64,14 @@ async def test_everything_goes_and_nothing_else(tmp_path: Path) -> None:
                 "lxc0",
                 "10.50.0.5/32",
                 POOL,
-                "nft table",
-                "HOLDFAST-FORWARD",
+                "nft table ip ",
+                "iptables chain HOLDFAST-FORWARD",
                 "cilium_lxc",
+                f"{ROUTER6} on lo",
+                POOL6,
+                "nft table ip6",
+                "ip6tables chain HOLDFAST-FORWARD",
+                "cilium_ct6_global",
                 "node.json",
             ):
                 assert part in shown
@@ -73,9 +84,13 @@ async def test_everything_goes_and_nothing_else(tmp_path: Path) -> None:
             assert (code, errors) == (0, "")
             assert not await net.devices.ours()
             assert not await net.routes.ours()
-            assert ROUTER not in net.host.run("ip", "address", "show", "dev", "lo")
+            on_lo = net.host.run("ip", "address", "show", "dev", "lo")
+            assert ROUTER not in on_lo
+            assert ROUTER6 not in on_lo
+            assert POOL6 not in net.host.run("ip", "-6", "route")
             assert "holdfast" not in net.host.run("nft", "list", "tables")
-            assert "HOLDFAST" not in net.host.run("iptables-save")
+            for tool in ("iptables-save", "ip6tables-save"):
+                assert "HOLDFAST" not in net.host.run(tool)
             assert list(pins.iterdir()) == []
             assert sorted(path.name for path in state.iterdir()) == ["etcd"]
             assert net.host.run("ip", "-br", "address", "show", "dev", "wire") == before

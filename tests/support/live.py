@@ -17,7 +17,7 @@ from typing import Self
 
 from tests.support.host import wait_for
 from tests.support.netns import Netns
-from tests.support.traffic import TCP, UDP, ask
+from tests.support.traffic import TCP, UDP, ask, family_of
 
 BETWEEN_S = 0.02
 ANSWER_S = 20.0  # a stream that is silent for so long is broken, whatever TCP thinks
@@ -35,7 +35,7 @@ class Live(ABC):
         self._pause = 0.0
         self._last = time.monotonic()
         self._ending = threading.Event()
-        self._socket = netns.socket(self.kind)
+        self._socket = netns.socket(self.kind, family_of(address))
         self._socket.settimeout(ANSWER_S)
         self._socket.connect((address, port))
         self._thread = threading.Thread(target=self._run, daemon=True)
