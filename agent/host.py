@@ -57,7 +57,7 @@ def look(node_ip: IPv4Address | None = None, devices: tuple[str, ...] = ()) -> H
     with IPRoute() as ipr:
         addresses = [each for each in ipr.get_addr() if each["family"] in (socket.AF_INET, socket.AF_INET6)]
         addressed = [(each["index"], _address(each)) for each in addresses]
-        passing = {_address(each) for each in addresses if each.get_attr("IFA_FLAGS") & PASSING}
+        passing = {_address(each) for each in addresses if (each.get_attr("IFA_FLAGS") or 0) & PASSING}
         routes = [
             (route["dst_len"], route.get_attr("RTA_DST"), route.get_attr("RTA_OIF"))
             for route in ipr.get_routes(family=socket.AF_INET, table=MAIN_TABLE)
