@@ -75,9 +75,13 @@ def speak(site: Site, script: str, *addresses: str) -> str:
 
 
 def of_speaker(site: Site, packets: list[bytes]) -> list[bytes]:
-    """Leave out what the containers of other tests may still say to each other."""
+    """Leave out what the containers of other tests may still say to each other, and what nobody asked for."""
     others = {packed(place.address) for place in (site.client, site.other, site.server, site.far)}
-    return [packet for packet in packets if source(packet) not in others and not is_discovery(packet)]
+    return [
+        packet
+        for packet in packets
+        if source(packet) not in others and not is_discovery(packet) and not is_reset(packet)
+    ]
 
 
 def packed(address: str) -> bytes:
@@ -104,6 +108,12 @@ def is_ipv6(packet: bytes) -> bool:
 def is_discovery(packet: bytes) -> bool:
     """True for the neighbours' questions and answers, which are for a link alone."""
     return protocol(packet) == ICMPV6 and payload(packet)[0] in DISCOVERY
+
+
+def is_reset(packet: bytes) -> bool:
+    """True for TCP's answer to what is for nobody: the host's, when a server goes on answering the speaker
+    of the test before, which has ended.  A speaker sends none."""
+    return protocol(packet) == TCP and bool(payload(packet)[13] & RST)
 
 
 def protocols(packets: list[bytes]) -> set[int]:
