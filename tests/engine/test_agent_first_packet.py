@@ -22,6 +22,7 @@ from tests.support.site import Site, both_families
 
 STARTS = 2  # of each kind and family
 UDP, TCP, ICMPV6 = 17, 6, 58
+RST = 0x04  # of TCP
 DISCOVERY = range(133, 138)  # router and neighbour solicitations and advertisements, redirects
 FIRST_WORDS = b"packet 0"
 SYN = 0x02
