@@ -376,7 +376,8 @@ def test_bugtool_works_without_an_agent(tmp_path: Path) -> None:
     assert json.loads(result.stdout) == {"archive": str(path)}
     with tarfile.open(path) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    assert {"agent/status.error", "commands/uname -a.txt", "files/proc/meminfo"} <= names
+    by_family = {f"commands/{words}.txt" for words in ("ip -6 route show table all", "ip6tables-save")}
+    assert {"agent/status.error", "commands/uname -a.txt", "files/proc/meminfo"} | by_family <= names
 
 
 async def test_bugtool_keeps_names_and_networks_of_the_engine_and_no_labels(tmp_path: Path) -> None:
