@@ -62,5 +62,5 @@ static __always_inline int neighbour_answer(struct __sk_buff *ctx)
 	memcpy(arp->sender_ip, &gateway, sizeof(gateway));
 	copy_mac(frame->eth.h_dest, arp->target_mac);
 	copy_mac(frame->eth.h_source, config.host_mac);
-	return bpf_redirect(ctx->ifindex, 0);
+	return send_back(ctx);
 }

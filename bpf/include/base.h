@@ -130,6 +130,15 @@ static __always_inline void copy_mac(__u8 *to, const volatile __u8 *from)
 		to[i] = from[i];
 }
 
+/* send_back hands a frame to the endpoint that it came from, past the host's side of the pair: in the first
+ * milliseconds of a pair the kernel has not put that side's queue in place, and an answer lost there would
+ * be asked for again only after a second. */
+static __always_inline int send_back(struct __sk_buff *ctx)
+{
+	bpf_skb_change_type(ctx, PACKET_HOST); /* the question may have been a broadcast */
+	return bpf_redirect_peer(ctx->ifindex, 0);
+}
+
 /* A function that the verifier looks at once, and at its callers as if nothing were behind the call; only
  * global ones are treated so.  Arguments are the context and numbers. */
 #define SEPARATE __attribute__((noinline))

@@ -114,7 +114,7 @@ SEPARATE int neighbour_answer(struct __sk_buff *ctx)
 	copy_mac(frame->nd.mac, config.host_mac);
 	copy_mac(frame->eth.h_source, config.host_mac);
 	frame->nd.checksum = nd_checksum(frame);
-	return bpf_redirect(ctx->ifindex, 0);
+	return send_back(ctx);
 }
 
 /* neighbour_pass says what becomes of a packet for the endpoint that is for a link alone: our answers pass,
