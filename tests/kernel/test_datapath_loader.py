@@ -127,8 +127,8 @@ def test_an_absent_object_says_how_to_make_it(tmp_path: Path) -> None:
 
 
 def test_the_verifiers_words_are_in_the_error() -> None:
-    """A call of bpf_redirect becomes one of a helper that no kernel has."""
-    call, redirect, unknown = b"\x85\0\0\0", b"\x17\0\0\0", b"\xff\x7f\0\0"
+    """A call of bpf_redirect_peer becomes one of a helper that no kernel has."""
+    call, redirect, unknown = b"\x85\0\0\0", b"\x9b\0\0\0", b"\xff\x7f\0\0"
     elf = template(ENDPOINT_OBJECTS[4]).elf
     assert call + redirect in elf
     elf = elf.replace(call + redirect, call + unknown)
