@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Malformed packets by the hundred, against a slow and obvious model of what the programs check.
+"""Malformed packets by the thousand, against a slow and obvious model of what the programs check.
 
 The model (tests/support/packet_model.py) knows no conntrack and no policy: endpoint 1 may do everything, so
 a frame passes if it is a packet at all, and is dropped for the first thing that is wrong with it otherwise.
+Each test takes 300 frames of each family, with options, extension headers, fragments, flipped bytes and cut
+ends: 3 300 in all.
 """
 
 from __future__ import annotations

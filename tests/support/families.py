@@ -32,6 +32,7 @@ class Net:
     narrow: tuple[str, str]
     icmp: int
     echo: int
+    echo_reply: int
     errors: tuple[int, ...]  # ICMP types
 
     def endpoint(self, number: int) -> str:
@@ -77,6 +78,7 @@ NET4 = Net(
     narrow=("192.0.2.0/24", "192.0.2.9"),
     icmp=frames.ICMP,
     echo=frames.ECHO,
+    echo_reply=frames.ECHO_REPLY,
     errors=(frames.UNREACHABLE, frames.TIME_EXCEEDED, frames.PARAMETER_PROBLEM),
 )
 NET6 = Net(
@@ -100,6 +102,7 @@ NET6 = Net(
     narrow=("2001:db8::/32", "2001:db8::9"),
     icmp=frames.ICMPV6,
     echo=frames.ECHO6,
+    echo_reply=frames.ECHO_REPLY6,
     errors=(
         frames.UNREACHABLE6,
         frames.PACKET_TOO_BIG,

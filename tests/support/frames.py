@@ -156,6 +156,13 @@ def udp_datagram(source_port: int, port: int, data: bytes = b"") -> bytes:
     return struct.pack(">HHHH", source_port, port, 8 + len(data), 0) + data
 
 
+def with_ports(protocol: int, source_port: int, port: int, flags: int = SYN) -> bytes:
+    """What a packet of TCP (with these flags), UDP or SCTP (which has no chunks then) carries."""
+    if protocol == SCTP:
+        return struct.pack(">HHII", source_port, port, 1, 0)
+    return tcp_segment(source_port, port, flags) if protocol == TCP else udp_datagram(source_port, port)
+
+
 def icmp_message(kind: int, ident: int = 0, data: bytes = b"", code: int = 0) -> bytes:
     return struct.pack(">BBHHH", kind, code, 0, ident, 1) + data
 

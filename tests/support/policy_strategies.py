@@ -1,7 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random labels, selectors, rules and policies for hypothesis, from an alphabet small enough to collide."""
+"""Random labels, selectors, rules and policies for hypothesis, from an alphabet small enough to collide.
+
+What has few values is chosen from the list of them all: one draw instead of many, so that there is time for
+thousands.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from ipaddress import ip_network
+from itertools import combinations, product
+from typing import TypeVar
 
 from hypothesis import strategies as st
 
@@ -9,6 +18,7 @@ from identity.labels import Label, Labels
 from identity.local import prefix_labels
 from policy.model import (
     ICMP,
+    ICMPV6,
     SCTP,
     TCP,
     UDP,
@@ -28,10 +38,13 @@ from policy.selectors import (
     Operator,
     Requirement,
     Selector,
+    prefix,
     requirement,
     reserved,
     selector,
 )
+
+T = TypeVar("T")
 
 TRANSPORTS = (
     Transport(80, TCP),
@@ -39,56 +52,85 @@ TRANSPORTS = (
     Transport(80, SCTP),
     Transport(0, ICMP),  # echo reply: port 0, and yet not "any port"
     Transport(8, ICMP),
+    Transport(129, ICMPV6),
+    Transport(128, ICMPV6),
 )
 # One that no rule names.
 OTHER_TRANSPORT = Transport(4242, TCP)
-PREFIXES = ("10.0.0.0/8", "10.1.0.0/16", "192.168.7.7/32")
+PREFIXES = {
+    4: ("10.0.0.0/8", "10.1.0.0/16", "192.168.7.7/32"),
+    6: ("2001::/16", "2001:db8::/32", "fc00:7::7/128"),
+}
 
-keys = st.sampled_from(["app", "env"])
-values = st.sampled_from(["a", "b", "c"])
-sources = st.sampled_from(["container", "k8s"])
-
+KEYS, VALUES, SOURCES = ("app", "env"), ("a", "b", "c"), ("container", "k8s")
 # Labels that name ports; two of the values are one port.
-port_labels = st.dictionaries(
-    st.sampled_from(["holdfast.port.web", "holdfast.port.dns"]),
-    st.tuples(sources, st.sampled_from(["80", "80/tcp", "53/UDP", "80/SCTP", "4242"])),
-    max_size=2,
-)
-names = st.builds(NamedPort, st.sampled_from(["web", "dns"]), st.sampled_from([TCP, UDP, SCTP]))
+PORT_KEYS = ("holdfast.port.web", "holdfast.port.dns")
+PORTS = ("80", "80/tcp", "53/UDP", "80/SCTP", "4242")
+
+NAMES = [NamedPort(*each) for each in product(("web", "dns"), (TCP, UDP, SCTP))]
+
+values = st.sampled_from(VALUES)
+
+
+def chosen_from(values: Sequence[T]) -> st.SearchStrategy[T]:
+    """One of many values; `sampled_from` would list them all where a state machine names its strategies."""
+    return st.integers(0, len(values) - 1).map(lambda index: values[index])
+
+
+def labellings(keys: Sequence[str], values: Sequence[str]) -> list[tuple[Label, ...]]:
+    """Every way to give keys a value, from either source, or none; the first has no label at all."""
+    ways = [None, *product(SOURCES, values)]
+    return [
+        tuple(Label(each[0], key, each[1]) for key, each in zip(keys, chosen, strict=True) if each)
+        for chosen in product(ways, repeat=len(keys))
+    ]
+
+
+def few(values: Sequence[T], least: int = 0) -> list[tuple[T, ...]]:
+    """None, one or two of `values` in every way; each number of them is as likely."""
+    sizes = range(least, 3)
+    return [each for size in sizes for each in [*product(values, repeat=size)] * len(values) ** (2 - size)]
+
 
 workload_labels = st.builds(
-    lambda *parts: Labels(
-        Label(source, key, value) for part in parts for key, (source, value) in part.items()
-    ),
-    st.dictionaries(keys, st.tuples(sources, values), min_size=1),
-    st.one_of(st.just({}), port_labels),
+    lambda own, ports: Labels([*own, *ports]),
+    chosen_from(labellings(KEYS, VALUES)[1:]),
+    st.one_of(st.just(()), chosen_from(labellings(PORT_KEYS, PORTS))),
 )
 reserved_labels = st.sampled_from(["host", "world", "init", "remote-node"]).map(
     lambda name: Labels.of([f"reserved:{name}"])
 )
-peer_labels = st.one_of(
-    workload_labels, workload_labels, reserved_labels, st.sampled_from(PREFIXES).map(prefix_labels)
-)
+
+
+def peers_of(*families: int) -> st.SearchStrategy[Labels]:
+    """Labels of a peer that has an address of one of these families."""
+    named = [prefix_labels(each) for family in families for each in PREFIXES[family]]
+    return st.one_of(workload_labels, workload_labels, reserved_labels, chosen_from(named))
+
+
+peer_labels = peers_of(4, 6)
 endpoint_labels = st.one_of(
     workload_labels, workload_labels, st.just(Labels()), st.just(Labels.of(["reserved:init"]))
 )
 
 
-@st.composite
-def requirements(draw: st.DrawFn) -> Requirement:
-    operator = draw(st.sampled_from(list(Operator)))
-    listed = draw(st.sets(values, min_size=1)) if operator in (Operator.IN, Operator.NOT_IN) else ()
-    return requirement(draw(st.one_of(st.just("any"), sources)), draw(keys), operator, listed)
+def requirements_of(operator: Operator) -> list[Requirement]:
+    """All requirements with one operator; each operator has as many."""
+    listed = [[*each] for size in (1, 2, 3) for each in combinations(VALUES, size)]
+    if operator in (Operator.EXISTS, Operator.DOES_NOT_EXIST):
+        listed = [[]] * len(listed)
+    names = product(("any", *SOURCES), KEYS)
+    return [requirement(source, key, operator, each) for (source, key), each in product(names, listed)]
 
+
+requirements = chosen_from([each for operator in Operator for each in requirements_of(operator)])
 
 # Half of all selectors are the plain kind, so that rules meet often enough to contradict each other.
 plain_selectors = values.map(lambda value: selector([requirement("any", "app", Operator.IN, [value])]))
 label_selectors: st.SearchStrategy[Selector] = st.one_of(
-    plain_selectors, st.lists(requirements(), max_size=3).map(selector)
+    plain_selectors, st.lists(requirements, max_size=3).map(selector)
 )
-cidr_selectors = st.sampled_from(PREFIXES).map(
-    lambda text: Selector((Requirement("cidr", text, Operator.EXISTS),))
-)
+cidr_selectors = chosen_from([prefix(ip_network(each)) for each in PREFIXES[4] + PREFIXES[6]])
 peer_selectors = st.one_of(
     label_selectors,
     label_selectors,
@@ -98,27 +140,32 @@ peer_selectors = st.one_of(
 subjects = st.one_of(st.just(WILDCARD), label_selectors, st.just(reserved("init")))
 
 
+_transports = few(TRANSPORTS)
+some_transports = chosen_from([*[None] * len(_transports), *_transports])
+flags = chosen_from([*product(Direction, (False, True), (False, True))])
+some_names, names = chosen_from(few(NAMES)), chosen_from(few(NAMES, least=1))
+
+
 @st.composite
 def clauses(draw: st.DrawFn) -> Clause:
     peers = draw(st.one_of(st.none(), st.lists(peer_selectors, max_size=2).map(tuple)))
-    transports = draw(st.one_of(st.none(), st.lists(st.sampled_from(TRANSPORTS), max_size=2).map(tuple)))
-    named = () if transports is None else tuple(draw(st.lists(names, max_size=2, min_size=not transports)))
-    endpoints = peers is not None and draw(st.booleans())
-    direction, deny = draw(st.sampled_from(list(Direction))), draw(st.booleans())
-    return Clause(direction, deny, peers, transports, named, endpoints)
+    transports = draw(some_transports)
+    named = () if transports is None else draw(some_names if transports else names)
+    direction, deny, endpoints = draw(flags)
+    return Clause(direction, deny, peers, transports, named, peers is not None and endpoints)
 
 
 requires = st.builds(
     Requires,
     st.sampled_from(list(Direction)),
     st.booleans(),
-    st.lists(requirements(), min_size=1, max_size=2).map(tuple),
+    st.lists(requirements, min_size=1, max_size=2).map(tuple),
 )
 rules = st.builds(
     Rule,
     subject=subjects,
     clauses=st.lists(clauses(), max_size=4).map(tuple),
-    enforces=st.builds(Enforcement, st.booleans(), st.booleans()),
+    enforces=chosen_from([Enforcement(*each) for each in product((False, True), repeat=2)]),
     requires=st.one_of(st.just(()), st.just(()), st.lists(requires, max_size=2).map(tuple)),
 )
 policies = st.builds(
