@@ -9,6 +9,7 @@
  *              ├─ R is local ─────────▶ tail call: R's policy_ingress
  *              │                          conntrack IN, R's ingress policy
  *              │                          bpf_redirect_peer ──────────────────▶ eth0
+ *              ├─ R is behind the tunnel ▶ the VXLAN device, E's identity in the tunnel's key ─▶ R's host
  *              └─ anything else ──────▶ the host's stack (routes, netfilter)
  *                                         └─ for an endpoint: R's to_endpoint (tc egress of its veth)
  *                                            tail call: R's policy_ingress, as above
@@ -42,15 +43,36 @@ static __always_inline int to_stack(struct __sk_buff *ctx, enum trace_point poin
 	return TC_ACT_OK;
 }
 
-/* forward sends an allowed packet on its way. */
-static __always_inline int forward(struct __sk_buff *ctx, const struct addresses *ends,
+#define TUNNEL_TTL 64 /* of the packets between hosts */
+
+/* encapsulate sends a packet to the host that its destination lives on, which is told who speaks. */
+static __always_inline int encapsulate(struct __sk_buff *ctx, __be32 host, const struct parties *who)
+{
+	struct bpf_tunnel_key key = {
+		.tunnel_id = own_identity,
+		.remote_ipv4 = bpf_ntohl(host),
+		.tunnel_ttl = TUNNEL_TTL,
+	};
+
+	if (bpf_skb_set_tunnel_key(ctx, &key, sizeof(key), BPF_F_ZERO_CSUM_TX) < 0)
+		return -DROP_TUNNEL_KEY;
+	count(REASON_FORWARDED, EGRESS, ctx->len);
+	notify_trace(ctx, TRACE_TO_OVERLAY, who);
+	return bpf_redirect(config.tunnel_ifindex, 0);
+}
+
+/* forward sends an allowed packet on its way; `host` is the one behind the tunnel, 0 for none. */
+static __always_inline int forward(struct __sk_buff *ctx, const struct addresses *ends, __be32 host,
 				   const struct parties *who)
 {
 	const struct endpoint_info *to = NULL;
 	enum trace_point point = TRACE_TO_STACK;
 
-	if (!(flow_get(ctx, traits) & FLOW_FROM_STACK))
+	if (!(flow_get(ctx, traits) & FLOW_FROM_STACK)) {
 		to = endpoint_of(&ends->destination);
+		if (config.tunnel_ifindex && host && !to)
+			return encapsulate(ctx, host, who);
+	}
 	if (to && to->flags & ENDPOINT_IS_HOST)
 		point = TRACE_TO_HOST;
 	else if (to && l3_hop(ctx))
@@ -62,6 +84,7 @@ static __always_inline int egress(struct __sk_buff *ctx, struct parties *who)
 {
 	struct addresses ends = {};
 	int ret = l3_parse(ctx, &ends);
+	struct peer peer;
 
 	if (ret < 0)
 		return ret;
@@ -73,9 +96,10 @@ static __always_inline int egress(struct __sk_buff *ctx, struct parties *who)
 	if (ret < 0)
 		return ret;
 	flow_set(ctx, now, clock_seconds());
-	who->destination = identity_of(&ends.destination);
-	ret = judge(ctx, &ends, EGRESS, who->destination);
-	return ret < 0 ? ret : forward(ctx, &ends, who);
+	peer = peer_of(&ends.destination);
+	who->destination = peer.identity;
+	ret = judge(ctx, &ends, EGRESS, peer.identity);
+	return ret < 0 ? ret : forward(ctx, &ends, peer.host, who);
 }
 
 SEC("tc")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import struct
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 
@@ -35,6 +36,7 @@ CONFIG = Layout(
         Field("timeout_any", U32),
         Field("timeout_tcp_syn", U32),
         Field("timeout_tcp_fin", U32),
+        Field("tunnel_ifindex", U32),
         Field("host_mac", _MAC6),
         Field("coarse_clock", U8),
         Field("track_fragments", U8),
@@ -51,9 +53,9 @@ class Aggregation(enum.IntEnum):
     """How many packets of a connection are traced."""
 
     NONE = 0  # every packet, at every point
-    LOW = 1  # new connections, the first sight of a TCP flag, one packet per interval
-    MEDIUM = 2
-    MAXIMUM = 3
+    LOW = 1  # every packet, where it goes: not where it arrives
+    MEDIUM = 2  # new connections, the first sight of a TCP flag, one packet per interval
+    MAXIMUM = 3  # new connections, the first sight of a TCP flag
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class DatapathOptions:
     timeout_tcp_syn: int = 60
     timeout_tcp_fin: int = 10
     track_fragments: bool = True
+    tunnel_ifindex: int = 0  # of the VXLAN device; 0: other hosts are reached by the stack
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,10 @@ class EndpointConstants:
 
     def pack(self) -> bytes:
         """Return the bytes of `struct config`.  Raises LoadError for a value that does not fit."""
-        return _pack(self)
+        try:
+            return _pack(self)
+        except struct.error as error:
+            raise LoadError(f"a constant of endpoint {self.endpoint_id} does not fit: {error}") from error
 
 
 def netdev_constants(options: DatapathOptions) -> EndpointConstants:
@@ -123,6 +129,7 @@ def _pack(constants: EndpointConstants) -> bytes:
         options.timeout_any,
         options.timeout_tcp_syn,
         options.timeout_tcp_fin,
+        options.tunnel_ifindex,
         mac_bytes(constants.host_mac),
         int(_has_coarse_clock()),
         int(options.track_fragments),

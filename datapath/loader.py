@@ -29,9 +29,10 @@ from datapath.errors import LoadError
 from datapath.layouts import Layout
 from datapath.libbpf import checked, explain, library, opened
 
-# By address family: one object each for endpoints and for the host's devices.
+# By address family: one object each for endpoints, the host's devices, and the device between hosts.
 ENDPOINT_OBJECTS = {4: "endpoint.o", 6: "endpoint6.o"}
 NETDEV_OBJECTS = {4: "netdev.o", 6: "netdev6.o"}
+OVERLAY_OBJECTS = {4: "overlay.o", 6: "overlay6.o"}
 POLICY_MAP = "cilium_policy"  # in objects; user space gives the endpoint's own cilium_policy_<id>
 _CONFIG_SECTION = ".rodata.config"
 _IDENTITY_SECTION = ".data.identity"

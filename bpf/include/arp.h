@@ -46,15 +46,17 @@ static __always_inline int neighbour_pass(struct __sk_buff *ctx)
  * none. */
 static __always_inline int neighbour_answer(struct __sk_buff *ctx)
 {
-	struct arp_frame *frame = packet_at(ctx, 0, sizeof(*frame));
-	__be32 gateway = config.gateway.v4;
+	struct arp_frame *frame;
 	struct arp_ipv4 *arp;
+	__be32 gateway;
 
 	if (ctx->protocol != bpf_htons(ETH_P_ARP))
 		return 0;
+	frame = packet_at(ctx, 0, sizeof(*frame));
 	if (!frame || !arp_asks_for_gateway(&frame->arp))
 		return -DROP_UNSUPPORTED_L2;
 	arp = &frame->arp;
+	gateway = config.gateway.v4;
 	arp->operation = bpf_htons(ARPOP_REPLY);
 	copy_mac(arp->target_mac, arp->sender_mac);
 	memcpy(arp->target_ip, arp->sender_ip, 4);

@@ -40,6 +40,7 @@ enum drop_reason {
 	DROP_CT_UNKNOWN_L4 = 137,
 	DROP_UNSUPPORTED_L3 = 139,
 	DROP_MISSED_TAIL_CALL = 140,
+	DROP_TUNNEL_KEY = 147,
 	DROP_UNROUTABLE = 151,
 	DROP_CT_CREATE = 155,
 	DROP_INVALID_EXTENSION = 156,
@@ -75,6 +76,7 @@ enum direction {
 enum identity {
 	IDENTITY_HOST = 1,
 	IDENTITY_WORLD = 2,
+	IDENTITY_REMOTE_NODE = 6,
 };
 
 /* On packets for the stack whose first half never met the host's netfilter: nft must not masquerade
@@ -121,13 +123,17 @@ static __always_inline void *packet_at(struct __sk_buff *ctx, __u32 off, __u32 l
 {
 	void *found = CTX_POINTER(ctx, data) + off;
 
-	return likely(found + len <= CTX_POINTER(ctx, data_end)) ? found : NULL;
+	if (unlikely(found + len > CTX_POINTER(ctx, data_end)))
+		return NULL;
+	__builtin_assume(found != NULL); /* saves callers another comparison */
+	return found;
 }
 
-static __always_inline void copy_mac(__u8 *to, const volatile __u8 *from)
+/* copy_mac copies a MAC address by halves of words: each lies at an even place. */
+static __always_inline void copy_mac(void *to, const volatile void *from)
 {
-	for (int i = 0; i < ETH_ALEN; i++)
-		to[i] = from[i];
+	for (int i = 0; i < ETH_ALEN / 2; i++)
+		((__u16 *)to)[i] = ((const volatile __u16 *)from)[i];
 }
 
 /* send_back hands a frame to the endpoint that it came from, past the host's side of the pair: in the first

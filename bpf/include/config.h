@@ -10,10 +10,10 @@
 
 /* How many packets of a connection are traced. */
 enum aggregation {
-	AGGREGATE_NONE = 0, /* every packet, at every point */
-	AGGREGATE_LOW = 1,  /* from here on: new connections, first sight of a TCP flag, one per interval */
-	AGGREGATE_MEDIUM = 2,
-	AGGREGATE_MAXIMUM = 3,
+	AGGREGATE_NONE = 0,    /* every packet, at every point */
+	AGGREGATE_LOW = 1,     /* every packet, where it goes: not where it arrives */
+	AGGREGATE_MEDIUM = 2,  /* new connections, first sight of a TCP flag, one per interval */
+	AGGREGATE_MAXIMUM = 3, /* new connections, first sight of a TCP flag */
 };
 
 struct config {
@@ -28,6 +28,7 @@ struct config {
 	__u32 timeout_any;
 	__u32 timeout_tcp_syn;
 	__u32 timeout_tcp_fin;
+	__u32 tunnel_ifindex; /* of the VXLAN device; 0: other hosts are reached by the stack */
 	__u8 host_mac[6]; /* of the host-side veth */
 	__u8 coarse_clock; /* bpf_ktime_get_coarse_ns exists (kernel 5.11) */
 	__u8 track_fragments;

@@ -51,15 +51,18 @@ static __always_inline void ct_reverse(struct ct_tuple *key)
 	key->flags ^= 1;
 }
 
-/* ct_find returns the live entry of a tuple. */
+/* ct_find returns the live entry of a tuple.  Its calls are kept apart because the compiler would make one of
+ * them, for either map: the kernel replaces a call by the lookup itself only where it knows the map. */
 static __always_inline struct ct_entry *ct_find(struct __sk_buff *ctx, const struct ct_tuple *key, bool tcp)
 {
 	struct ct_entry *entry;
 
-	if (tcp)
+	if (tcp) {
 		entry = bpf_map_lookup_elem(&CT_TCP, key);
-	else
+		opaque(entry);
+	} else {
 		entry = bpf_map_lookup_elem(&CT_ANY, key);
+	}
 	return entry && entry->lifetime >= flow_get(ctx, now) ? entry : NULL;
 }
 
@@ -201,7 +204,8 @@ static __always_inline void ct_report(struct __sk_buff *ctx, struct ct_entry *en
 	__u32 *last = dir == INGRESS ? &entry->last_rx_report : &entry->last_tx_report;
 	__u8 flags = *seen | (flow_get(ctx, tcp_flags) & REPORT_FLAGS);
 
-	if (likely(flags == *seen && *last + config.report_interval >= flow_get(ctx, now)))
+	if (likely(flags == *seen && (config.aggregation == AGGREGATE_MAXIMUM ||
+				      *last + config.report_interval >= flow_get(ctx, now))))
 		return;
 	*seen = flags;
 	*last = flow_get(ctx, now);
@@ -267,9 +271,11 @@ SEPARATE int ct_create(struct __sk_buff *ctx, __u32 direction, __u32 opener)
 	entry.seen_non_syn = !(flow_get(ctx, tcp_flags) & TCP_SYN);
 	entry.from_stack = !!(flow_get(ctx, traits) & FLOW_VIA_STACK);
 	entry.lifetime = flow_get(ctx, now) + ct_first_timeout(ctx);
-	if (is_tcp(ctx))
+	if (is_tcp(ctx)) {
 		failed = bpf_map_update_elem(&CT_TCP, &key, &entry, BPF_ANY);
-	else
+		opaque(failed); /* as in ct_find */
+	} else {
 		failed = bpf_map_update_elem(&CT_ANY, &key, &entry, BPF_ANY);
+	}
 	return failed ? -DROP_CT_CREATE : 0;
 }

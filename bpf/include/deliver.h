@@ -30,7 +30,7 @@ static __always_inline int deliver_local(struct __sk_buff *ctx, const struct end
 
 	if (!eth)
 		return -DROP_INVALID;
-	memcpy(eth->h_dest, &to->mac, ETH_ALEN);
-	memcpy(eth->h_source, &to->node_mac, ETH_ALEN);
+	copy_mac(eth->h_dest, &to->mac);
+	copy_mac(eth->h_source, &to->node_mac);
 	return judge_ingress(ctx, to->lxc_id, sender);
 }

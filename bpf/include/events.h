@@ -24,7 +24,9 @@ enum trace_point {
 	TRACE_TO_ENDPOINT = 0,
 	TRACE_TO_HOST = 2,
 	TRACE_TO_STACK = 3,
+	TRACE_TO_OVERLAY = 4,
 	TRACE_FROM_ENDPOINT = 5,
+	TRACE_FROM_OVERLAY = 9,
 	TRACE_FROM_NETWORK = 10,
 };
 
@@ -190,10 +192,10 @@ static __always_inline void notify_drop(struct __sk_buff *ctx, __u8 reason, cons
 		emit_drop(ctx, reason, who->source, who->destination, who->receiver);
 }
 
-/* notify_trace reports a packet at `point`, if conntrack found it worth that. */
+/* notify_trace reports a packet at `point`, from AGGREGATE_MEDIUM on only if conntrack found it worth that. */
 static __always_inline void notify_trace(struct __sk_buff *ctx, enum trace_point point, const struct parties *who)
 {
-	if (config.aggregation != AGGREGATE_NONE && !(flow_get(ctx, traits) & FLOW_REPORT))
+	if (config.aggregation > AGGREGATE_LOW && !(flow_get(ctx, traits) & FLOW_REPORT))
 		return;
 	if (events_wanted())
 		emit_trace(ctx, point, who->source, who->destination, who->receiver);

@@ -45,7 +45,8 @@ struct flow {
 };
 
 /* Members are read and written by their offset in the context: the verifier wants the context's own
- * pointer in every access, and a compiler would rather compute the address of cb once. */
+ * pointer in every access, and a compiler would rather compute the address of cb once.  It is told how
+ * large a value can be that was loaded so, or it would cut it to its size again. */
 #define FLOW_AT(field) (offsetof(struct __sk_buff, cb) + offsetof(struct flow, field))
 #define FLOW_SIZE(field) sizeof(((struct flow *)0)->field)
 
@@ -58,6 +59,7 @@ struct flow {
 			asm volatile("%0 = *(u16 *)(%1 + %2)" : "=r"(value) : "r"(ctx), "i"(FLOW_AT(field))); \
 		else                                                                                  \
 			asm volatile("%0 = *(u32 *)(%1 + %2)" : "=r"(value) : "r"(ctx), "i"(FLOW_AT(field))); \
+		__builtin_assume(value <= (typeof(((struct flow *)0)->field))-1); \
 		(typeof(((struct flow *)0)->field))value;                                             \
 	})
 

@@ -4,7 +4,13 @@
 
 #include "maps.h"
 
-static __always_inline __u32 identity_of(const union address *ip)
+/* Who an address is, and behind which host of the tunnel it lives; 0 when it is not reached that way. */
+struct peer {
+	__u32 identity;
+	__be32 host;
+};
+
+static __always_inline struct peer peer_of(const union address *ip)
 {
 	struct ipcache_key key __attribute__((aligned(8))) = {
 		.prefixlen = IPCACHE_STATIC_PREFIX + ADDRESS_BITS,
@@ -13,7 +19,15 @@ static __always_inline __u32 identity_of(const union address *ip)
 	};
 	const struct remote_endpoint_info *info = bpf_map_lookup_elem(&cilium_ipcache, &key);
 
-	return info && info->sec_label ? info->sec_label : IDENTITY_WORLD;
+	return (struct peer){
+		.identity = info && info->sec_label ? info->sec_label : IDENTITY_WORLD,
+		.host = info ? info->tunnel_endpoint : 0,
+	};
+}
+
+static __always_inline __u32 identity_of(const union address *ip)
+{
+	return peer_of(ip).identity;
 }
 
 static __always_inline const struct endpoint_info *endpoint_of(const union address *ip)

@@ -85,11 +85,12 @@ static __always_inline int l3_parse_l4(struct __sk_buff *ctx)
 
 	if (unlikely(!ip))
 		return -DROP_INVALID;
-	if (unlikely(ip->ihl * 4 > L3_HEADER)) /* options */
+	if (unlikely(ip->ihl * 4 > L3_HEADER)) { /* options */
 		packet_gather(ctx, ETH_HLEN + IPV4_LONGEST + L4_HEADER);
-	ip = packet_at(ctx, ETH_HLEN, sizeof(*ip)); /* anew: gathering moves it */
-	if (!ip)
-		return -DROP_INVALID;
+		ip = packet_at(ctx, ETH_HLEN, sizeof(*ip)); /* anew: gathering moves it */
+		if (!ip)
+			return -DROP_INVALID;
+	}
 	off = ETH_HLEN + ip->ihl * 4;
 	length = bpf_ntohs(ip->tot_len) - ip->ihl * 4; /* of one larger than its field: wraps, is large */
 	flow_set(ctx, proto, ip->protocol);

@@ -86,8 +86,10 @@ static __always_inline __u8 nd_type(struct __sk_buff *ctx)
 		proto = next[0];
 		off += sizeof(struct ipv6_extension);
 	}
+	if (proto != ICMP_PROTOCOL)
+		return 0;
 	next = packet_at(ctx, off, 1);
-	if (proto != ICMP_PROTOCOL || !next)
+	if (!next)
 		return 0;
 	return (*next >= ND_FIRST && *next <= ND_LAST) || *next == ND_LISTENER_REPORT ? *next : 0;
 }
@@ -97,11 +99,12 @@ static __always_inline __u8 nd_type(struct __sk_buff *ctx)
  * 0: this is none of it. */
 SEPARATE int neighbour_answer(struct __sk_buff *ctx)
 {
-	struct nd_frame *frame = packet_at(ctx, 0, sizeof(*frame));
 	union address gateway;
+	struct nd_frame *frame;
 
 	if (!nd_type(ctx))
 		return 0;
+	frame = packet_at(ctx, 0, sizeof(*frame));
 	if (!frame || !nd_asks_for_gateway(frame))
 		return TC_ACT_SHOT;
 	gateway = frame->nd.target;

@@ -26,12 +26,15 @@ static __always_inline __be16 policy_port(struct __sk_buff *ctx)
 static __always_inline struct policy_entry *policy_find(struct __sk_buff *ctx, __u32 remote, enum direction dir,
 							enum policy_match *match)
 {
-	struct policy_key key = {.sec_label = remote, .egress = dir == EGRESS};
+	struct policy_key key = {
+		.sec_label = remote,
+		.dport = policy_port(ctx),
+		.protocol = flow_get(ctx, proto),
+		.egress = dir == EGRESS,
+	};
 	struct policy_entry *entry;
 
 	if (likely(!(flow_get(ctx, traits) & FLOW_PORTLESS))) {
-		key.dport = policy_port(ctx);
-		key.protocol = flow_get(ctx, proto);
 		*match = MATCH_L3_L4;
 		entry = bpf_map_lookup_elem(&cilium_policy, &key);
 		if (entry)
@@ -41,10 +44,10 @@ static __always_inline struct policy_entry *policy_find(struct __sk_buff *ctx, _
 		entry = bpf_map_lookup_elem(&cilium_policy, &key);
 		if (entry)
 			return entry;
-		key.sec_label = remote;
-		key.dport = 0;
-		key.protocol = 0;
 	}
+	key.sec_label = remote;
+	key.dport = 0;
+	key.protocol = 0;
 	*match = MATCH_L3_ONLY;
 	entry = bpf_map_lookup_elem(&cilium_policy, &key);
 	if (entry)

@@ -14,7 +14,7 @@ from datapath import constants, loader, testrun
 from datapath.constants import CONFIG, DatapathOptions, EndpointConstants, netdev_constants
 from datapath.errors import LoadError
 from datapath.layouts import U8, Field, Layout
-from datapath.loader import ENDPOINT_OBJECTS, NETDEV_OBJECTS, POLICY_MAP, Template
+from datapath.loader import ENDPOINT_OBJECTS, NETDEV_OBJECTS, OVERLAY_OBJECTS, POLICY_MAP, Template
 from datapath.testrun import ACT_OK, ACT_REDIRECT, ACT_SHOT
 from tests.support import frames
 from tests.support.bpflab import EGRESS, INGRESS, lab, template
@@ -27,14 +27,15 @@ def open_descriptors() -> int:
 
 
 def test_the_constants_table_equals_the_objects() -> None:
-    for name in (*ENDPOINT_OBJECTS.values(), *NETDEV_OBJECTS.values()):
+    for name in (*ENDPOINT_OBJECTS.values(), *NETDEV_OBJECTS.values(), *OVERLAY_OBJECTS.values()):
         template(name).check()
 
 
 def test_an_object_of_another_version_is_named_with_its_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     other = Layout("config", (*CONFIG.fields[:-1], Field("surprise", U8), Field("more", U8)))
     monkeypatch.setattr(loader, "CONFIG", other)
-    with pytest.raises(LoadError, match=r"surprise is at None, expected 75.*different versions"):
+    where = CONFIG.offsets["track_fragments"]
+    with pytest.raises(LoadError, match=rf"surprise is at None, expected {where}.*different versions"):
         template(ENDPOINT_OBJECTS[4]).check()
 
 
@@ -152,5 +153,7 @@ def test_programs_do_without_the_coarse_clock(monkeypatch: pytest.MonkeyPatch) -
 def test_constants_out_of_range_are_refused() -> None:
     with pytest.raises(LoadError, match="payload of 129 bytes"):
         netdev_constants(DatapathOptions(payload_length=129)).pack()
+    with pytest.raises(LoadError, match="a constant of endpoint 0 does not fit"):
+        netdev_constants(DatapathOptions(timeout_tcp=1 << 32)).pack()
     with pytest.raises(LoadError, match="MAC address '02:00:00'"):
         EndpointConstants(1, 301, 1, IPv4Address("10.0.0.1"), "02:00:00").pack()

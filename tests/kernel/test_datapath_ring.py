@@ -13,6 +13,7 @@ from datapath.events import DropEvent, TraceEvent, VerdictEvent
 from datapath.ring import EventRing
 from tests.support import frames
 from tests.support.bpflab import EGRESS, INGRESS, LOOPBACK, WORLD, Lab, address, identity, lab
+from tests.support.families import NETS, Net
 from tests.support.frames import ACK, FIN, SYN
 from tests.support.require import require_root
 
@@ -89,6 +90,65 @@ def test_without_aggregation_every_packet_is_told_at_every_point() -> None:
         host.receive(frames.udp(OUTSIDE, A, 53, 4000))
         points = [event.point for event in host.events() if isinstance(event, TraceEvent)]
         assert points == [FROM_NETWORK, TO_ENDPOINT]
+
+
+def reported_long_ago(host: Lab) -> None:
+    """Let the interval of every connection be over."""
+    for key, entry in host.connections().items():
+        host.ct_of(key).upsert([(key, entry._replace(last_tx_report=0, last_rx_report=0))])
+
+
+# Level → where the packets of a connection are told of: SYN, its answer, two of data, one after the interval,
+# FIN, one more.
+ARRIVED, WENT = FROM_ENDPOINT, TO_ENDPOINT
+LEVELS = {
+    Aggregation.NONE: [[ARRIVED, WENT]] * 7,
+    Aggregation.LOW: [[WENT]] * 7,
+    Aggregation.MEDIUM: [[WENT], [WENT], [], [], [WENT], [WENT], []],
+    Aggregation.MAXIMUM: [[WENT], [WENT], [], [], [], [WENT], []],
+}
+
+
+@pytest.mark.parametrize("net", NETS, ids=[str(net.family) for net in NETS])
+@pytest.mark.parametrize("level", Aggregation)
+def test_each_level_tells_less_of_a_connection(level: Aggregation, net: Net) -> None:
+    told = []
+    with lab(1, 2, aggregation=level) as host:
+        listened(host)
+        host.allow_all(1, 2)
+        for number, flags in enumerate((SYN, SYN | ACK, ACK, ACK, ACK, FIN | ACK, ACK)):
+            if number == 4:
+                reported_long_ago(host)
+            if flags == SYN | ACK:
+                host.send(2, frames.tcp(net.b, net.a, 80, 4000, flags))
+            else:
+                host.send(1, frames.tcp(net.a, net.b, 4000, 80, flags))
+            told.append([event.point for event in host.events() if isinstance(event, TraceEvent)])
+    assert told == LEVELS[level]
+
+
+@pytest.mark.parametrize("level", Aggregation)
+def test_a_flow_without_flags_is_told_once_at_most_levels(level: Aggregation) -> None:
+    """What the host's stack and the wire bring is told of where it goes."""
+    with lab(1, aggregation=level) as host:
+        listened(host)
+        host.allow_all(1)
+        told = []
+        for _ in range(2):
+            host.receive(frames.udp(OUTSIDE, A, 4000, 53))
+            told.append([event.point for event in host.events() if isinstance(event, TraceEvent)])
+        reported_long_ago(host)
+        host.receive(frames.udp(OUTSIDE, A, 4000, 53))
+        told.append([event.point for event in host.events() if isinstance(event, TraceEvent)])
+    assert (
+        told
+        == {
+            Aggregation.NONE: [[FROM_NETWORK, TO_ENDPOINT]] * 3,
+            Aggregation.LOW: [[TO_ENDPOINT]] * 3,
+            Aggregation.MEDIUM: [[TO_ENDPOINT], [], [TO_ENDPOINT]],
+            Aggregation.MAXIMUM: [[TO_ENDPOINT], [], []],
+        }[level]
+    )
 
 
 @pytest.mark.parametrize("length", [0, 1, 20, 128])

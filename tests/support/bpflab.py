@@ -8,7 +8,7 @@ writes policy entries, sends frames, and asks what became of them: the verdict, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,7 +19,17 @@ from datapath.constants import Aggregation, DatapathOptions, EndpointConstants, 
 from datapath.events import Event, decode_many
 from datapath.handle import MapHandle
 from datapath.loader import ENDPOINT_OBJECTS, NETDEV_OBJECTS, POLICY_MAP, Programs, Template
-from datapath.maps import CtMap, EventsLost, IpcacheMap, LxcMap, MetricsMap, MonitorFlag, PolicyMap
+from datapath.maps import (
+    CtMap,
+    EventsLost,
+    IpcacheMap,
+    LxcMap,
+    MetricsMap,
+    MonitorFlag,
+    PolicyMap,
+    RawPolicyEntry,
+    RawPolicyKey,
+)
 from datapath.mapspec import MapCatalogue, create
 from datapath.records import (
     CtEntry,
@@ -158,6 +168,12 @@ class Lab:
         for number in endpoints:
             self.allow(number, INGRESS)
             self.allow(number, EGRESS)
+
+    def replace_policy(self, number: int, entries: Iterable[tuple[RawPolicyKey, RawPolicyEntry]]) -> None:
+        """Make a policy consist of these entries, at once: no program runs meanwhile."""
+        policy = self.policies[number]
+        policy.delete(list(policy.keys()))
+        assert not policy.upsert(entries)
 
     def send(self, number: int, frame: bytes, **context: int) -> testrun.Outcome:
         """Hand a frame to the program that meets what endpoint `number` sends."""
