@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ from core.table import Table
 from datapath.addresses import host_prefix
 from datapath.devices import Device, Devices, host_name
 from datapath.errors import DatapathError, DeviceError, SyscallError
-from datapath.maps import LxcMap, PolicyMap, RawPolicyEntry, RawPolicyKey
+from datapath.maps import LxcMap, PolicyMap, PolicyWriting, RawPolicyEntry, RawPolicyKey
 from datapath.mapspec import MapCatalogue, policy_map_name
 from datapath.records import ENDPOINT_IS_HOST, LxcEntry
 from datapath.routes import EndpointRoute, Routes
@@ -86,9 +86,10 @@ class PolicyMapStore:
     def make(self, endpoint_id: int, *, empty: bool) -> PolicyMap:
         """Return the map for an interface; `empty` for a new one, which must not inherit what it allows."""
         self._removed.discard(endpoint_id)
+        policy_map = self.get(endpoint_id)
         if empty:
-            self.replace(endpoint_id, {})
-        return self.get(endpoint_id)
+            policy_map.sync(())
+        return policy_map
 
     def get(self, endpoint_id: int) -> PolicyMap:
         """Return the endpoint's map, opened or created and pinned.  Raises DatapathError."""
@@ -97,21 +98,28 @@ class PolicyMapStore:
             found = self._open[endpoint_id] = PolicyMap.of(endpoint_id, self._catalogue, self._root)
         return found
 
-    def apply(
+    def applying(
         self, endpoint_id: int, upserts: Mapping[PolicyKey, PolicyEntry], deletes: set[PolicyKey]
-    ) -> None:
-        """Write upserts first, then deletes; raises DatapathError."""
-        if endpoint_id in self._removed:
-            return
-        _raise_first(self.get(endpoint_id).apply(upserts.items(), deletes).failed)
+    ) -> Iterator[None]:
+        """Change the map; see `agent.policy_maps.PolicyTarget`."""
+        if endpoint_id not in self._removed:
+            yield from self._written(endpoint_id, self.get(endpoint_id).applying(upserts.items(), deletes))
 
-    def replace(self, endpoint_id: int, wanted: Mapping[PolicyKey, PolicyEntry]) -> int:
-        """Make the map hold exactly `wanted`; return how many entries differed."""
-        if endpoint_id in self._removed:
-            return 0
-        change = self.get(endpoint_id).sync(wanted.items())
-        _raise_first(change.failed)
-        return change.written + change.deleted
+    def replacing(self, endpoint_id: int, wanted: Mapping[PolicyKey, PolicyEntry]) -> Iterator[None]:
+        """Make the map hold exactly `wanted`; see `agent.policy_maps.PolicyTarget`."""
+        if endpoint_id not in self._removed:
+            yield from self._written(endpoint_id, self.get(endpoint_id).syncing(wanted.items()))
+
+    def _written(self, endpoint_id: int, writing: PolicyWriting) -> Iterator[None]:
+        """Make a change and raise what was refused; nothing more once the map is removed."""
+        try:
+            while True:
+                next(writing)
+                yield
+                if endpoint_id in self._removed:
+                    return
+        except StopIteration as ended:
+            _raise_first(ended.value.failed)
 
     def remove(self, endpoint_id: int) -> None:
         """Close and unpin a map; its programs must be gone."""

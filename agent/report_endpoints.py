@@ -92,20 +92,19 @@ def _interface_index(parts: Parts, each: Endpoint) -> int:
 def _policy(parts: Parts, each: Endpoint) -> models.EndpointPolicy:
     if not parts.policy_maps.is_open:
         return held_policy(parts.policy_store, each.id)
-    engine = parts.policy_maps.engine
+    engine, revision = parts.policy_maps.engine, parts.policy_maps.revision(each.id)
     try:
         enforced = engine.enforcement(each.id)
         entries = len(engine.map_state(each.id))
     except KeyError:
-        return models.EndpointPolicy(policy_enabled="both", policy_revision=engine.revision)
+        return models.EndpointPolicy(policy_enabled="both", policy_revision=revision)
     except HoldfastError as error:
-        return models.EndpointPolicy(policy_enabled="both", policy_revision=engine.revision, error=str(error))
+        return models.EndpointPolicy(policy_enabled="both", policy_revision=revision, error=str(error))
     status = parts.policy_maps.reconciler.status(each.id)
     overflow = engine.errors().get(each.id)
     return models.EndpointPolicy(
         policy_enabled=_enabled(enforced.ingress, enforced.egress),
-        # What is not in the map yet, or does not fit into it, belongs to the newest revision.
-        policy_revision=engine.revision - (status.kind is not Kind.DONE or overflow is not None),
+        policy_revision=revision,
         map_entries=entries,
         error=str(overflow) if overflow else status.error if status.kind is Kind.ERROR else "",
     )

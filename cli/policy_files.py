@@ -6,14 +6,18 @@ Called by `holdfast policy apply` and `validate`.
 
 from __future__ import annotations
 
-import json
+import functools
+import gc
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cli.errors import CliError, Missing
+
+if TYPE_CHECKING:
+    from policy.warnings import PolicyWarning
 
 STDIN = "-"
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -21,22 +25,30 @@ SUFFIXES = (".yaml", ".yml", ".json")
 
 @dataclass(frozen=True)
 class PolicyFiles:
-    """Policies by name: `documents` as JSON would load them, `origins` where each came from."""
+    """Policies by name: `documents` as JSON would load them, `origins` where each came from.
 
-    documents: dict[str, Any]
-    origins: dict[str, str]
+    `warnings` are doubts about them, which keep nothing from being applied.
+    """
 
-    @property
+    documents: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    warnings: list[PolicyWarning] = field(default_factory=list)
+
+    @functools.cached_property
     def texts(self) -> dict[str, str]:
         """Return name → the document as it is stored."""
-        return {name: json.dumps(document, indent=2) + "\n" for name, document in self.documents.items()}
+        from policy.language import stored_text
+
+        return {name: stored_text(document) for name, document in self.documents.items()}
 
 
 def read_files(names: Iterable[str], default_name: str = "") -> PolicyFiles:
     """Read and check everything; PolicyError names the field, CliError a name that comes twice."""
     from policy.language import parse_policies
+    from policy.warnings import find_warnings
 
-    found = PolicyFiles({}, {})
+    gc.disable()  # half the time of 10 000 rules would go into looking for cycles, and a command ends soon
+    found = PolicyFiles()
     for origin, text in read_texts(names):
         for policy in parse_policies(text, origin, name=default_name):
             if policy.name in found.documents:
@@ -46,6 +58,7 @@ def read_files(names: Iterable[str], default_name: str = "") -> PolicyFiles:
                 )
             found.documents[policy.name] = policy.document
             found.origins[policy.name] = origin
+        found.warnings.extend(find_warnings(text, origin))
     return found
 
 

@@ -10,16 +10,21 @@ Every method does system calls (0.1–10 ms); from the event loop call large one
 
 from __future__ import annotations
 
+import errno
 import struct
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
+from socket import AF_INET, inet_pton
 from typing import Generic, NamedTuple, Self, TypeVar
 
 from core.errors import shorten
 from datapath import layouts
 from datapath.addresses import (
+    FAMILY4,
     pack_address,
     pack_ip,
     pack_mac,
@@ -28,11 +33,15 @@ from datapath.addresses import (
     unpack_ip,
     unpack_mac,
 )
-from datapath.errors import DatapathError
+from datapath.errors import DatapathError, map_error
+from datapath.grace import let_programs_end
 from datapath.handle import MapHandle
 from datapath.mapspec import GLOBALS, MapCatalogue, MapSpec, policy_map_name, unpin
 from datapath.mapspec import open_or_create as open_or_create
 from datapath.mapspec import open_pinned as open_pinned
+from datapath.policy_order import RawPolicyEntry as RawPolicyEntry
+from datapath.policy_order import RawPolicyKey as RawPolicyKey
+from datapath.policy_order import RawPolicyMap, Write, in_order, replacing
 from datapath.records import (
     CtEntry,
     CtKey,
@@ -48,9 +57,12 @@ from datapath.records import (
 K = TypeVar("K")
 V = TypeVar("V")
 
-RawPolicyKey = tuple[int, int, int, int]  # PolicyKey, or any tuple of the same shape
-RawPolicyEntry = tuple[bool, int]
 _LPM_STATIC_BITS = 32  # of ipcache_key before the address: always compared
+# What stands before and behind the four bytes of a single IPv4 address in an ipcache_key.
+_SINGLE4 = layouts.IPCACHE_KEY.pack(32 + _LPM_STATIC_BITS, 0, 0, FAMILY4, bytes(16))[:-16]
+_PADDING4 = bytes(12)
+_pack_remote = layouts.REMOTE_ENDPOINT_INFO.codec.pack
+_pack_host = lru_cache(maxsize=1 << 14)(pack_ip)  # a fleet has more addresses than hosts
 _UNPACKABLE = (ValueError, OSError, struct.error, OverflowError)
 
 
@@ -83,19 +95,31 @@ class TypedMap(ABC, Generic[K, V]):
 
     def upsert(self, items: Iterable[tuple[K, V]]) -> dict[K, DatapathError]:
         """Write all records in batches; return those that failed, with why (empty: all are in)."""
-        keys: list[K] = []
-        entries: list[tuple[bytes, bytes]] = []
-        failed: dict[K, DatapathError] = {}
+        wanted, failed = list(items), dict[K, DatapathError]()
+        try:
+            entries = self._pack(wanted)
+        except _UNPACKABLE:
+            wanted, failed = self._packable(wanted)
+            entries = self._pack(wanted)
+        for position, refused in self.handle.update_many(entries).items():
+            failed[wanted[position][0]] = refused
+        return failed
+
+    def _pack(self, items: Sequence[tuple[K, V]]) -> list[tuple[bytes, bytes]]:
+        pack_key, pack_value = self._pack_key, self._pack_value
+        return [(pack_key(key), pack_value(value)) for key, value in items]
+
+    def _packable(self, items: Sequence[tuple[K, V]]) -> tuple[list[tuple[K, V]], dict[K, DatapathError]]:
+        """Return those records that can be packed, and why the others can not."""
+        good, failed = list[tuple[K, V]](), dict[K, DatapathError]()
         for key, value in items:
             try:
-                entries.append((self._pack_key(key), self._pack_value(value)))
+                self._pack([(key, value)])
             except _UNPACKABLE as error:
                 failed[key] = self._unpackable(key, value, error)
             else:
-                keys.append(key)
-        for position, refused in self.handle.update_many(entries).items():
-            failed[keys[position]] = refused
-        return failed
+                good.append((key, value))
+        return good, failed
 
     def delete(self, keys: Iterable[K]) -> int:
         """Delete records; return how many were there.  Raises DatapathError."""
@@ -114,12 +138,25 @@ class TypedMap(ABC, Generic[K, V]):
 
     def items(self) -> Iterator[tuple[K, V]]:
         """Yield every record."""
-        for key, value in self.handle.items():
-            yield self._unpack_key(key), self._unpack_value(value)
+        return chain.from_iterable(self.item_chunks())
+
+    def item_chunks(self) -> Iterator[list[tuple[K, V]]]:
+        """Yield every record, some thousand at a time: each step is one system call."""
+        for keys, values, _ in self.handle.chunks():
+            size = self.handle.value_size
+            each = (values[at : at + size] for at in range(0, len(values), size))
+            yield list(zip(self._unpack_keys(keys), map(self._unpack_value, each), strict=True))
 
     def keys(self) -> Iterator[K]:
         """Yield every key."""
-        return (self._unpack_key(key) for key, _ in self.handle.items())
+        return chain.from_iterable(self.key_chunks())
+
+    def key_chunks(self) -> Iterator[list[K]]:
+        """Yield every key, some thousand at a time: each step is one system call.
+
+        Delete nothing before the end: the kernel goes on from the last key of a chunk.
+        """
+        return (self._unpack_keys(keys) for keys, _, _ in self.handle.chunks())
 
     def pressure(self) -> float:
         """Return how full the map is, 0 to 1; reads the whole map."""
@@ -127,6 +164,10 @@ class TypedMap(ABC, Generic[K, V]):
 
     def _unpackable(self, key: K, value: V | None, error: Exception) -> DatapathError:
         return DatapathError(f"map {self.name}: {shorten(key)} = {shorten(value)} is no entry: {error}")
+
+    def _unpack_keys(self, data: bytes) -> list[K]:
+        size = self.handle.info.key_size
+        return [self._unpack_key(data[at : at + size]) for at in range(0, len(data), size)]
 
     @abstractmethod
     def _pack_key(self, key: K) -> bytes: ...
@@ -183,17 +224,35 @@ class IpcacheMap(TypedMap[str, IpcacheEntry]):
     Bits of the address beyond the length are stored as given: normalise prefixes where they come in.
     """
 
+    def _pack(self, items: Sequence[tuple[str, IpcacheEntry]]) -> list[tuple[bytes, bytes]]:
+        # Single IPv4 addresses, which nearly all of a hundred thousand are, without a call for each part.
+        return [
+            (
+                _SINGLE4 + inet_pton(AF_INET, key[:-3]) + _PADDING4
+                if key.endswith("/32") and ":" not in key
+                else self._pack_key(key),
+                _pack_remote(identity, _pack_host(tunnel_endpoint), encryption_key, b"\0\0\0"),
+            )
+            for key, (identity, tunnel_endpoint, encryption_key) in items
+        ]
+
     def _pack_key(self, key: str) -> bytes:
         family, data, bits = split_prefix(key)
         return layouts.IPCACHE_KEY.pack(bits + _LPM_STATIC_BITS, 0, 0, family, data)
 
     def _unpack_key(self, data: bytes) -> str:
-        length, _, _, family, address = layouts.IPCACHE_KEY.unpack(data)
-        return f"{unpack_address(family, address)}/{length - _LPM_STATIC_BITS}"
+        (prefix,) = self._unpack_keys(data)
+        return prefix
+
+    def _unpack_keys(self, data: bytes) -> list[str]:
+        return [
+            f"{unpack_address(family, address)}/{length - _LPM_STATIC_BITS}"
+            for length, _, _, family, address in layouts.IPCACHE_KEY.codec.iter_unpack(data)
+        ]
 
     def _pack_value(self, value: IpcacheEntry) -> bytes:
         identity, tunnel_endpoint, key = value
-        return layouts.REMOTE_ENDPOINT_INFO.pack(identity, pack_ip(tunnel_endpoint), key, b"\0\0\0")
+        return _pack_remote(identity, _pack_host(tunnel_endpoint), key, b"\0\0\0")
 
     def _unpack_value(self, data: bytes) -> IpcacheEntry:
         identity, tunnel_endpoint, key, _ = layouts.REMOTE_ENDPOINT_INFO.unpack(data)
@@ -201,15 +260,31 @@ class IpcacheMap(TypedMap[str, IpcacheEntry]):
 
 
 class PolicyChange(NamedTuple):
-    """What a write to a policy map did: `failed` holds what the kernel refused."""
+    """What a write to a policy map did: `failed` holds what the kernel refused, which ended the change."""
 
     written: int
     deleted: int
     failed: dict[RawPolicyKey, DatapathError]
 
 
+# A change under way: it pauses wherever programs that run have to end before it goes on.
+PolicyWriting = Generator[None, None, PolicyChange]
+
+
 class PolicyMap(TypedMap[RawPolicyKey, RawPolicyEntry]):
-    """cilium_policy_…: what one endpoint may receive and send.  Writing an entry zeroes its counters."""
+    """cilium_policy_…: what one endpoint may receive and send.  Writing an entry zeroes its counters.
+
+    A change is made in the order of `datapath.policy_order`, which says why.  `applying` and `syncing` pause
+    where it has to wait; `apply` and `sync` wait.  It ends at the first rank of which an entry was refused,
+    between the old policy and the new one; what does not fit into the map at all is refused before anything
+    is written.  Only one object may write to an endpoint's map.
+    """
+
+    def __init__(self, handle: MapHandle) -> None:
+        super().__init__(handle)
+        self._changes = 0
+        # The map holds no more entries than that; None: nobody has counted.
+        self._most: int | None = None
 
     @classmethod
     def of(cls, endpoint_id: int, catalogue: MapCatalogue, root: Path = GLOBALS) -> Self:
@@ -224,23 +299,73 @@ class PolicyMap(TypedMap[RawPolicyKey, RawPolicyEntry]):
     def apply(
         self, upserts: Iterable[tuple[RawPolicyKey, RawPolicyEntry]], deletes: Iterable[RawPolicyKey]
     ) -> PolicyChange:
-        """Write, then delete: an allowed flow finds an entry at every moment.
-
-        Only what found the map full is written once more after the deletions.
-        """
-        wanted = dict(upserts)
-        failed = self.upsert(wanted.items())
-        deleted = self.delete(deletes)
-        if failed and deleted:
-            failed = self.upsert((key, wanted[key]) for key in list(failed))
-        return PolicyChange(len(wanted) - len(failed), deleted, failed)
+        """Write and delete entries; blocks while programs have to end."""
+        return _at_once(self.applying(upserts, deletes))
 
     def sync(self, desired: Iterable[tuple[RawPolicyKey, RawPolicyEntry]]) -> PolicyChange:
-        """Make the map equal to `desired`, touching (and zeroing the counters of) only what differs."""
-        wanted = dict(desired)
+        """Make the map equal to `desired`; blocks while programs have to end."""
+        return _at_once(self.syncing(desired))
+
+    def applying(
+        self, upserts: Iterable[tuple[RawPolicyKey, RawPolicyEntry]], deletes: Iterable[RawPolicyKey]
+    ) -> PolicyWriting:
+        """Write and delete entries; no key may be in both."""
+        new, gone = dict(upserts), set(deletes)
+        if self._has_room(len(new)):
+            return (yield from self._write(in_order(new.items(), gone)))
         present = dict(self.items())
-        upserts = [(key, entry) for key, entry in wanted.items() if present.get(key) != entry]
-        return self.apply(upserts, [key for key in present if key not in wanted])
+        kept = {key: entry for key, entry in present.items() if key not in gone}
+        return (yield from self._change(present, kept | new))
+
+    def syncing(self, desired: Iterable[tuple[RawPolicyKey, RawPolicyEntry]]) -> PolicyWriting:
+        """Make the map equal to `desired`, touching (and zeroing the counters of) only what differs."""
+        return (yield from self._change(dict(self.items()), dict(desired)))
+
+    def _change(self, present: RawPolicyMap, wanted: RawPolicyMap) -> PolicyWriting:
+        self._most = len(present)
+        size = self.handle.info.max_entries
+        if len(wanted) > size:
+            full = map_error(self.name, "update", errno.E2BIG)
+            return PolicyChange(0, 0, dict.fromkeys(wanted.keys() - present.keys(), full))
+        return (yield from self._write(replacing(present, wanted, size)))
+
+    def _write(self, writes: Iterable[Write]) -> PolicyWriting:
+        self._changes = turn = self._changes + 1
+        written = deleted = 0
+        for each in writes:
+            if each.waits:
+                yield
+                if turn != self._changes:
+                    raise DatapathError(f"map {self.name}: another change came in between")
+            failed = self.upsert(each.upserts)
+            written += len(each.upserts) - len(failed)
+            if failed:
+                return PolicyChange(written, deleted, failed)
+            deleted += self.delete(each.deletes)
+        return PolicyChange(written, deleted, {})
+
+    def _has_room(self, more: int) -> bool:
+        """True if that many entries more fit for certain; counts only when what is known does not tell."""
+        size = self.handle.info.max_entries
+        if more and (self._most is None or self._most + more > size):
+            self._most = self.handle.count()
+        return not more or (self._most or 0) + more <= size
+
+    def upsert(
+        self, items: Iterable[tuple[RawPolicyKey, RawPolicyEntry]]
+    ) -> dict[RawPolicyKey, DatapathError]:
+        """Write records without regard to what packets meet meanwhile; see TypedMap."""
+        entries = list(items)
+        if self._most is not None:
+            self._most += len(entries)
+        return super().upsert(entries)
+
+    def delete(self, keys: Iterable[RawPolicyKey]) -> int:
+        """Delete records without regard to what packets meet meanwhile; see TypedMap."""
+        deleted = super().delete(keys)
+        if self._most is not None:
+            self._most -= deleted
+        return deleted
 
     def dump(self) -> Iterator[PolicyCounters]:
         """Yield every entry with its counters."""
@@ -263,6 +388,16 @@ class PolicyMap(TypedMap[RawPolicyKey, RawPolicyEntry]):
     def _unpack_value(self, data: bytes) -> PolicyEntry:
         proxy_port, verdict, *_ = layouts.POLICY_ENTRY.unpack(data)
         return PolicyEntry(bool(verdict & 1), int.from_bytes(proxy_port))
+
+
+def _at_once(writing: PolicyWriting) -> PolicyChange:
+    while True:
+        try:
+            next(writing)
+        except StopIteration as ended:
+            change: PolicyChange = ended.value
+            return change
+        let_programs_end()
 
 
 class CtMap(TypedMap[CtKey, CtEntry]):

@@ -191,7 +191,7 @@ def create(spec: MapSpec) -> MapHandle:
         fd = syscall.map_create(
             spec.name, spec.type, spec.key.size, spec.value.size, spec.max_entries, spec.flags, btf=btf
         )
-    return MapHandle(spec.name, fd)
+    return MapHandle(spec.name, fd, is_new=True)
 
 
 def open_pinned(name: str, root: Path = GLOBALS) -> MapHandle:

@@ -5,8 +5,9 @@ A `SharedPolicy` holds the wanted map (`state`) and, for every key that differs 
 were last told, the old entry (`_undo`).  A rule that comes or goes marks it stale and it is resolved
 again when it is next looked at; an identity that comes or goes changes its own entries only.
 
-A policy that needs more entries than a map holds is not spelt out: `state` stays what was last published,
-`size` counts on, and once it fits again it is resolved anew.
+A policy that needs more entries than a map holds is not spelt out: `state` stays what was last published (but
+for identities that are gone, which the engine takes out), `size` counts on, and once it fits again it is
+resolved anew.
 
 Owned by `policy.engine`; pure.
 """
@@ -14,6 +15,7 @@ Owned by `policy.engine`; pure.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from itertools import chain
 
 from identity.labels import Labels
@@ -253,3 +255,11 @@ def difference(old: MapState, new: MapState) -> MapChange:
     """Return the change that turns the map `old` into `new`."""
     upserts = {key: entry for key, entry in new.items() if old.get(key) != entry}
     return MapChange(upserts, old.keys() - new.keys())
+
+
+def forget(state: MapState, numbers: AbstractSet[int]) -> MapChange:
+    """Take the entries of these identities out of `state`; return the change that does so to its map."""
+    gone = {key for key in state if key.identity in numbers} if numbers else set()
+    for key in gone:
+        del state[key]
+    return MapChange({}, gone)

@@ -7,7 +7,7 @@ the policies that use these, a rule the endpoints it selects, and endpoints with
 resolved policy.
 
     engine.upsert_policy(policy); engine.upsert_identity(1234, labels); engine.upsert_endpoint(7, labels)
-    for endpoint_id, change in engine.take_changes().items(): …write change.upserts, then change.deletes…
+    for endpoint_id, change in engine.take_changes().items(): …write it as datapath.policy_order says…
 
 Synchronous and pure: owned by one task of the agent, no I/O.
 """
@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-from identity.labels import Labels
-from policy.distillery import MapState, SharedPolicy, difference
+from identity.labels import EMPTY, Labels
+from policy.distillery import MapState, SharedPolicy, difference, forget
 from policy.errors import PolicyMapOverflow
 from policy.index import LabelIndex
 from policy.model import (
     MAX_ENTRIES,
+    Direction,
     Enforcement,
     EnforcementMode,
     MapChange,
@@ -72,6 +73,8 @@ class PolicyEngine:
         # What take_changes has to look at; errors are those that it found.
         self._pending: set[SharedPolicy] = set()
         self._errors: dict[int, PolicyMapOverflow] = {}
+        # Numbers that stopped to mean what they meant when changes were last taken.
+        self._gone: set[int] = set()
 
     # Policies.
 
@@ -117,30 +120,34 @@ class PolicyEngine:
 
     def upsert_identity(self, number: int, labels: Labels) -> None:
         """Add an identity or change its labels; an empty set of labels removes it."""
-        self._identity_moved(self._cache.upsert_identity(number, labels))
+        known = self._cache.labels(number) is not None
+        self._identity_moved(self._cache.upsert_identity(number, labels), known)
 
     def delete_identity(self, number: int) -> None:
         """Remove an identity; unknown ones are no change."""
-        self._identity_moved(self._cache.delete_identity(number))
+        self.upsert_identity(number, EMPTY)
 
-    def _identity_moved(self, moved: Moved | None) -> None:
-        if moved is not None:
-            for user in moved.stale:
-                user.mark_stale()
-            for user in moved.users:
-                user.identity_changed(moved.number, moved.before, moved.after)
+    def _identity_moved(self, moved: Moved | None, known: bool) -> None:
+        if moved is None:
+            return
+        if known:
+            self._gone.add(moved.number)
+        for user in moved.stale:
+            user.mark_stale()
+        for user in moved.users:
+            user.identity_changed(moved.number, moved.before, moved.after)
 
     # Endpoints.
 
-    def upsert_endpoint(self, endpoint_id: int, labels: Labels) -> None:
-        """Add an endpoint or change its labels.
+    def upsert_endpoint(self, endpoint_id: int, labels: Labels) -> bool:
+        """Add an endpoint or change its labels; False if it has them already.
 
         Without labels it is in the state `init`: nothing is allowed but by rules that name reserved:init.
         """
         labels = labels or INIT_LABELS
         old = self._endpoints.get(endpoint_id)
         if old is not None and old.policy.labels == labels:
-            return
+            return False
         base: MapState = {}
         if old is not None:
             base = old.policy.published() if old.base is None else old.base
@@ -149,6 +156,18 @@ class PolicyEngine:
         self._members[shared].add(endpoint_id)
         self._endpoints[endpoint_id] = _Endpoint(shared, base)
         self._pending.add(shared)
+        return True
+
+    def adopt(self, endpoint_id: int, held: Mapping[tuple[int, int, int, int], tuple[bool, int]]) -> MapState:
+        """Take what a new endpoint's map holds already for its last state, and return what that leaves of it:
+        nothing of identities that nobody has.  KeyError for an unknown endpoint.
+        """
+        self._endpoints[endpoint_id].base = base = {
+            PolicyKey(number, port, protocol, Direction(direction)): PolicyEntry(*entry)
+            for (number, port, protocol, direction), entry in held.items()
+            if not number or self._cache.labels(number) is not None
+        }
+        return base
 
     def delete_endpoint(self, endpoint_id: int) -> None:
         """Forget an endpoint; an unknown one is no change."""
@@ -204,19 +223,29 @@ class PolicyEngine:
         """Return what each endpoint's map must change since the last call; endpoints without a change
         are left out.
 
-        An endpoint whose policy does not fit keeps its last state and stands in `errors` until it fits.
-        Endpoints that share a policy share the change: do not modify it.
+        An endpoint whose policy does not fit keeps its last state and stands in `errors` until it fits.  But
+        an identity that is gone, or has other labels, is taken out of that: whoever has its number next is
+        not who was allowed or denied.  Endpoints that share a policy share the change: do not modify it.
         """
         changes: dict[int, MapChange] = {}
         for shared in list(self._pending):
             shared.refresh()
             if shared.overflows:
-                for endpoint_id in self._members[shared]:
-                    self._errors[endpoint_id] = PolicyMapOverflow(endpoint_id, shared.size, self.limit)
+                self._keep(shared, changes)
                 continue
             self._pending.discard(shared)
             self._publish(shared, changes)
+        self._gone.clear()
         return changes
+
+    def _keep(self, shared: SharedPolicy, changes: dict[int, MapChange]) -> None:
+        common = forget(shared.state, self._gone)
+        for endpoint_id in self._members[shared]:
+            self._errors[endpoint_id] = PolicyMapOverflow(endpoint_id, shared.size, self.limit)
+            base = self._endpoints[endpoint_id].base
+            change = common if base is None else forget(base, self._gone)
+            if change:
+                changes[endpoint_id] = change
 
     def _publish(self, shared: SharedPolicy, changes: dict[int, MapChange]) -> None:
         common = shared.publish()

@@ -42,7 +42,7 @@ _AUTH = Field("authentication", R, "mutual authentication does not exist here; r
 def _peers(verb: str) -> tuple[Field, ...]:
     return (
         Field(f"{verb}Endpoints", E, "list of selectors; `[]` selects nobody, `[{}]` everybody"),
-        Field(f"{verb}CIDR", E, "list of prefixes or addresses"),
+        Field(f"{verb}CIDR", E, "list of prefixes or addresses; not for endpoints, VMs and hosts inside"),
         Field(f"{verb}CIDRSet", E, "list of `cidr` with `except`"),
         Field(
             f"{verb}Entities",

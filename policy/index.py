@@ -48,7 +48,7 @@ class LabelIndex(Generic[K]):
     def add(self, item: K, labels: Labels) -> None:
         """Add `item`, which must not be here."""
         self._labels[item] = labels
-        for label in labels:
+        for label in labels if self._keys else ():
             key, value = _term(label)
             buckets = self._keys.get(key)
             if buckets is not None:
@@ -172,7 +172,7 @@ class SelectorIndex(Generic[T]):
     def find(self, labels: Labels) -> list[T]:
         """Return what is attached to the selectors that select `labels`."""
         found = {each: item for each, item in self._rest.items() if each.selects(labels)}
-        for label in labels:
+        for label in labels if self._anchors else ():
             term = _term(label)
             for bucket in (self._values.get(term), self._keys.get(term[0])):
                 if bucket:

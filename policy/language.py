@@ -12,13 +12,15 @@ A text of several megabytes takes seconds: run it in a thread where that matters
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Final
+from typing import Any, Final
 
 from core.errors import shorten
-from policy.document import Node, read_documents
+from policy.document import read_documents
 from policy.errors import DocumentError, PolicyNameError
 from policy.model import Policy
+from policy.prefixes import Prefixes
 from policy.reader import Place
 from policy.rules import read_rule
 
@@ -27,10 +29,14 @@ NAMESPACED: Final = "CiliumNetworkPolicy"
 CLUSTERWIDE: Final = "CiliumClusterwideNetworkPolicy"
 LISTS: Final = ("List", f"{NAMESPACED}List", f"{CLUSTERWIDE}List")
 MAX_NAME: Final = 253
+# Bytes of one policy as it is stored.  etcd refuses requests above 1.5 MiB (--max-request-bytes), and the key
+# and its message are in one too; `kvstore.schema` has the same limit.
+MAX_STORED: Final = 1_500_000
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\Z")
 _NOT_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 _EXTENSION = re.compile(r"\.(ya?ml|json)\Z", re.IGNORECASE)
+_compact = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 def parse_policies(text: str, origin: str, *, name: str = "") -> list[Policy]:
@@ -42,12 +48,18 @@ def parse_policies(text: str, origin: str, *, name: str = "") -> list[Policy]:
     Raises DocumentError, PolicyNameError, FieldError, UnknownField, UnsupportedField.
     """
     policies: list[Policy] = []
+    prefixes = Prefixes()
     for node in read_documents(text, origin):
-        policies += _document(Place(node, "", origin), name)
+        policies += _document(Place(node, "", origin), name, prefixes)
     if not policies:
         raise DocumentError(origin, 0, "it holds no policy")
     _check_names(policies, origin)
     return policies
+
+
+def stored_text(document: Any) -> str:
+    """Return `Policy.document` as it is stored in etcd and in the policy directory: JSON without blanks."""
+    return _compact(document)
 
 
 def check_name(name: str, origin: str) -> str:
@@ -61,22 +73,44 @@ def check_name(name: str, origin: str) -> str:
     return name
 
 
-def _document(place: Place, name: str) -> list[Policy]:
+def _document(place: Place, name: str, prefixes: Prefixes) -> list[Policy]:
     value = place.node.value
     if isinstance(value, list):
-        return [_bare(place, place.items(), name)]
+        return [_bare(place, place.items(), name, prefixes)]
     if not isinstance(value, dict):
         raise place.error("it is no policy", hint=f"write a {NAMESPACED} or an array of rules")
     if "kind" in value or "apiVersion" in value or "metadata" in value or "spec" in value:
-        return _manifest(place)
-    return [_bare(place, [place], name)]
+        return _manifest(place, prefixes)
+    return [_bare(place, [place], name, prefixes)]
 
 
-def _bare(place: Place, rules: list[Place], name: str) -> Policy:
+def _bare(place: Place, rules: list[Place], name: str, prefixes: Prefixes) -> Policy:
     if not rules:
         raise place.error("the array holds no rule")
     chosen = check_name(name or _name_from(place.origin), place.origin)
-    return Policy(chosen, place.origin, tuple(read_rule(each) for each in rules), place.node.plain())
+    return _policy(place, chosen, rules, prefixes)
+
+
+def _policy(place: Place, name: str, rules: list[Place], prefixes: Prefixes) -> Policy:
+    found = Policy(name, place.origin, tuple(read_rule(each, prefixes) for each in rules), place.node.plain())
+    _check_storable(place, found)
+    return found
+
+
+def _check_storable(place: Place, policy: Policy) -> None:
+    """Raise DocumentError for what could not be written to etcd, wherever the text is from."""
+    try:
+        size = len(stored_text(policy.document).encode())
+    except ValueError as error:  # half of a surrogate pair, an endless number
+        problem = f"policy {policy.name} holds what can not be stored: {shorten(str(error))}"
+        raise DocumentError(place.origin, place.node.line, problem) from error
+    if size > MAX_STORED:
+        raise DocumentError(
+            place.origin,
+            place.node.line,
+            f"policy {policy.name} takes {size} bytes as it is stored, more than the {MAX_STORED} that fit",
+            hint="split its rules into several policies, each with its own name: rules add up",
+        )
 
 
 def _name_from(origin: str) -> str:
@@ -87,20 +121,20 @@ def _name_from(origin: str) -> str:
     return found
 
 
-def _manifest(place: Place) -> list[Policy]:
+def _manifest(place: Place, prefixes: Prefixes) -> list[Policy]:
     members = place.members()
     kind = members.get("kind")
     if kind is None or kind.absent:
         raise place.error("kind is missing", hint=f"kind: {NAMESPACED}")
     if kind.node.value in LISTS:
-        return _list(place, members)
+        return _list(place, members, prefixes)
     _check_kind(members)
     given = place.fields("document")
     name = _manifest_name(place, given)
-    return [Policy(name, place.origin, tuple(read_rule(each) for each in _rules(place, given)), _raw(place))]
+    return [_policy(place, name, _rules(place, given), prefixes)]
 
 
-def _list(place: Place, members: dict[str, Place]) -> list[Policy]:
+def _list(place: Place, members: dict[str, Place], prefixes: Prefixes) -> list[Policy]:
     for key, each in members.items():
         if key not in ("apiVersion", "kind", "metadata", "items"):
             raise each.error("a List has no such field", hint="known: apiVersion, kind, metadata, items")
@@ -111,7 +145,7 @@ def _list(place: Place, members: dict[str, Place]) -> list[Policy]:
         kind = item.members().get("kind")
         if kind is not None and kind.node.value in LISTS:
             raise item.error("a List inside a List")
-        policies += _manifest(item)
+        policies += _manifest(item, prefixes)
     return policies
 
 
@@ -142,11 +176,6 @@ def _rules(place: Place, given: dict[str, Place]) -> list[Place]:
     if not rules:
         raise place.error("spec is missing, and specs holds no rule")
     return rules
-
-
-def _raw(place: Place) -> object:
-    node: Node = place.node
-    return node.plain()
 
 
 def _check_names(policies: list[Policy], origin: str) -> None:

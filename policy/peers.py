@@ -6,8 +6,6 @@ Called by `policy.rules`; pure.
 
 from __future__ import annotations
 
-import re
-from ipaddress import ip_network
 from typing import Final
 
 from core.errors import shorten
@@ -15,6 +13,7 @@ from identity import numbers
 from identity.errors import LabelError
 from identity.labels import ANY, CIDR, RESERVED, label
 from identity.local import Network
+from policy.prefixes import Prefixes
 from policy.reader import Place
 from policy.selectors import (
     CLUSTER,
@@ -29,9 +28,6 @@ from policy.selectors import (
     selector,
 )
 
-# One excluded address leaves 32 prefixes of an IPv4 network, 128 of an IPv6 one.
-MAX_PREFIXES: Final = 1024
-
 ENTITIES: Final[dict[str, tuple[Selector, ...]]] = {
     "all": (WILDCARD,),
     "world": (WORLD,),
@@ -40,13 +36,15 @@ ENTITIES: Final[dict[str, tuple[Selector, ...]]] = {
     **{name: (reserved(name),) for name in ("host", "remote-node", "init", "unmanaged", "health")},
 }
 
-_PREFIX = re.compile(r"[0-9a-fA-F:.]{2,45}(/[0-9]{1,3})?\Z")
 
-
-def read_peers(element: dict[str, Place], verb: str) -> tuple[tuple[Selector, ...] | None, frozenset[str]]:
+def read_peers(
+    element: dict[str, Place], verb: str, prefixes: Prefixes
+) -> tuple[tuple[Selector, ...] | None, frozenset[str]]:
     """Return the peers of one element and the prefixes they name; `verb` is ``from`` or ``to``.
 
-    None is everybody (no peer field), () nobody.  Raises FieldError.
+    `prefixes` counts those of the whole text.  None is everybody (no peer field), () nobody.
+
+    Raises FieldError.
     """
     given = [name for name in PEER_FIELDS if verb + name in element]
     full = [verb + name for name in given if element[verb + name].items()]
@@ -56,16 +54,16 @@ def read_peers(element: dict[str, Place], verb: str) -> tuple[tuple[Selector, ..
         return None, frozenset()
     if not full:
         return (), frozenset()
-    return _read(full[0].removeprefix(verb), element[full[0]])
+    return _read(full[0].removeprefix(verb), element[full[0]], prefixes)
 
 
-def _read(kind: str, place: Place) -> tuple[tuple[Selector, ...], frozenset[str]]:
+def _read(kind: str, place: Place, prefixes: Prefixes) -> tuple[tuple[Selector, ...], frozenset[str]]:
     if kind == "Endpoints":
         return tuple(dict.fromkeys(read_selector(each) for each in place.items())), frozenset()
     if kind == "Entities":
         found = [each for entity in place.items() for each in _entity(entity)]
         return tuple(dict.fromkeys(found)), frozenset()
-    reader = _cidr if kind == "CIDR" else _cidr_set
+    reader = prefixes.of_cidr if kind == "CIDR" else prefixes.of_set
     networks = list(dict.fromkeys(network for each in place.items() for network in reader(each)))
     selectors = [each for network in networks for each in _network_selectors(network)]
     # /0 needs no identity of its own: what no prefix in the ipcache covers is `world` already.
@@ -137,47 +135,3 @@ def _entity(place: Place) -> tuple[Selector, ...]:
 
 def _network_selectors(network: Network) -> tuple[Selector, ...]:
     return (prefix(network), WORLD) if network.prefixlen == 0 else (prefix(network),)
-
-
-def _network(place: Place) -> Network:
-    text = place.text()
-    try:
-        if not _PREFIX.match(text):
-            raise ValueError("not an address with an optional prefix length")
-        return ip_network(text, strict=False)
-    except ValueError as error:
-        raise place.error(
-            f"{shorten(text)!r} is no address prefix: {error}", hint="for example 10.0.0.0/8 or fd00::/8"
-        ) from error
-
-
-def _cidr(place: Place) -> list[Network]:
-    return [_network(place)]
-
-
-def _cidr_set(place: Place) -> list[Network]:
-    given = place.fields("CIDRSet")
-    if "cidr" not in given:
-        raise place.error("cidr is missing")
-    whole = _network(given["cidr"])
-    remaining = [whole]
-    for each in given["except"].items() if "except" in given else []:
-        excluded = _network(each)
-        if not _inside(excluded, whole):
-            raise each.error(f"{excluded} is not inside {whole}", hint="leave it out")
-        remaining = [part for network in remaining for part in _without(network, excluded)]
-        if len(remaining) > MAX_PREFIXES:
-            raise each.error(f"the exceptions split {whole} into more than {MAX_PREFIXES} prefixes")
-    return sorted(remaining, key=lambda network: (network.network_address.packed, network.prefixlen))
-
-
-def _inside(inner: Network, outer: Network) -> bool:
-    return inner.version == outer.version and inner.subnet_of(outer)  # type: ignore[arg-type]
-
-
-def _without(network: Network, excluded: Network) -> list[Network]:
-    if _inside(network, excluded):
-        return []
-    if _inside(excluded, network):
-        return list(network.address_exclude(excluded))  # type: ignore[arg-type]
-    return [network]

@@ -9,6 +9,8 @@ Cilium) is refused because no entry can say it.  Names stay names: whose port it
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from core.errors import shorten
@@ -47,22 +49,23 @@ def read_transports(element: dict[str, Place]) -> Ports | None:
         raise icmps.error("icmps and toPorts in one element", hint="write two elements")
     if not port_rules and not icmp_rules:
         return None
-    found: list[Transport | NamedPort] = [each for place in port_rules for each in _port_rule(place)]
-    found += [transport for place in icmp_rules for transport in _icmp_rule(place)]
-    numbers = dict.fromkeys(each for each in found if isinstance(each, Transport))
-    names = dict.fromkeys(each for each in found if isinstance(each, NamedPort))
-    return Ports(tuple(numbers), tuple(names))
+    found: dict[Transport | NamedPort, None] = {}
+    found |= dict.fromkeys(each for place in port_rules for each in _port_rule(place))
+    found |= dict.fromkeys(each for place in icmp_rules for each in _icmp_rule(place))
+    numbers = tuple(each for each in found if isinstance(each, Transport))
+    return Ports(numbers, tuple(each for each in found if isinstance(each, NamedPort)))
 
 
-def _port_rule(place: Place) -> list[Transport | NamedPort]:
+def _port_rule(place: Place) -> Iterator[Transport | NamedPort]:
     ports = place.fields("toPorts").get("ports")
     listed = ports.items() if ports else []
     if not listed:
         raise place.error("it names no ports", hint="list ports, or leave toPorts out to allow every port")
-    return [transport for each in listed for transport in _port(each)]
+    for each in listed:
+        yield from _port(each)
 
 
-def _port(place: Place) -> list[Transport] | list[NamedPort]:
+def _port(place: Place) -> Sequence[Transport | NamedPort]:
     given = place.fields("ports")
     if "port" not in given:
         raise place.error("port is missing", hint="a number from 1 to 65535")
@@ -74,7 +77,18 @@ def _port(place: Place) -> list[Transport] | list[NamedPort]:
         return [NamedPort(name, protocol) for protocol in protocols]
     first = _port_number(given["port"])
     last = _end_port(given["endPort"], first) if "endPort" in given else first
-    return [Transport(port, protocol) for port in range(first, last + 1) for protocol in protocols]
+    return _range(first, last, protocols)
+
+
+# A text that names ranges by the thousand has each of its ports in memory once.
+@functools.lru_cache(maxsize=1024)
+def _range(first: int, last: int, protocols: tuple[int, ...]) -> tuple[Transport, ...]:
+    return tuple(_transport(port, protocol) for port in range(first, last + 1) for protocol in protocols)
+
+
+@functools.lru_cache(maxsize=65_536)
+def _transport(port: int, protocol: int) -> Transport:
+    return Transport(port, protocol)
 
 
 def _port_name(place: Place) -> str:

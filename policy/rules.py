@@ -17,6 +17,7 @@ from identity.labels import Label, label, parse_label
 from policy.model import Clause, Direction, Enforcement, Requires, Rule
 from policy.peers import read_peers, read_selector
 from policy.ports import Ports, read_transports
+from policy.prefixes import Prefixes
 from policy.reader import Place
 from policy.selectors import Requirement
 
@@ -31,8 +32,11 @@ _SECTIONS: Final = {
 }
 
 
-def read_rule(place: Place) -> Rule:
-    """Return the rule at `place`.  Raises FieldError, UnknownField, UnsupportedField."""
+def read_rule(place: Place, prefixes: Prefixes) -> Rule:
+    """Return the rule at `place`; `prefixes` counts those of the whole text.
+
+    Raises FieldError, UnknownField, UnsupportedField.
+    """
     _read_node_selector(place)
     given = place.fields("rule")
     if "endpointSelector" not in given:
@@ -42,7 +46,7 @@ def read_rule(place: Place) -> Rule:
     cidrs: set[str] = set()
     for section in _SECTIONS:
         for element in given[section].items() if section in given else []:
-            found = _read_element(section, element)
+            found = _read_element(section, element, prefixes)
             cidrs |= found.cidrs
             clauses += [found.clause] if found.clause else []
             requires += [found.requires] if found.requires else []
@@ -72,10 +76,10 @@ class _Element(NamedTuple):
     cidrs: frozenset[str]
 
 
-def _read_element(section: str, place: Place) -> _Element:
+def _read_element(section: str, place: Place, prefixes: Prefixes) -> _Element:
     direction, deny, verb = _SECTIONS[section]
     element = place.fields(section)
-    peers, cidrs = read_peers(element, verb)
+    peers, cidrs = read_peers(element, verb, prefixes)
     ports = read_transports(element)
     requires = _requires(section, element, alone=peers is None and ports is None)
     if peers is None and ports is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -76,6 +76,7 @@ def apply(
     All files are checked first; if one is refused nothing is written.
     """
     found = read_files(files, name)
+    show_warnings(found)
     if local:
         refuse_in_store(found, etcd_config)
         results = [put_local(settings, each, text) for each, text in found.texts.items()]
@@ -152,21 +153,47 @@ def wait_for(settings: Settings, found: PolicyFiles, timeout: float = 30.0) -> N
     )
 
 
-def wait_revision(settings: Settings, revision: int, deadline: float, pause: float = 0.1) -> None:
-    """Wait until every endpoint enforces `revision`; CliError names one that does not."""
-    while True:
-        late = [
-            each["id"]
-            for each in settings.agent().get("endpoint")
-            if each["status"]["policy"]["policy-revision"] < revision
-        ]
-        if not late:
-            return
-        if time.monotonic() >= deadline:
-            raise CliError(
-                f"{plural(len(late), 'endpoint')} not at revision {revision} yet, endpoint {late[0]} first"
-            )
+class Late(NamedTuple):
+    """What is not at a revision yet, as a sentence, and whether that is because of an error."""
+
+    sentence: str
+    failed: bool = False
+
+
+def wait_revision(
+    settings: Settings, revision: int, deadline: float, pause: float = 0.1, *, give_up: float | None = None
+) -> None:
+    """Wait until the agent has `revision` and every endpoint enforces it; CliError says what does not.
+
+    From `give_up` on (as `deadline`, of the monotonic clock) an endpoint in error is not waited for.
+    """
+    while (late := _late(settings, revision)) is not None:
+        now = time.monotonic()
+        if now >= deadline or (late.failed and give_up is not None and now >= give_up):
+            raise CliError(late.sentence)
         time.sleep(pause)
+
+
+def _late(settings: Settings, revision: int) -> Late | None:
+    known = settings.agent().get("healthz")["policy-revision"]
+    if known < revision:
+        return Late(f"the agent is at revision {known}, it has no {revision} yet")
+    behind = [
+        each
+        for each in settings.agent().get("endpoint")
+        if each["status"]["policy"]["policy-revision"] < revision
+    ]
+    if not behind:
+        return None
+    first = next(filter(_error_of, behind), behind[0])
+    late = f"{plural(len(behind), 'endpoint')} not at revision {revision} yet, endpoint {first['id']} first"
+    error = _error_of(first)
+    return Late(f"{late}: {printable(error)}" if error else late, bool(error))
+
+
+def _error_of(endpoint: Json) -> str:
+    error: str = endpoint["status"]["policy"]["error"]
+    return error or ("it is not ready" if endpoint["status"]["state"] == "not-ready" else "")
 
 
 @click.command(
@@ -279,27 +306,49 @@ def _with_labels(policies: list[Json], labels: tuple[str, ...]) -> tuple[str, ..
 def validate(
     arguments: tuple[str, ...], files: tuple[str, ...], name: str, show: bool, output: str | None
 ) -> None:
-    """Check policies; nothing is sent anywhere."""
+    """Check policies; nothing is sent anywhere.
+
+    What is valid but hardly meant is a warning, on stderr.
+    """
     if not (files + arguments):
         raise click.UsageError("give a file")
     found = read_files(files + arguments, name)
-    if show or output:
-        print_json(list(found.documents.values()))
-    if not output:
-        click.echo("All policy elements are valid.")
+    policies = list(found.documents.values())
+    if output:
+        print_json({"policies": policies, "warnings": [each._asdict() for each in found.warnings]})
+        return
+    if show:
+        print_json(policies)
+    show_warnings(found)
+    click.echo("All policy elements are valid.")
+
+
+def show_warnings(found: PolicyFiles) -> None:
+    """Say what is valid and hardly meant."""
+    for each in found.warnings:
+        click.echo(f"Warning: {printable(each)}", err=True)
 
 
 @click.command(epilog=examples("holdfast policy wait 12", "holdfast policy wait 12 --max-wait-time 60"))
 @click.argument("revision", type=click.IntRange(0))
 @click.option("--sleep-time", default=1.0, show_default=True, help="Seconds between two looks.")
+@click.option(
+    "--fail-wait-time", default=60.0, show_default=True, help="The same where an endpoint is in error."
+)
 @click.option("--max-wait-time", default=360.0, show_default=True, help="Seconds after which it has failed.")
 @output_option
 @click.pass_obj
 def wait(
-    settings: Settings, revision: int, sleep_time: float, max_wait_time: float, output: str | None
+    settings: Settings,
+    revision: int,
+    sleep_time: float,
+    fail_wait_time: float,
+    max_wait_time: float,
+    output: str | None,
 ) -> None:
-    """Wait until every endpoint of this host enforces REVISION or a later one."""
-    wait_revision(settings, revision, time.monotonic() + max_wait_time, sleep_time)
+    """Wait until this host's agent has REVISION, or a later one, and every endpoint enforces it."""
+    now = time.monotonic()
+    wait_revision(settings, revision, now + max_wait_time, sleep_time, give_up=now + fail_wait_time)
     print_done(output, {"revision": revision}, f"Every endpoint is at revision {revision} or later")
 
 

@@ -23,14 +23,13 @@ from agent.programs import HostMaps, HostPrograms, Templates
 from core.reconciler import Kind, Reconciler, Status
 from core.table import Table
 from datapath.constants import DatapathOptions
-from datapath.loader import ENDPOINT_OBJECTS, NETDEV_OBJECTS
 from datapath.netlink import Netlink
 from identity.filter import LabelFilter
 from identity.labels import Labels
 from policy.model import ALLOW, ANY_TRANSPORT, Direction, PolicyKey
 from tests.support.agent_models import ModelAllocator
 from tests.support.bpf import own_bpffs
-from tests.support.bpflab import CATALOGUE, template
+from tests.support.bpflab import CATALOGUE, OBJECTS
 from tests.support.hostnet import HOST_ON_WIRE, MTU, POOL, ROUTER, HostNet, host_net
 from tests.support.netns import Netns, new_netns
 from tests.support.require import require_root, require_tools
@@ -126,10 +125,7 @@ class Host:
     def life(self) -> Agent:
         maps = HostMaps.open(CATALOGUE, self.root)
         self._stack.callback(maps.close)
-        templates = {
-            family: Templates(template(ENDPOINT_OBJECTS[family]), template(NETDEV_OBJECTS[family]))
-            for family in CATALOGUE.families
-        }
+        templates = {family: Templates.read(OBJECTS, family) for family in CATALOGUE.families}
         programs = HostPrograms(CATALOGUE, self.root, maps, templates, DatapathOptions(), self._netlink)
         return Agent(self.directory, self.net, programs)
 
@@ -167,7 +163,7 @@ class Host:
     async def identify(self) -> None:
         endpoint = await self.agent.manager.identify(self.known.id, "c", "web", {"app": "web"}, "holdfast")
         allow = {PolicyKey(0, *ANY_TRANSPORT, way): ALLOW for way in Direction}
-        self.agent.policy_maps.apply(endpoint.id, allow, set())
+        self.agent.policy_maps.get(endpoint.id).apply(allow.items(), ())
         self.allowed = True
 
     async def delete(self) -> None:

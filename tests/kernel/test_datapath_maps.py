@@ -16,8 +16,16 @@ import pytest
 
 from datapath import syscall
 from datapath.bpffs import ensure_bpffs, is_bpffs, raise_memlock
-from datapath.ctgc import LONGEST_S, SHORTEST_S, Scan, collect, flush, next_interval
-from datapath.errors import BpffsError, KeyAbsent, KeyExists, LayoutMismatch, MapFull, SyscallError
+from datapath.ctgc import collect, flush
+from datapath.errors import (
+    BpffsError,
+    DatapathError,
+    KeyAbsent,
+    KeyExists,
+    LayoutMismatch,
+    MapFull,
+    SyscallError,
+)
 from datapath.handle import MapHandle
 from datapath.layouts import U32, U64
 from datapath.maps import (
@@ -301,6 +309,28 @@ def test_policy_change_in_a_full_map_finds_room_after_its_deletions(pins: Path) 
     assert isinstance(refused[WEB], MapFull)
 
 
+def test_policy_change_ends_at_what_is_refused(pins: Path) -> None:
+    """A denial that can not be written leaves the port closed that it is an exception of."""
+    policy = PolicyMap.of(7, CATALOGUE, pins)
+    policy.sync([(WEB, ALLOW), (DB, ALLOW)])
+    no_identity, to_everybody = PolicyKey(1 << 32, 443, 6, 0), PolicyKey(0, 443, 6, 0)
+    change = policy.apply([(to_everybody, ALLOW), (no_identity, DENY), (WEB, DENY)], [DB])
+    assert (change.written, change.deleted, set(change.failed)) == (1, 0, {no_identity})
+    assert dict(policy.items()) == {WEB: DENY, DB: ALLOW}
+    assert policy.sync([(to_everybody, ALLOW)]) == (1, 2, {})
+
+
+def test_policy_change_that_waits_does_not_go_on_over_another(pins: Path) -> None:
+    policy = PolicyMap.of(7, CATALOGUE, pins)
+    waiting = policy.applying([(WEB, DENY), (PolicyKey(0, 80, 6, 0), ALLOW)], [])
+    next(waiting)
+    assert dict(policy.items()) == {WEB: DENY}
+    policy.sync([])
+    with pytest.raises(DatapathError, match="cilium_policy_00007: another change came in between"):
+        next(waiting)
+    assert dict(policy.items()) == {}
+
+
 # --- conntrack
 
 
@@ -320,10 +350,10 @@ def test_expired_connections_are_collected(pins: Path) -> None:
         for index in range(6_000)
     )
     scan = collect(connections)
-    assert scan == (6_000, 4_000)
-    assert str(scan) == "4000 of 6000 connections deleted"
+    assert scan[:2] == (6_000, 4_000)
+    assert scan.capacity == connections.handle.info.max_entries
     assert all(found.lifetime > now for _, found in connections.items())
-    assert collect(connections) == (2_000, 0)
+    assert collect(connections)[:2] == (2_000, 0)
 
 
 @pytest.mark.parametrize("prefix", ["10.50.0.", "fd00::"])
@@ -336,17 +366,8 @@ def test_connections_of_an_address_that_goes_are_flushed(pins: Path, prefix: str
         flow(f"{prefix}6", f"{prefix}7", port=3),
     ]
     connections.upsert((key, entry(1)) for key in keys)
-    assert flush(connections, [f"{prefix}5", "192.0.2.1", "2001:db8::1"]) == (3, 2)
+    assert flush(connections, [f"{prefix}5", "192.0.2.1", "2001:db8::1"])[:2] == (3, 2)
     assert [key for key, _ in connections.items()] == [keys[2]]
-
-
-def test_interval_follows_what_a_scan_found() -> None:
-    assert next_interval(300, Scan(100, 50)) == 150
-    assert next_interval(300, Scan(100, 1)) == 450
-    assert next_interval(300, Scan(100, 10)) == 300
-    assert next_interval(300, Scan(0, 0)) == 450
-    assert next_interval(SHORTEST_S, Scan(1, 1)) == SHORTEST_S
-    assert next_interval(LONGEST_S, Scan(1, 0)) == LONGEST_S
 
 
 def test_descriptors_close_on_exec() -> None:

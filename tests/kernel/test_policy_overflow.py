@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import replace
 
 import pytest
 
 from agent.policy_maps import PolicyMaps
+from datapath.policy_order import RawPolicyMap
 from datapath.records import IpcacheEntry
 from datapath.testrun import ACT_OK, ACT_SHOT
 from identity.labels import Labels
@@ -32,15 +33,18 @@ class Written:
     def __init__(self, host: Lab) -> None:
         self._host = host
 
-    def apply(
+    def applying(
         self, endpoint_id: int, upserts: Mapping[PolicyKey, PolicyEntry], deletes: set[PolicyKey]
-    ) -> None:
-        assert not self._host.policies[endpoint_id].apply(upserts.items(), deletes).failed
-
-    def replace(self, endpoint_id: int, wanted: Mapping[PolicyKey, PolicyEntry]) -> int:
-        change = self._host.policies[endpoint_id].sync(wanted.items())
+    ) -> Iterator[None]:
+        change = yield from self._host.policies[endpoint_id].applying(upserts.items(), deletes)
         assert not change.failed
-        return change.written + change.deleted
+
+    def replacing(self, endpoint_id: int, wanted: Mapping[PolicyKey, PolicyEntry]) -> Iterator[None]:
+        change = yield from self._host.policies[endpoint_id].syncing(wanted.items())
+        assert not change.failed
+
+    def held(self, endpoint_id: int) -> RawPolicyMap:
+        return dict(self._host.policies[endpoint_id].items())
 
 
 class Enforced:
@@ -118,6 +122,23 @@ async def test_endpoint_whose_first_policy_does_not_fit_is_closed(enforced: Enfo
     assert "needs 33 map entries, its map holds 32" in enforced.maps.reconciler.status(1).error
     assert enforced.held() == 0
     assert not enforced.passes(9000)
+
+
+async def test_number_of_somebody_who_is_gone_lets_nobody_in(enforced: Enforced) -> None:
+    """The policy that is kept knows 400 as `api`; without it, and with another 400, it lets nobody in."""
+    enforced.maps.add_endpoint(1, WEB)
+    await enforced.policy("8000-8009")
+    await enforced.policy("9000-9031")
+    for number in range(500, 502):
+        enforced.engine.upsert_identity(number, API)
+    assert enforced.passes(8000)
+    for labels in (Labels(), Labels.of({"app": "somebody"})):
+        enforced.engine.upsert_identity(CLIENT_NUMBER, labels)
+        enforced.maps.flush()
+        await enforced.maps.reconciler.wait_idle()
+        assert enforced.engine.errors().keys() == {1}
+        assert not enforced.passes(8000)
+        assert enforced.held() == 1
 
 
 async def test_full_map_becomes_another_full_map(enforced: Enforced) -> None:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,10 @@ from agent.policies import (
 )
 from agent.policy_sources import PolicyDirectory, PolicyKeys
 from kvstore import schema
+from kvstore.schema import external
+from policy.language import MAX_STORED
 from policy.model import Policy
+from tests.support.lists import deliver_list
 
 PREFIX = schema.POLICIES
 
@@ -50,8 +55,14 @@ class Sources:
         self.directory.directory.mkdir(exist_ok=True)
         path = self.directory.directory / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        self.directory.rescan()
+        self.scan()
         return path
+
+    def scan(self) -> None:
+        asyncio.run(self.directory.rescan())
+
+    def remove(self, name: str) -> Path | None:
+        return asyncio.run(self.directory.remove(name))
 
     def put(self, name: str, content: str | bytes) -> None:
         """Have etcd's watch deliver a policy."""
@@ -81,7 +92,7 @@ def test_a_file_comes_changes_and_goes(sources: Sources) -> None:
     sources.write("web.yaml", text("web", app="db"))
     assert sources.policies.get("web") != before
     path.unlink()
-    sources.directory.rescan()
+    sources.scan()
     assert sources.in_force() == {}
 
 
@@ -100,7 +111,7 @@ def test_other_files_are_ignored(sources: Sources) -> None:
     sources.write("notes.txt", "nothing")
     sources.write(".web.yaml.12.tmp", text("web"))
     (sources.directory.directory / "folder.yaml").mkdir()
-    sources.directory.rescan()
+    sources.scan()
     assert (sources.in_force(), sources.refused()) == ({}, set())
 
 
@@ -125,23 +136,23 @@ def test_the_last_good_one_stays_in_force(sources: Sources, content: bytes) -> N
     sources.write("other.yaml", content)
     assert set(sources.in_force()) == {"web"}
     (sources.directory.directory / "other.yaml").unlink()
-    sources.directory.rescan()
+    sources.scan()
     assert sources.refused() == set()
 
 
 def test_a_directory_that_never_was_is_empty_and_in_sync(sources: Sources) -> None:
-    sources.directory.rescan()
+    sources.scan()
     assert sources.policies.source(DIRECTORY).in_sync
 
 
 def test_a_directory_that_went_deletes_nothing(sources: Sources) -> None:
     sources.write("web.yaml", text("web"))
     shutil.rmtree(sources.directory.directory)
-    sources.directory.rescan()
+    sources.scan()
     assert set(sources.in_force()) == {"web"}
     assert sources.refused() == {f"file {sources.directory.directory}"}
     sources.directory.directory.mkdir()
-    sources.directory.rescan()
+    sources.scan()
     assert (sources.in_force(), sources.refused()) == ({}, set())
 
 
@@ -149,7 +160,7 @@ def test_a_directory_that_can_not_be_read_is_not_in_sync(tmp_path: Path) -> None
     """Without its policies everything would be allowed that they deny."""
     (tmp_path / "file").write_text("no directory")
     sources = Sources(tmp_path / "file")
-    sources.directory.rescan()
+    sources.scan()
     assert not sources.policies.source(DIRECTORY).in_sync
     assert len(sources.refused()) == 1
 
@@ -166,27 +177,115 @@ def test_a_file_that_vanishes_during_the_scan(sources: Sources, monkeypatch: pyt
         return found
 
     monkeypatch.setattr(Path, "is_file", vanish)
-    sources.directory.rescan()
+    sources.scan()
     assert set(sources.in_force()) == {"web"}
 
 
 def test_a_dangling_link_is_no_file(sources: Sources) -> None:
     sources.write("web.yaml", text("web"))
     os.symlink("/nowhere", sources.directory.directory / "link.yaml")
-    sources.directory.rescan()
+    sources.scan()
     assert set(sources.in_force()) == {"web"}
+
+
+# --- long texts
+
+
+def long_text(name: str, rules: int = 400) -> str:
+    rule = {"endpointSelector": {"matchLabels": {"app": "web"}}, "ingress": [{}]}
+    return json.dumps({"kind": "CiliumNetworkPolicy", "metadata": {"name": name}, "specs": [rule] * rules})
+
+
+async def turns_during(work: Awaitable[object]) -> int:
+    """Return how often somebody else in the loop gets a turn until `work` is done."""
+    turns = 0
+    waiting = asyncio.ensure_future(work)
+    while not waiting.done():
+        turns += 1
+        await asyncio.sleep(0)
+    await waiting
+    return turns
+
+
+def test_a_long_file_is_read_while_the_loop_goes_on(sources: Sources) -> None:
+    sources.directory.directory.mkdir()
+    (sources.directory.directory / "long.yaml").write_text(long_text("long"))
+    assert asyncio.run(turns_during(sources.directory.rescan())) > 10
+    assert set(sources.in_force()) == {"long"}
+
+
+def test_scans_that_are_asked_for_during_one_see_what_came_meanwhile(sources: Sources) -> None:
+    async def story() -> None:
+        directory = sources.directory.directory
+        directory.mkdir()
+        (directory / "long.yaml").write_text(long_text("long"))
+        first = asyncio.create_task(sources.directory.rescan())
+        await asyncio.sleep(0)
+        (directory / "web.yaml").write_text(text("web"))
+        (directory / "long.yaml").unlink()
+        await sources.directory.rescan()
+        assert first.done()
+        assert set(sources.in_force()) == {"web"}
+
+    asyncio.run(story())
+
+
+def test_a_file_of_gigabytes_is_not_read(sources: Sources) -> None:
+    sources.directory.directory.mkdir()
+    with (sources.directory.directory / "huge.yaml").open("wb") as file:
+        file.truncate(1 << 40)
+    sources.scan()
+    (refusal,) = sources.refusals.all()
+    assert f"{1 << 40} bytes are more than" in refusal.error
+
+
+def test_a_long_value_of_etcd_is_read_before_it_is_taken(sources: Sources) -> None:
+    items = [(PREFIX + "long", long_text("long").encode()), (PREFIX + "web", text("web").encode())]
+    assert asyncio.run(turns_during(sources.keys.prepare(items))) > 10
+    sources.keys.take(items)
+    sources.names.settle()
+    assert set(sources.in_force()) == {"long", "web"}
+    assert sources.keys.texts()[PREFIX + "long"] == long_text("long")
+
+
+def test_what_was_prepared_counts_for_that_value_only(sources: Sources) -> None:
+    key = PREFIX + "long"
+    asyncio.run(sources.keys.prepare([(key, long_text("old").encode())]))
+    sources.keys.take([(key, long_text("new").encode())])
+    sources.names.settle()
+    assert set(sources.in_force()) == {"new"}
+
+
+def test_a_long_value_that_is_refused_is_named_like_a_short_one(sources: Sources) -> None:
+    bad = [(PREFIX + "long", long_text("long").replace('"ingress"', '"ingres"').encode())]
+    sources.put("long", long_text("long", rules=1))
+    asyncio.run(sources.keys.prepare(bad))
+    sources.keys.take(bad)
+    sources.names.settle()
+    (refusal,) = sources.refusals.all()
+    assert (refusal.name, refusal.origin) == ("long", PREFIX + "long")
+    assert "did you mean ingress?" in refusal.error
+    assert set(sources.in_force()) == {"long"}
+
+
+def test_what_is_too_large_for_etcd_is_too_large_for_the_directory(sources: Sources) -> None:
+    large = {**json.loads(long_text("large")), "status": {"note": "x" * MAX_STORED}}
+    path = sources.write("large.yaml", json.dumps(large))
+    assert sources.refused() == {f"file {path}"}
+    assert "bytes as it is stored" in sources.refusals.all()[0].error
+    assert MAX_STORED == external.MAX_POLICY
 
 
 def test_written_and_removed_by_the_api(sources: Sources) -> None:
     for name in ("web", "team/web", "x" * 80):
         sources.directory.write(name, text("p"))
-        sources.directory.rescan()
+        sources.scan()
         path = sources.directory.path_of(name)
         assert path.parent == sources.directory.directory
         assert sources.in_force() == {"p": sources.directory.origin_of(name)}
-        assert sources.directory.remove(name) == path
+        assert sources.remove(name) == path
         assert sources.in_force() == {}
-        assert sources.directory.remove(name) is None
+        assert sources.remove(name) is None
 
 
 # --- etcd
@@ -212,7 +311,7 @@ def test_a_relist_that_lacks_a_policy_keeps_it_for_the_grace(sources: Sources) -
     sources.put("web", text("web"))
     sources.put("db", text("db"))
     sources.put("bad", "kind: Nonsense")
-    sources.keys.listed({PREFIX + "db": text("db").encode()}, 7)
+    deliver_list(sources.keys, {PREFIX + "db": text("db").encode()}, 7)
     sources.names.settle()
     assert set(sources.in_force()) == {"web", "db"}
     assert set(sources.keys.source.missing) == {PREFIX + "web"}
@@ -226,7 +325,7 @@ def test_a_relist_that_lacks_a_policy_keeps_it_for_the_grace(sources: Sources) -
 
 def test_a_relist_with_a_damaged_policy_keeps_the_last_good_one(sources: Sources) -> None:
     sources.put("web", text("web"))
-    sources.keys.listed({PREFIX + "web": b"{["}, 7)
+    deliver_list(sources.keys, {PREFIX + "web": b"{["}, 7)
     assert sources.keys.source.missing == {}
     sources.names.settle()
     assert set(sources.in_force()) == {"web"}
@@ -234,7 +333,7 @@ def test_a_relist_with_a_damaged_policy_keeps_the_last_good_one(sources: Sources
 
 
 def test_in_sync_needs_both(sources: Sources) -> None:
-    sources.directory.rescan()
+    sources.scan()
     assert not sources.policies.in_sync
     sources.keys.in_sync()
     assert not sources.policies.source(KVSTORE).in_sync  # documents are not policies yet
@@ -253,7 +352,7 @@ def test_the_one_in_force_first_keeps_its_place(sources: Sources) -> None:
     assert refusal.origin == PREFIX + "web"
     assert f"exists already, from file {path}" in refusal.error
     path.unlink()
-    sources.directory.rescan()
+    sources.scan()
     assert sources.in_force() == {"web": PREFIX + "web"}
     assert sources.refused() == set()
 
@@ -271,7 +370,7 @@ def test_the_other_way_round(sources: Sources) -> None:
 def test_a_file_that_is_renamed(sources: Sources) -> None:
     old = sources.write("old.yaml", text("web"))
     new = old.rename(old.with_name("new.yaml"))
-    sources.directory.rescan()
+    sources.scan()
     assert sources.in_force() == {"web": f"file {new}"}
     assert sources.refused() == set()
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from agent.parts import Parts
 from agent.policy_maps import PolicyMaps, merge
 from agent.report_endpoints import _policy
 from datapath.errors import DatapathError
+from datapath.policy_order import RawPolicyMap
 from identity.labels import Labels
 from policy.engine import PolicyEngine
 from policy.language import parse_policies
@@ -34,27 +35,40 @@ ALLOW_ALL_IN = PolicyKey(0, 0, 0, Direction.INGRESS)
 
 
 class ModelMaps:
-    """The kernel's policy maps as dicts; `full` are endpoints whose map refuses every write."""
+    """The kernel's policy maps as dicts.
+
+    `full` are endpoints whose map refuses every write, `slow` those whose changes wait for programs.
+    """
 
     def __init__(self) -> None:
         self.maps: dict[int, dict[PolicyKey, PolicyEntry]] = {}
         self.full: set[int] = set()
+        self.slow: set[int] = set()
         self.whole = 0  # times a whole map was compared
 
-    def apply(
+    def applying(
         self, endpoint_id: int, upserts: Mapping[PolicyKey, PolicyEntry], deletes: set[PolicyKey]
-    ) -> None:
+    ) -> Iterator[None]:
+        yield from self._pauses(endpoint_id)
         state = self.maps.setdefault(endpoint_id, {})
         self._refuse(endpoint_id, state, upserts)
         state.update(upserts)
         for key in deletes:
             state.pop(key, None)
 
-    def replace(self, endpoint_id: int, wanted: Mapping[PolicyKey, PolicyEntry]) -> int:
+    def replacing(self, endpoint_id: int, wanted: Mapping[PolicyKey, PolicyEntry]) -> Iterator[None]:
+        wanted = dict(wanted)
+        yield from self._pauses(endpoint_id)
         self.whole += 1
         self._refuse(endpoint_id, self.maps.setdefault(endpoint_id, {}), wanted)
-        self.maps[endpoint_id] = dict(wanted)
-        return len(wanted)
+        self.maps[endpoint_id] = wanted
+
+    def held(self, endpoint_id: int) -> RawPolicyMap:
+        return dict(self.maps.get(endpoint_id, {}).items())
+
+    def _pauses(self, endpoint_id: int) -> Iterator[None]:
+        while endpoint_id in self.slow:
+            yield
 
     def _refuse(
         self,
@@ -75,8 +89,8 @@ class Host:
         self.engine.upsert_identity(300, WEB)
         self.engine.upsert_identity(301, CLIENT)
 
-    def policy(self, text: str) -> None:
-        self.engine.upsert_policy(parsed(text))
+    def policy(self, text: str, name: str = "p") -> None:
+        self.engine.upsert_policy(parsed(text, name))
         self.maps.flush()
 
     async def idle(self) -> None:
@@ -84,8 +98,8 @@ class Host:
 
 
 @functools.cache
-def parsed(text: str) -> Policy:
-    (policy,) = parse_policies(text, "test", name="p")
+def parsed(text: str, name: str) -> Policy:
+    (policy,) = parse_policies(text, "test", name=name)
     return policy
 
 
@@ -317,3 +331,131 @@ def test_overflow_keeps_the_last_map_and_is_loud() -> None:
         ]
 
     run(story, limit=2)
+
+
+ON_PORTS = ALLOW_CLIENT.replace(
+    "}}]}]", "}}], toPorts: [{ports: [{port: '80', endPort: 83, protocol: TCP}]}]}]"
+)
+FOR_OTHERS = ALLOW_CLIENT.replace("app: web", "app: other")
+
+
+def revisions(host: Host, *endpoints: int) -> list[int]:
+    return [shown(host, endpoint).policy_revision for endpoint in endpoints]
+
+
+def test_policy_that_does_not_fit_is_never_reported_as_enforced() -> None:
+    """Whatever comes after it; not until it fits, be that without a change of the map."""
+
+    async def story(host: Host) -> None:
+        host.maps.open_gate()
+        host.policy(ALLOW_CLIENT)
+        for endpoint, labels in ((1, WEB), (2, DB)):
+            host.maps.add_endpoint(endpoint, labels)
+        await host.idle()
+        fitted = host.engine.revision
+        assert revisions(host, 1, 2) == [fitted, fitted]
+        host.policy(ON_PORTS)
+        too_much = host.engine.revision
+        for number in range(3):
+            host.policy(FOR_OTHERS, f"other-{number}")
+            await host.idle()
+            assert revisions(host, 1, 2) == [fitted, too_much + number + 1]
+        assert "needs 5 map entries" in shown(host, 1).error
+        host.policy(ALLOW_CLIENT)
+        await host.idle()
+        assert revisions(host, 1, 2) == [host.engine.revision] * 2
+        assert shown(host, 1).error == ""
+
+    run(story, limit=4)
+
+
+def test_revision_stays_behind_while_a_map_can_not_be_written() -> None:
+    async def story(host: Host) -> None:
+        host.maps.open_gate()
+        for endpoint, labels in ((1, WEB), (2, DB)):
+            host.maps.add_endpoint(endpoint, labels)
+        assert revisions(host, 1, 2) == [0, 0]
+        await host.idle()
+        written = host.engine.revision
+        host.kernel.full.add(1)
+        host.policy(ALLOW_CLIENT)
+        host.policy(FOR_OTHERS, "other")
+        await host.idle()
+        assert revisions(host, 1, 2) == [written, written + 2]
+        assert "full" in shown(host, 1).error
+        host.kernel.full.clear()
+        while host.maps.reconciler.errors:
+            await asyncio.sleep(0.02)
+        assert revisions(host, 1, 2) == [written + 2] * 2
+
+    run(story)
+
+
+def test_change_that_waits_for_programs_holds_nobody_else_up() -> None:
+    """What comes for the endpoint meanwhile is written after it, and its revision goes up then."""
+
+    async def story(host: Host) -> None:
+        host.maps.open_gate()
+        for endpoint, labels in ((1, WEB), (2, CLIENT)):
+            host.maps.add_endpoint(endpoint, labels)
+        await host.idle()
+        before, first = dict(host.kernel.maps[1]), host.engine.revision
+        host.kernel.slow.add(1)
+        host.policy(ALLOW_CLIENT)
+        host.policy(ALLOW_CLIENT.replace("app: web", "app: client"), "q")
+        while host.kernel.maps[2] == before:
+            await asyncio.sleep(0.001)
+        host.engine.upsert_identity(302, CLIENT)
+        host.policy(FOR_OTHERS, "other")
+        await asyncio.sleep(0.01)
+        assert host.kernel.maps[1] == before
+        assert revisions(host, 1) == [first]
+        host.kernel.slow.clear()
+        await host.idle()
+        assert host.kernel.maps[1] == dict(host.engine.map_state(1))
+        assert PolicyKey(302, 0, 0, Direction.INGRESS) in host.kernel.maps[1]
+        assert revisions(host, 1, 2) == [first + 3] * 2
+
+    run(story)
+
+
+def test_endpoint_that_goes_while_its_change_waits_is_not_written() -> None:
+    async def story(host: Host) -> None:
+        host.maps.open_gate()
+        host.maps.add_endpoint(1, WEB)
+        await host.idle()
+        before = dict(host.kernel.maps[1])
+        host.kernel.slow.add(1)
+        host.policy(ALLOW_CLIENT)
+        await asyncio.sleep(0.005)
+        host.maps.remove_endpoint(1)
+        await host.idle()
+        assert host.kernel.maps[1] == before
+        assert not host.maps.reconciler.errors
+
+    run(story)
+
+
+def test_map_of_a_former_life_is_kept_while_the_policy_does_not_fit() -> None:
+    """Without those who are gone; the map of an endpoint that never had one stays empty, in error."""
+
+    async def story(host: Host) -> None:
+        keys = [PolicyKey(number, 0, 0, Direction.INGRESS) for number in (0, 300, 399)]
+        host.kernel.maps[1] = dict.fromkeys(keys, PolicyEntry(False, 0))
+        host.policy(ON_PORTS)
+        for endpoint in (1, 2):
+            host.maps.add_endpoint(endpoint, WEB)
+        host.maps.open_gate()
+        await host.idle()
+        assert host.kernel.maps[1].keys() == set(keys[:2])
+        assert 2 not in host.kernel.maps
+        assert host.maps.reconciler.errors.keys() == {2}
+        assert revisions(host, 1, 2) == [0, 0]
+        assert all("needs 5 map entries" in shown(host, endpoint).error for endpoint in (1, 2))
+        host.engine.delete_identity(300)
+        host.engine.upsert_identity(300, DB)
+        host.maps.flush()
+        await host.idle()
+        assert host.kernel.maps[1].keys() == {keys[0]}
+
+    run(story, limit=4)

@@ -68,6 +68,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.identities: dict[int, Labels] = {}
         self.endpoints: dict[int, Labels] = {}
         self.maps: Maps = {}
+        # Numbers that stopped to mean what they meant when changes were last taken.
+        self.gone: set[int] = set()
         for endpoint_id, labels in endpoints.items():
             self.upsert_endpoint(endpoint_id, labels)
         for number, labels in identities.items():
@@ -88,12 +90,15 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(number=numbers, labels=some.peer_labels)
     def upsert_identity(self, number: int, labels: Labels) -> None:
         self.engine.upsert_identity(number, labels)
+        if self.identities.get(number, labels) != labels:
+            self.gone.add(number)
         self.identities[number] = labels
 
     @rule(number=numbers)
     def delete_identity(self, number: int) -> None:
         self.engine.delete_identity(number)
-        self.identities.pop(number, None)
+        if self.identities.pop(number, None) is not None:
+            self.gone.add(number)
 
     @rule(endpoint_id=endpoint_ids, labels=some.endpoint_labels)
     def upsert_endpoint(self, endpoint_id: int, labels: Labels) -> None:
@@ -123,12 +128,14 @@ class EngineMachine(RuleBasedStateMachine):
             wanted = dict(fresh.map_state(endpoint_id))
             if len(wanted) > self.engine.limit:
                 assert self.engine.errors()[endpoint_id].entries == len(wanted)
-                assert self.maps[endpoint_id] == before[endpoint_id]
+                held = before[endpoint_id].items()
+                assert self.maps[endpoint_id] == {k: e for k, e in held if k.identity not in self.gone}
             else:
                 assert endpoint_id not in self.engine.errors()
                 assert self.maps[endpoint_id] == wanted
             if self.maps[endpoint_id]:
                 assert self.maps[endpoint_id] == dict(self.engine.map_state(endpoint_id))
+        self.gone.clear()
 
     @rule(transport=st.sampled_from(some.TRANSPORTS), direction=st.sampled_from(list(Direction)))
     def send(self, transport: Transport, direction: Direction) -> None:
@@ -336,19 +343,71 @@ def test_overflow_keeps_the_last_state_that_fitted() -> None:
     apply(maps, engine.take_changes())
     last = dict(maps[1])
     assert len(last) == 3
-    engine.delete_identity(300)
     for number in (302, 303, 304):
         engine.upsert_identity(number, app("api"))
     assert engine.take_changes() == {}
     assert dict(engine.map_state(1)) == last
     error = engine.errors()[1]
     assert isinstance(error, PolicyMapOverflow)
-    assert (error.endpoint_id, error.entries, error.limit) == (1, 5, 3)
-    for number in (303, 304):
+    assert (error.endpoint_id, error.entries, error.limit) == (1, 6, 3)
+    for number in (300, 303, 304):
         engine.delete_identity(number)
     apply(maps, engine.take_changes())
     assert engine.errors() == {}
     assert maps[1].keys() == {entry(301), entry(302), PolicyKey(0, 0, 0, Direction.EGRESS)}
+
+
+def ports_for_db(subject: str) -> Policy:
+    ports = "toPorts: [{ports: [{port: '8000', endPort: 8010, protocol: TCP}]}]"
+    peer = "fromEndpoints: [{matchLabels: {app: db}}]"
+    text = f"[{{endpointSelector: {{matchLabels: {{app: {subject}}}}}, ingress: [{{{peer}, {ports}}}]}}]"
+    return parse_policies(text, "test", name=f"allow-{subject}")[0]
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["later", "at once"])
+@pytest.mark.parametrize("subject", ["web", "shop"], ids=["other rules", "other labels"])
+def test_number_that_may_be_used_again_leaves_a_map_that_is_kept(subject: str, told: bool) -> None:
+    """Of 300 and 301, which only the last policy that fitted knows, one is gone and one is somebody else."""
+    engine, maps = PolicyEngine(limit=4), Maps({1: {}})
+    engine.upsert_policy(rules_allowing("api"))
+    for number, labels in ((300, app("api")), (301, app("api")), (302, app("db"))):
+        engine.upsert_identity(number, labels)
+    engine.upsert_endpoint(1, app("web"))
+    apply(maps, engine.take_changes())
+    assert maps[1].keys() >= {entry(300), entry(301)}
+    engine.upsert_policy(ports_for_db(subject))
+    engine.upsert_endpoint(1, app(subject))
+    if told:
+        assert engine.take_changes() == {}
+    engine.delete_identity(300)
+    engine.upsert_identity(301, app("evil"))
+    apply(maps, engine.take_changes())
+    assert maps[1].keys() == {PolicyKey(0, 0, 0, Direction.EGRESS)}
+    engine.upsert_identity(300, app("evil"))
+    assert engine.take_changes() == {}
+    assert dict(engine.map_state(1)) == maps[1]
+    engine.upsert_policy(rules_allowing("db", subject=subject))
+    apply(maps, engine.take_changes())
+    assert maps[1].keys() == {entry(302), PolicyKey(0, 0, 0, Direction.EGRESS)}
+
+
+def test_map_of_a_former_life_is_kept_without_those_who_are_gone() -> None:
+    engine = PolicyEngine(limit=4)
+    engine.upsert_policy(ports_for_db("web"))
+    for number, labels in ((301, app("api")), (302, app("db"))):
+        engine.upsert_identity(number, labels)
+    engine.upsert_endpoint(1, app("web"))
+    assert engine.take_changes() == {}
+    kept = engine.adopt(1, dict.fromkeys([(each, 0, 0, 0) for each in (0, 300, 301)], (False, 0)))
+    assert kept == dict(engine.map_state(1)) == dict.fromkeys((entry(0), entry(301)), ALLOW)
+    assert engine.errors().keys() == {1}
+    engine.delete_identity(301)
+    assert engine.take_changes() == {1: MapChange({}, {entry(301)})}
+    engine.upsert_policy(rules_allowing("db"))
+    changes = engine.take_changes()
+    assert changes == {
+        1: MapChange({entry(302): ALLOW, PolicyKey(0, 0, 0, Direction.EGRESS): ALLOW}, {entry(0)})
+    }
 
 
 def test_overflow_of_a_new_endpoint_is_not_an_empty_map() -> None:

@@ -11,7 +11,7 @@ import pytest
 from identity.labels import Labels
 from policy.engine import PolicyEngine
 from policy.errors import DocumentError, PolicyMapOverflow
-from policy.language import parse_policies
+from policy.language import MAX_STORED, parse_policies, stored_text
 from policy.model import DENY, TCP, Direction, Policy, PolicyKey, Transport
 from tests.support.policy_reference import Verdict, lookup, verdict
 
@@ -32,8 +32,10 @@ def allow(peer: dict[str, Any], **more: Any) -> dict[str, Any]:
     }
 
 
-def many(**more: Any) -> Policy:
-    return policy([allow({"matchLabels": {"app": f"app-{number}"}}, **more) for number in range(RULES)])
+def many(**more: Any) -> list[Policy]:
+    """Return two policies: all rules together take more bytes than one may have."""
+    rules = [allow({"matchLabels": {"app": f"app-{number}"}}, **more) for number in range(RULES)]
+    return [policy(rules[: RULES // 2], "p"), policy(rules[RULES // 2 :], "q")]
 
 
 def engine_with(*policies: Policy, identities: int = RULES) -> PolicyEngine:
@@ -47,10 +49,11 @@ def engine_with(*policies: Policy, identities: int = RULES) -> PolicyEngine:
 
 
 def test_ten_thousand_rules_say_what_each_says() -> None:
-    engine = engine_with(many(toPorts=[{"ports": [{"port": 80, "protocol": "TCP"}]}]), identities=RULES + 50)
+    engine = engine_with(*many(toPorts=[{"ports": [{"port": 80, "protocol": "TCP"}]}]), identities=RULES + 50)
     wanted = {PolicyKey(256 + number, 80, TCP, Direction.INGRESS) for number in range(RULES)}
     assert engine.map_state(1).keys() == wanted | {PolicyKey(0, 0, 0, Direction.EGRESS)}
     assert engine.delete_policy("p")
+    assert engine.delete_policy("q")
     assert engine.map_state(1).keys() == {PolicyKey(0, 0, 0, direction) for direction in Direction}
     assert list(engine.selectors()) == []
 
@@ -59,7 +62,7 @@ def test_ten_thousand_rules_under_a_requirement_of_one() -> None:
     required = policy(
         [{"endpointSelector": {}, "ingress": [{"fromRequires": [{"matchLabels": {"env": "x"}}]}]}], "r"
     )
-    engine = engine_with(many(), required)
+    engine = engine_with(*many(), required)
     assert not [key for key in engine.map_state(1) if key.direction is Direction.INGRESS]
     engine.upsert_identity(256, Labels.of({"app": "app-0", "env": "x"}))
     assert [key for key in engine.map_state(1) if key.direction is Direction.INGRESS] == [
@@ -72,12 +75,32 @@ def test_ten_thousand_rules_on_two_ports_do_not_fit_and_leave_what_was() -> None
     engine.take_changes()
     before = dict(engine.map_state(1))
     ports = [{"ports": [{"port": 80, "endPort": 81, "protocol": "TCP"}]}]
-    engine.upsert_policy(many(toPorts=ports))
+    for each in many(toPorts=ports):
+        engine.upsert_policy(each)
     assert engine.take_changes() == {}
     assert dict(engine.map_state(1)) == before
     error = engine.errors()[1]
     assert isinstance(error, PolicyMapOverflow)
     assert error.entries == 2 * RULES + 1
+
+
+def test_a_policy_that_etcd_would_not_take_is_refused_wherever_it_comes_from() -> None:
+    """By the bytes it takes as it is stored: how it was written does not count."""
+    whole = {"kind": "CiliumNetworkPolicy", "spec": allow({"matchLabels": {"app": "x"}})}
+
+    def noted(characters: int) -> dict[str, Any]:
+        return {**whole, "metadata": {"name": "p", "annotations": {"note": "é" * characters}}}
+
+    fitting = (MAX_STORED - len(stored_text(noted(0)))) // 2
+    assert len(stored_text(noted(fitting)).encode()) in (MAX_STORED - 1, MAX_STORED)
+    for text in (json.dumps(noted(fitting), indent=2, ensure_ascii=False), stored_text(noted(fitting))):
+        (parsed,) = parse_policies(text, "test")
+        assert parsed.document == noted(fitting)
+    with pytest.raises(
+        DocumentError, match=rf"policy p takes 150000\d bytes .* than the {MAX_STORED}"
+    ) as caught:
+        parse_policies(stored_text(noted(fitting + 1)), "test")
+    assert "split" in caught.value.hint
 
 
 def test_a_text_of_more_values_than_allowed_is_refused_whole() -> None:

@@ -242,6 +242,16 @@ DOCUMENTS = [
     ("a:\n\tb: 1\n", "line 2: no valid YAML"),
     ("a: \x00", "no valid YAML"),
     ("a: \ud800", "no valid Unicode"),
+    (
+        manifest(metadata={"name": "p", "annotations": {"a": "\ud800"}}),
+        "policy p holds what can not be stored",
+    ),
+    (manifest(metadata={"name": "p", "annotations": {"\udc00": 1}}), "policy p holds what can not be stored"),
+    (manifest(spec={"endpointSelector": {}, "ingress": [{}], "description": "\ud800"}), "can not be stored"),
+    (
+        manifest(metadata={"name": "p", "annotations": {"a": 1}}).replace(" 1}", " 1e999}"),
+        "can not be stored",
+    ),
     ("[" * 100_000, "nested more than 32 deep"),
     ("- " * 5_000, "nested more than 32 deep"),
     ('{"a":' * 100_000, "nested more than 32 deep"),
