@@ -161,10 +161,14 @@ def parse(option: Option, text: str, origin: str) -> Value:
     if option.choices and value not in option.choices:
         raise _refused(option, stripped, origin, f"it must be one of {', '.join(option.choices)}")
     if option.low is not None and value < option.low:
-        raise _refused(option, stripped, origin, f"it must be at least {option.low:g}")
+        raise _refused(option, stripped, origin, f"it must be at least {_bound(option, option.low)}")
     if option.high is not None and value > option.high:
-        raise _refused(option, stripped, origin, f"it must be at most {option.high:g}")
+        raise _refused(option, stripped, origin, f"it must be at most {_bound(option, option.high)}")
     return Value(value, origin)
+
+
+def _bound(option: Option, value: float) -> str:
+    return render(float(value)) if option.type is Type.DURATION else render(int(value))
 
 
 def _refused(option: Option, text: str, origin: str, reason: str) -> OptionError:
@@ -184,7 +188,7 @@ def render(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return " ".join(map(str, value))
     if isinstance(value, float):
-        return f"{value:g}s"
+        return f"{value:.6f}".rstrip("0").rstrip(".") + "s"
     return str(value)
 
 

@@ -2,8 +2,11 @@
 """Garbage collection of conntrack: expired entries go, and all entries of an address that goes.
 
 Responsible for: scanning in batches and deleting chunk by chunk, so that little time passes between
-reading an entry and deleting it.  The programs take an expired entry for absent already; this gives its
-room back.  A flush matters more: the next container with the address must not inherit connections.
+reading an entry and deleting it; and for when the next scan is due.  The programs take an expired entry for
+absent already; this gives its room back before the map is full.  The maps are LRU: a full one gives away
+the room of what was used least recently, which may be a live connection that is silent at the moment, while
+expired ones of many short flows stay.  A flush matters more: the next container with the address must not
+inherit connections.
 Called by: the agent, in a thread; a full map of 524 288 entries takes about half a second.
 """
 
@@ -18,12 +21,16 @@ from datapath.addresses import pack_ip
 from datapath.layouts import CT_ENTRY
 from datapath.maps import CtMap
 
-# Every that many seconds at first; halved while a scan finds much to delete, stretched while it finds
-# little.  The maps are LRU: a late collection costs old connections their entry, not new ones theirs.
+# The interval, in seconds, that the first scan's result is applied to.
 FIRST_INTERVAL_S = 300.0
 SHORTEST_S = 10.0
-LONGEST_S = 43_200.0
-_MUCH, _LITTLE = 0.25, 0.05  # of the entries scanned
+# Of an empty map a scan takes 2 ms, so it is looked at often enough to be seen filling.
+LONGEST_S = 1800.0
+# Stretched while the map has much room or a scan finds little to delete, halved while it finds much, …
+_ROOMY = 0.25  # of the map
+_LITTLE, _MUCH = 0.05, 0.25  # of the entries scanned
+# … but never longer than this, once the map is as full as that.
+_AT_MOST = ((0.9, SHORTEST_S), (0.75, 60.0), (0.5, FIRST_INTERVAL_S), (_ROOMY, 900.0))
 
 _LIFETIME = struct.Struct(
     f"={CT_ENTRY.offsets['lifetime']}xI{CT_ENTRY.size - CT_ENTRY.offsets['lifetime'] - 4}x"
@@ -31,13 +38,19 @@ _LIFETIME = struct.Struct(
 
 
 class Scan(NamedTuple):
-    """What one scan saw and did, in entries."""
+    """What one scan saw and did, in entries; `capacity` is what the map can hold."""
 
     scanned: int
     deleted: int
+    capacity: int
+
+    @property
+    def fill(self) -> float:
+        """How full the map was when it was scanned, 0 to 1."""
+        return self.scanned / self.capacity
 
     def __str__(self) -> str:
-        return f"{self.deleted} of {self.scanned} connections deleted"
+        return f"{self.deleted} of {self.scanned} connections deleted, the map was {self.fill:.0%} full"
 
 
 def collect(connections: CtMap, now: float | None = None) -> Scan:
@@ -71,10 +84,15 @@ def flush(connections: CtMap, addresses: Iterable[str]) -> Scan:
 
 
 def next_interval(previous_s: float, scan: Scan) -> float:
-    """Return how long to wait after `scan`, given how long the wait before it was."""
+    """Return how long to wait after `scan`, given how long the wait before it was.
+
+    What was deleted says how fast entries come and go, the fill level how much room there is for an error.
+    """
     share = scan.deleted / scan.scanned if scan.scanned else 0.0
-    factor = 0.5 if share > _MUCH else 1.5 if share < _LITTLE else 1.0
-    return min(max(previous_s * factor, SHORTEST_S), LONGEST_S)
+    stretched = scan.fill < _ROOMY or share < _LITTLE
+    factor = 1.5 if stretched else 0.5 if share > _MUCH else 1.0
+    longest = next((interval for level, interval in _AT_MOST if scan.fill >= level), LONGEST_S)
+    return min(max(previous_s * factor, SHORTEST_S), longest)
 
 
 def _sweep(connections: CtMap, choose: Callable[[bytes, bytes], Iterable[int]]) -> Scan:
@@ -85,4 +103,4 @@ def _sweep(connections: CtMap, choose: Callable[[bytes, bytes], Iterable[int]]) 
         scanned += count
         chosen = [keys[index * size : (index + 1) * size] for index in choose(keys, values)]
         deleted += handle.delete_many(chosen)
-    return Scan(scanned, deleted)
+    return Scan(scanned, deleted, handle.info.max_entries)

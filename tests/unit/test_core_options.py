@@ -107,3 +107,6 @@ def test_render_shows_what_was_parsed() -> None:
     assert render({"a": "1", "b": "2"}) == "a=1,b=2"
     assert render(("x", "y")) == "x y"
     assert render(True) == "true"
+    assert [render(seconds) for seconds in (0.0, 0.5, 30.0, 86400.0, 31_536_000.0)] == [
+        *("0s", "0.5s", "30s", "86400s", "31536000s")
+    ]
