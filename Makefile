@@ -11,9 +11,10 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 CI ?= 1
 # make test TESTS="tests/unit -k labels"
 TESTS ?= tests
+CHAOS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down demo test lint format bench bpf venv image clean
+.PHONY: help up down certs member join demo test chaos lint format bench bpf venv image clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -24,12 +25,24 @@ up: ## this host: etcd and agent from compose, until `holdfast status` is health
 down: ## stop the services; what is enforced stays enforced
 	@$(SETUP)/down.sh
 
+certs: ## certificates and settings for each machine of INVENTORY=fleet/inventory.yaml
+	@$(SETUP)/fleet.sh "$(INVENTORY)"
+
+member: ## this machine: the etcd member of FOLDER=fleet/members/NAME
+	@$(SETUP)/member.sh "$(FOLDER)"
+
+join: ## this host: the agent, with FOLDER=fleet/hosts/NAME; see compose/setup/join.sh
+	@$(SETUP)/join.sh "$(FOLDER)" "$(ETCD)" "$(OPERATOR)"
+
 demo: ## two containers and a VM: one flow allowed, one denied, and why
 	@compose/demo/demo.sh
 
 test: venv bpf ## every test, on the real kernel, etcd and docker
 	@$(SETUP)/packages.sh @test @engine
-	$(SUDO) env CI=$(CI) $(PYTHON) -m pytest $(TESTS)
+	$(SUDO) env CI=$(CI) CHAOS=$(CHAOS) $(PYTHON) -m pytest $(TESTS)
+
+chaos: ## all scenarios of failure, those that `make test` leaves out too
+	@$(MAKE) --no-print-directory test TESTS=tests/chaos CHAOS=all
 
 lint: venv ## ruff and mypy
 	$(PYTHON) -m ruff check .

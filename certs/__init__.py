@@ -5,6 +5,7 @@
     layout      which file lies where               material  reads and writes one key or certificate
     inspect     what is there and in what state     plan      what has to be done about it (pure)
     apply       does it                             commands  `python -m certs`, also `make up`'s way in
+    inventory   the machines of a fleet             fleet     a complete folder for each of them
 
 Called by `make up`, the command line and tests.  May import `core` and, for etcd's users and roles,
 `kvstore`.

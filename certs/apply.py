@@ -17,7 +17,7 @@ from certs import authority as authorities
 from certs.errors import CertificateError
 from certs.inspect import Finding, examine
 from certs.issue import VALIDITY, Request, issue, utc_now
-from certs.layout import Holder, Layout
+from certs.layout import Folder, Holder, Layout
 from certs.material import Pair, load_certificate, load_key, write_certificate, write_key
 from certs.plan import Action, Step, refusals
 
@@ -32,11 +32,17 @@ def survey(
     """Return what is there of the CA and of each request; `into` names folders outside the layout."""
     moment = now or utc_now()
     root = layout.folder(Holder.AUTHORITY)
-    finding = examine(root, None, moment)
-    certificate = load_certificate(root.certificate) if finding.summary else None
     folders = [layout.folder(request.holder, (into or {}).get(request.holder)) for request in requests]
-    findings = [examine(folder, certificate, moment) for folder in folders]
-    return finding, list(zip(requests, findings, strict=True))
+    return survey_folders(root, list(zip(requests, folders, strict=True)), moment)
+
+
+def survey_folders(
+    root: Folder, wanted: Sequence[tuple[Request, Folder]], now: datetime.datetime
+) -> tuple[Finding, list[tuple[Request, Finding]]]:
+    """Return what is there of the CA in `root`, and of each request in its folder."""
+    finding = examine(root, None, now)
+    certificate = load_certificate(root.certificate) if finding.summary else None
+    return finding, [(request, examine(folder, certificate, now)) for request, folder in wanted]
 
 
 def apply(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs of `python -m certs`: init, issue, list, check.
+"""The verbs of `python -m certs`: init, issue, fleet, list, check.
 
 They say what they do line by line on stdout (``-o json``: in one object), warn and fail on stderr, and can be
 run again at any time: what is there and good stays as it is.
@@ -11,6 +11,7 @@ import datetime
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,9 +19,10 @@ import click
 from cryptography import x509
 
 from certs import authority as authorities
-from certs import etcd_config, issue
+from certs import etcd_config, inventory, issue
 from certs.apply import apply, survey
 from certs.errors import CertificateError
+from certs.fleet import SEEN_AT, fleet_folders, plan_fleet, write_fleet
 from certs.inspect import Condition, Finding, examine
 from certs.issue import Request
 from certs.layout import Folder, Holder, Layout
@@ -28,10 +30,6 @@ from certs.material import load_certificate
 from certs.plan import Action, Step, plan
 
 ENDPOINT = "https://127.0.0.1:2379"
-SEEN_AT = {
-    Holder.AGENT: PurePosixPath("/etc/holdfast/certs"),
-    Holder.OPERATOR: PurePosixPath("/etc/holdfast/operator"),
-}
 HOLDERS = click.Choice([holder.value for holder in Holder])
 DIRECTORY = click.option(
     "--dir", "directory", type=click.Path(path_type=Path), default=Path("/etc/holdfast/pki"),
@@ -47,9 +45,14 @@ DAYS = click.option(
     "--days", type=click.IntRange(1, 3650), default=issue.VALIDITY.days, show_default=True,
     help="How long the certificates are valid.",
 )  # fmt: skip
+AUTHORITY_DAYS = click.option(
+    "--ca-days", type=click.IntRange(1, 36500), default=authorities.VALIDITY.days, show_default=True,
+    help="How long a new CA is valid.",
+)  # fmt: skip
 RENEW = click.option(
     "--renew", type=HOLDERS, multiple=True, help="Replace this holder's key and certificate (repeat)."
 )
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Only show what would be done.")
 OUTPUT = click.option("-o", "--output", type=click.Choice(["json"]), help="Print JSON instead of text.")
 
 
@@ -80,12 +83,9 @@ def certs() -> None:
     help="The same for the operator.",
 )
 @DAYS
-@click.option(
-    "--ca-days", type=click.IntRange(1, 36500), default=authorities.VALIDITY.days, show_default=True,
-    help="How long a new CA is valid.",
-)  # fmt: skip
+@AUTHORITY_DAYS
 @RENEW
-@click.option("--dry-run", is_flag=True, help="Only show what would be done.")
+@DRY_RUN
 @OUTPUT
 def init(
     directory: Path,
@@ -108,9 +108,9 @@ def init(
         for holder, name in ((Holder.ETCD, etcd_name), (Holder.AGENT, agent), (Holder.OPERATOR, operator))
         if name is not None
     ]
-    seen_at = {Holder.AGENT: PurePosixPath(agent_path), Holder.OPERATOR: PurePosixPath(operator_path)}
+    paths = {Holder.AGENT: PurePosixPath(agent_path), Holder.OPERATOR: PurePosixPath(operator_path)}
     where = Layout(directory)
-    _carry_out(where, requests, {}, renew, (days, ca_days), endpoints, seen_at, dry_run, output)
+    _carry_out(where, requests, {}, renew, (days, ca_days), endpoints, paths, dry_run, output)
 
 
 @certs.command("issue")
@@ -146,6 +146,33 @@ def issue_command(
     _carry_out(where, [request], folders, renewed, (days, 0), endpoints, paths, False, output)
 
 
+@certs.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--dir", "directory", type=click.Path(path_type=Path), help="Where to. [default: FILE's]")
+@DAYS
+@AUTHORITY_DAYS
+@click.option("--renew", multiple=True, metavar="NAME", help="Replace this one's certificate (repeat).")
+@DRY_RUN
+@OUTPUT
+def fleet(
+    file: Path,
+    directory: Path | None,
+    days: int,
+    ca_days: int,
+    renew: tuple[str, ...],
+    dry_run: bool,
+    output: str | None,
+) -> None:
+    """Make a folder for each machine of the inventory FILE: etcd's members, hosts, operators."""
+    machines = inventory.load(file)
+    steps = plan_fleet(machines, directory or file.parent, set(renew))
+    _show(steps, dry_run, output)
+    if len(machines.members) % 2 == 0:
+        click.echo(f"{len(machines.members)} members bear no more losses than one less does", err=True)
+    validity, authority = (datetime.timedelta(days=each) for each in (days, ca_days))
+    _finish(steps, [] if dry_run else write_fleet(machines, steps, validity, authority), output)
+
+
 @certs.command("list")
 @DIRECTORY
 @click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", help="How to show it.")
@@ -163,10 +190,11 @@ def list_command(directory: Path, output: str) -> None:
 
 @certs.command()
 @DIRECTORY
+@click.option("--agent", help="The agent's certificate must be that of the host of this name.")
 @OUTPUT
-def check(directory: Path, output: str | None) -> None:
+def check(directory: Path, agent: str | None, output: str | None) -> None:
     """Check every certificate below DIR; status 1 if one is broken, each problem on a line of its own."""
-    findings = look(directory)
+    findings = [_of_host(each, agent) for each in look(directory)]
     for finding in findings:
         if finding.detail and finding.condition is not Condition.ABSENT:
             click.echo(f"{finding.holder.value}: {finding.condition.value}: {finding.detail}", err=True)
@@ -180,8 +208,19 @@ def check(directory: Path, output: str | None) -> None:
     sys.exit(1 if bad or not present else 0)
 
 
+def _of_host(finding: Finding, agent: str | None) -> Finding:
+    """Return a finding as it is, or broken where it is another host's certificate."""
+    if agent is None or finding.holder is not Holder.AGENT or finding.condition is Condition.BROKEN:
+        return finding
+    found = finding.summary.common_name if finding.summary else "nobody"
+    if found == Request(Holder.AGENT, agent).common_name:
+        return finding
+    detail = f"{finding.folder.certificate} is for {found}, and this host is called {agent}"
+    return replace(finding, condition=Condition.BROKEN, detail=detail)
+
+
 def look(directory: Path) -> list[Finding]:
-    """Return the state of each of DIR's folders, the CA's first.
+    """Return the state of each of DIR's folders, the CA's first, and of those of a fleet.
 
     Where the CA itself is not (an agent's host), each folder's own copy of its certificate counts.
     """
@@ -189,8 +228,12 @@ def look(directory: Path) -> list[Finding]:
     first = examine(layout.folder(Holder.AUTHORITY), None, now)
     certificate = load_certificate(first.folder.certificate) if first.summary else None
     others = [holder for holder in Holder if holder is not Holder.AUTHORITY]
+    machines = fleet_folders(directory)
     folders = [layout.folder(holder) for holder in others]
-    return [first, *(examine(each, certificate or _own_authority(each), now) for each in folders)]
+    present = [each for each in folders if not machines or each.path.exists()]
+    return [
+        first, *(examine(each, certificate or _own_authority(each), now) for each in (*present, *machines))
+    ]  # fmt: skip
 
 
 def _own_authority(folder: Folder) -> x509.Certificate | None:
@@ -219,10 +262,17 @@ def _carry_out(
 ) -> None:
     authority, wanted = survey(layout, requests, into=folders)
     steps = plan(authority, wanted, {Holder(each) for each in renew})
+    _show(steps, dry_run, output)
+    _finish(steps, [] if dry_run else _write(steps, days, endpoints, seen_at), output)
+
+
+def _show(steps: Sequence[Step], dry_run: bool, output: str | None) -> None:
     for step in steps:
         if step.warning or (not output and (dry_run or step.action is not Action.REFUSE)):
             click.echo(str(step), err=step.warning)
-    written = [] if dry_run else _write(steps, days, endpoints, seen_at)
+
+
+def _finish(steps: Sequence[Step], written: Sequence[Path], output: str | None) -> None:
     if output:
         shown = [_shown(step) for step in steps]
         click.echo(json.dumps({"steps": shown, "written": [str(file) for file in written]}, indent=2))

@@ -35,6 +35,9 @@ CLOCK_SKEW = datetime.timedelta(minutes=5)
 # X.509 allows 64 characters in a common name.
 LONGEST_NAME = 64
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# What a member's certificate has and no other: by it members tell a peer from an agent (etcd's
+# --peer-cert-allowed-hostname), whose certificates are the same CA's.
+PEER_NAME = "peer.etcd.holdfast"
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,11 @@ class Request:
 
     @property
     def alternatives(self) -> tuple[x509.GeneralName, ...]:
-        """The names a server answers to: its own, its addresses, and loopback."""
+        """The names a member answers to: its own, its addresses, loopback, and that of all members."""
         if self.holder is not Holder.ETCD:
             return ()
-        return tuple(map(general_name, dict.fromkeys((self.name, *self.addresses, *LOOPBACK))))
+        names = dict.fromkeys((self.name, *self.addresses, *LOOPBACK, PEER_NAME))
+        return tuple(map(general_name, names))
 
 
 def utc_now() -> datetime.datetime:

@@ -56,6 +56,20 @@ LEASE_TTL = Method(
 )
 STATUS = Method("/etcdserverpb.Maintenance/Status", pb.StatusRequest, pb.StatusResponse, "read", "status")
 
+# What concerns the members and not the keys; used by kvstore.members.
+MEMBERS = Method(
+    "/etcdserverpb.Cluster/MemberList", pb.MemberListRequest, pb.MemberListResponse, "read", "members", True
+)
+ALARM = Method("/etcdserverpb.Maintenance/Alarm", pb.AlarmRequest, pb.AlarmResponse, "write", "alarm")
+COMPACT = Method("/etcdserverpb.KV/Compact", pb.CompactionRequest, pb.CompactionResponse, "write", "compact")
+DEFRAGMENT = Method(
+    "/etcdserverpb.Maintenance/Defragment",
+    pb.DefragmentRequest,
+    pb.DefragmentResponse,
+    "write",
+    "defragment",
+)
+
 WATCH = Method("/etcdserverpb.Watch/Watch", pb.WatchRequest, pb.WatchResponse, "watch", "watch")
 KEEP_ALIVE = Method(
     "/etcdserverpb.Lease/LeaseKeepAlive",

@@ -19,6 +19,7 @@ EXAMPLES = {
         "holdfast certs issue agent host7 --into host7/",
         "holdfast certs issue operator alice --renew",
     ),
+    "fleet": examples("holdfast certs fleet fleet/inventory.yaml --dry-run"),
     "list": examples("holdfast certs list", "holdfast certs list -o json"),
     "check": examples("holdfast certs check --dir /etc/holdfast/pki"),
 }

@@ -26,13 +26,16 @@ _HERE = "cli.commands.kv"
         "list": (f"{_HERE}:list_", "List keys below a prefix"),
         "set": (f"{_HERE}:set_", "Write a key"),
         "delete": (f"{_HERE}:delete", "Delete a key, or all below a prefix"),
+        "status": ("cli.commands.kv_status:status", "Show etcd's members, their sizes and snapshots"),
+        "maintain": ("cli.commands.kv_maintain:maintain", "Take snapshots and defragment, beside a member"),
     },
-    epilog=examples("holdfast kvstore get --recursive cilium/state/ip/v1/", "holdfast kvstore list cilium/"),
+    epilog=examples("holdfast kvstore status", "holdfast kvstore get --recursive cilium/state/ip/v1/"),
 )
 def kvstore() -> None:
-    """Read and write keys in etcd: a debugging tool.
+    """See how etcd is; read and write its keys.
 
-    Agents write their own keys again when they change; change others' only if you know why.
+    Keys are for debugging: agents write their own again when they change; change others' only if
+    you know why.
     """
 
 

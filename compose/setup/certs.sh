@@ -6,6 +6,8 @@
 
 # shellcheck source=compose/setup/lib.sh
 . "$(dirname "$0")/lib.sh"
+# shellcheck source=compose/setup/services.sh
+. "$SETUP/services.sh"
 
 CERTS=$STATE_DIR/certs
 
@@ -14,22 +16,9 @@ make_certificates() {
         --dir /certs --etcd-name all-in-one --agent "$(on_host hostname)" --operator admin
 }
 
-# Copy a holder's files where it reads them; a file that is the same is not touched.
-put() {
-    local file=$1 target=$2 mode=$3
-    on_host cmp -s "$file" "$target" || on_host install -D -m "$mode" "$file" "$target"
-}
-
-put_holder() {
-    local holder=$1 directory=$2
-    put "$CERTS/$holder/ca.crt" "$directory/ca.crt" 644
-    put "$CERTS/$holder/$holder.crt" "$directory/$holder.crt" 644
-    put "$CERTS/$holder/$holder.key" "$directory/$holder.key" 600
-}
-
 on_host sh -c "umask 077; mkdir -p '$CERTS' '$STATE_DIR/etcd'"
 run_step "certificates of the CA, etcd, this agent and the operator" make_certificates
-put_holder agent /etc/holdfast/certs
-put_holder operator /etc/holdfast/operator
+put_holder agent "$CERTS/agent" /etc/holdfast/certs
+put_holder operator "$CERTS/operator" /etc/holdfast/operator
 put "$CERTS/agent/etcd.config" /etc/holdfast/etcd.config 644
 put "$CERTS/operator/etcd.config" /etc/holdfast/operator/etcd.config 644

@@ -31,13 +31,16 @@ die() {
 
 have() { command -v "$1" >/dev/null 2>&1; }
 
-# Root is needed for packages, mounts and the engine's socket.  Only these variables cross sudo.
+# What is set of the caller's environment when root goes on.
+CROSSES_SUDO=CI,DOCKER_HOST,HOLDFAST_ENGINE_DIR,HOLDFAST_STATE_DIR,HOLDFAST_BIN_DIR,HOLDFAST_ETCD_DIR,HOLDFAST_NODES
+CROSSES_SUDO+=,HOLDFAST_IMAGE,HOLDFAST_ETCD_IMAGE,HOLDFAST_IMAGES,HOLDFAST_START_NOW,HOLDFAST_CLUSTER_STATE
+
+# Root is needed for packages, mounts and the engine's socket.
 require_root() {
     [ "$(id -u)" = 0 ] && return 0
     have sudo || die "this needs root, and sudo is not installed: run it as root"
     say "root is needed: sudo asks for it"
-    exec sudo --preserve-env=CI,DOCKER_HOST,HOLDFAST_ENGINE_DIR,HOLDFAST_STATE_DIR,HOLDFAST_BIN_DIR,HOLDFAST_IMAGE,HOLDFAST_ETCD_IMAGE \
-        "$0" "$@"
+    exec sudo --preserve-env="$CROSSES_SUDO" "$0" "$@"
 }
 
 # Run a long step quietly into a log; a line of life every ten seconds; the log's end if it fails.

@@ -15,7 +15,8 @@
 set -euo pipefail
 
 # Each of these is a directory of the host's own, kept under DIR/fs.
-PRIVATE_DIRS="/run/docker /run/containerd /run/netns /run/holdfast /etc/docker /etc/holdfast /var/lib/holdfast"
+PRIVATE_DIRS="/run/docker /run/containerd /run/netns /run/holdfast /etc/docker /etc/holdfast
+/var/lib/holdfast /var/lib/holdfast-etcd"
 
 die() {
     printf 'error: %s\n' "$*" >&2

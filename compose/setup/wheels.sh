@@ -10,7 +10,8 @@
 
 WHEELS=$CACHE/wheels
 IMAGE_PYTHON=3.11 # Debian bookworm's
-STAMP=$WHEELS/.complete-$(sha256sum "$REPO/pyproject.toml" "$0" | sha256sum | cut -c1-16)
+# Of contents alone: the cache is good at another path, too.
+STAMP=$WHEELS/.complete-$(cat "$REPO/pyproject.toml" "$0" | sha256sum | cut -c1-16)
 
 # Every tag that bookworm's glibc (2.36) can load; pip does not derive the older ones itself.
 platforms() {

@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,16 @@ def free_ports(count: int) -> list[int]:
 
 
 class EtcdServer:
-    """One member.  `directory` is where data, log and certificates go."""
+    """One member.  `directory` is where data, log and certificates go; `options` are more of etcd's."""
 
     def __init__(
-        self, directory: Path, *, name: str = "m0", tls: bool = False, cluster: dict[str, int] | None = None
+        self,
+        directory: Path,
+        *,
+        name: str = "m0",
+        tls: bool = False,
+        cluster: dict[str, int] | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         require_tools("etcd", "etcdctl")
         self.name = name
@@ -49,6 +56,7 @@ class EtcdServer:
         self.directory.mkdir(parents=True)
         self.client_port, peer_port = free_ports(2)
         self._cluster = cluster or {name: peer_port}
+        self._options = tuple(options)
         self._process: subprocess.Popen[bytes] | None = None
         self._log = self.directory / "etcd.log"
         self._begun = 0  # where in the log its present life begins
@@ -162,16 +170,31 @@ class EtcdServer:
         self.ctl("compact", str(revision), "--physical")
         return revision
 
-    def enable_auth(self, user: str, *prefixes: str) -> None:
-        """Turn on users by certificate: root, and `user` who may read and write `prefixes` only."""
+    def enable_auth(self, user: str, *prefixes: str, readable: str = "") -> None:
+        """Turn on users by certificate: root, and `user` who may read and write `prefixes` only.
+
+        What begins with `readable` it may read.
+        """
         self.ctl("user", "add", "root", "--no-password")
         self.ctl("user", "grant-role", "root", "root")
         self.ctl("role", "add", user)
         for prefix in prefixes:
             self.ctl("role", "grant-permission", user, "readwrite", prefix, "--prefix=true")
+        if readable:
+            self.ctl("role", "grant-permission", user, "read", readable, "--prefix=true")
         self.ctl("user", "add", user, "--no-password")
         self.ctl("user", "grant-role", user, user)
         self.ctl("auth", "enable")
+
+    def defragmentations(self) -> list[tuple[str, str]]:
+        """Return begin and end of each that its log tells of; the end is "9" while it goes on."""
+        found: list[tuple[str, str]] = []
+        for line in self._log.read_text(errors="replace").splitlines():
+            if '"starting defragment"' in line:
+                found.append((json.loads(line)["ts"], "9"))
+            elif '"finished defragment"' in line:
+                found[-1] = (found[-1][0], json.loads(line)["ts"])
+        return found
 
     def log_tail(self) -> str:
         return self._log.read_text(errors="replace")[-2000:]
@@ -204,6 +227,7 @@ class EtcdServer:
             *("--initial-advertise-peer-urls", peers[self.name]),
             *("--initial-cluster", ",".join(f"{name}={url}" for name, url in peers.items())),
             *("--logger", "zap"),
+            *self._options,
             "--unsafe-no-fsync" if _knows_no_fsync() else "--log-level=info",
         ]
         if self.pki is None:
@@ -221,10 +245,10 @@ class EtcdServer:
 class EtcdCluster:
     """Three members on loopback; `config` lists all of them."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, options: Sequence[str] = ()) -> None:
         names = ("m0", "m1", "m2")
         ports = dict(zip(names, free_ports(3), strict=True))
-        self.members = [EtcdServer(directory, name=name, cluster=ports) for name in names]
+        self.members = [EtcdServer(directory, name=name, cluster=ports, options=options) for name in names]
 
     @property
     def config(self) -> EtcdConfig:
@@ -240,6 +264,10 @@ class EtcdCluster:
     def stop(self) -> None:
         for member in self.members:
             member.stop()
+
+    def defragmentations(self) -> list[tuple[str, str, str]]:
+        """Return (begin, end, member) of all, in the order in which they began."""
+        return sorted((*each, member.name) for member in self.members for each in member.defragmentations())
 
     def member_at(self, target: str) -> EtcdServer:
         """Return the member that listens on host:port."""

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from certs import authority
 from certs.errors import BadRequest, Foreign
 from certs.inspect import summarize
-from certs.issue import Request, check_name, general_name, issue
+from certs.issue import PEER_NAME, Request, check_name, general_name, issue
 from certs.layout import Holder
 from certs.material import Pair, check_issuer, public_bytes, write_certificate
 from tests.support.require import require_tools
@@ -77,7 +77,7 @@ def test_clients_are_clients_and_members_are_both(ca: Pair) -> None:
 def test_member_answers_to_its_name_addresses_and_loopback(ca: Pair) -> None:
     request = Request(Holder.ETCD, "etcd-0", ("10.1.2.3", "fd00::1", "kv.example", "10.1.2.3"))
     names = extension(issue(ca, request).certificate, x509.SubjectAlternativeName)
-    assert names.get_values_for_type(x509.DNSName) == ["etcd-0", "kv.example", "localhost"]
+    assert names.get_values_for_type(x509.DNSName) == ["etcd-0", "kv.example", "localhost", PEER_NAME]
     assert list(map(str, names.get_values_for_type(x509.IPAddress))) == [
         "10.1.2.3",
         "fd00::1",

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Three etcd members and a further host, as docs/installation.md has it: make certs, make member, make join.
+
+Each machine is a host of its own with its own engine; one of the members' machines joins as a host, too.  One
+set of machines for the whole module, because each step stands on the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.engine import (
+    AGENT_IMAGE,
+    COMPOSE_VERSIONS,
+    ETCD_IMAGE,
+    DockerHost,
+    compose_command,
+    project_images,
+)
+from tests.support.host import REPO, Hub, run, wait_for
+
+SETUP = REPO / "compose" / "setup"
+UP_SECONDS = 240
+NAMES = ("etcd-1", "etcd-2", "etcd-3")
+Done = subprocess.CompletedProcess[str]
+
+
+class Fleet:
+    """Three machines with an etcd member each, `web`, a host, and the folder with all certificates."""
+
+    def __init__(self, stack: ExitStack, hub: Hub, folder: Path) -> None:
+        self.folder = folder
+        images = project_images()
+        self.members = {name: self._machine(stack, hub, images) for name in NAMES}
+        self.web = self._machine(stack, hub, images)
+
+    def _machine(self, stack: ExitStack, hub: Hub, images: Path) -> DockerHost:
+        host = stack.enter_context(DockerHost("kv", images=images))
+        host.address = hub.join(host)
+        return host
+
+    def make(self, host: DockerHost, script: str, *arguments: str, check: bool = True) -> Done:
+        """Run one of compose/setup's scripts on a machine, as `make` does there."""
+        environment = {
+            **host.engine.environment,
+            "HOLDFAST_IMAGE": AGENT_IMAGE,
+            "HOLDFAST_ETCD_IMAGE": ETCD_IMAGE,
+            "HOLDFAST_BIN_DIR": f"{host.directory}/bin",
+            "HOLDFAST_START_NOW": "test",
+        }
+        return host.exec(
+            str(SETUP / script), *arguments, check=check, timeout=UP_SECONDS, environment=environment
+        )
+
+    def holdfast(self, host: DockerHost, *words: str, check: bool = True) -> Done:
+        return host.exec(
+            f"{host.directory}/bin/holdfast", *words, check=check, environment=host.engine.environment
+        )
+
+    def status(self) -> dict[str, Any]:
+        """Return what `holdfast kvstore status` says on the host that joined."""
+        done = self.holdfast(self.web, "kvstore", "status", "-o", "json", check=False)
+        assert done.stdout, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def serving(self) -> set[str]:
+        return {each["name"] for each in self.status()["members"] if not each["error"]}
+
+
+def container(host: DockerHost, role: str) -> str:
+    (found,) = host.engine.docker("ps", "-aq", "--filter", f"label=holdfast.role={role}").stdout.split()
+    return found
+
+
+@pytest.fixture(scope="module")
+def fleet(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """The machines, after `make certs` on the first of them and `make member` on each."""
+    with ExitStack() as stack:
+        made = Fleet(stack, hub, tmp_path_factory.mktemp("fleet"))
+        addresses = {name: host.address for name, host in made.members.items()}
+        joining = [made.web.name, made.members["etcd-3"].name]
+        inventory = {"members": addresses, "hosts": joining, "operators": ["admin"]}
+        (made.folder / "inventory.yaml").write_text(json.dumps(inventory))
+        made.make(made.members["etcd-1"], "fleet.sh", str(made.folder / "inventory.yaml"))
+        for name, host in made.members.items():
+            done = made.make(host, "member.sh", str(made.folder / "members" / name))
+            assert ("runs and waits for the others" in done.stderr) == (name == "etcd-1"), done.stderr
+        yield made
+
+
+def join(fleet: Fleet, host: DockerHost, *more: str) -> None:
+    fleet.make(host, "join.sh", str(fleet.folder / "hosts" / host.name), *more)
+
+
+def test_host_joins_and_sees_three_members(fleet: Fleet) -> None:
+    join(fleet, fleet.web, "", str(fleet.folder / "operators" / "admin"))
+    assert fleet.holdfast(fleet.web, "status").returncode == 0
+    wait_for(lambda: fleet.serving() == set(NAMES), "three members that serve")
+    networks = fleet.web.engine.docker("network", "ls", "--format", "{{.Name}}").stdout.split()
+    assert "holdfast" in networks
+
+
+def test_each_member_has_a_snapshot_of_its_own_that_nobody_else_reads(fleet: Fleet) -> None:
+    def taken() -> bool:
+        members = fleet.status()["members"]
+        return all((each["maintenance"] or {}).get("snapshot") for each in members)
+
+    wait_for(taken, "a snapshot by each", seconds=90, pause=1)
+    for name, host in fleet.members.items():
+        (snapshot,) = (host.private("/var/lib/holdfast-etcd") / "maintenance" / "snapshots").iterdir()
+        assert snapshot.name.startswith(f"{name}-")
+        assert snapshot.stat().st_mode & 0o777 == 0o600
+        check = ["holdfast", "kvstore", "maintain", "--member", name, "--check"]
+        host.engine.docker("exec", container(host, "maintenance"), *check)
+    assert fleet.holdfast(fleet.web, "kvstore", "status").returncode == 0
+
+
+def test_services_have_no_rights(fleet: Fleet) -> None:
+    for host in fleet.members.values():
+        for role in ("etcd", "maintenance"):
+            found: Any = host.engine.inspect(container(host, role))["HostConfig"]
+            assert (found["CapDrop"], found["CapAdd"], found["Privileged"]) == (["ALL"], None, False)
+
+
+@pytest.mark.parametrize("version", COMPOSE_VERSIONS)
+def test_file_is_valid_for_both_composes_and_says_what_it_lacks(fleet: Fleet, version: int) -> None:
+    file = ["--file", str(REPO / "compose" / "kvstore" / "docker-compose.yml")]
+    settings = ["--env-file", str(fleet.folder / "members" / "etcd-1" / "member.env")]
+    run([*compose_command(version), *settings, *file, "config", "--quiet"])
+    without = run([*compose_command(version), *file, "config", "--quiet"], check=False)
+    assert without.returncode != 0
+    assert "comes from member.env" in without.stderr
+
+
+def test_who_may_speak_to_a_member_at_which_port(fleet: Fleet) -> None:
+    """An agent's certificate is of the same CA: at the peers' port it could speak as a member."""
+    agent = ("hosts", fleet.web.name, "agent")
+    member = ("members", "etcd-2", "etcd")
+    host = fleet.members["etcd-2"]  # a member's certificate is good from its own address only
+
+    def answers(port: str, identity: tuple[str, str, str] | None) -> bool:
+        files: list[str] = []
+        if identity is not None:
+            folder = fleet.folder / identity[0] / identity[1]
+            files = ["--cert", f"{folder}/{identity[2]}.crt", "--key", f"{folder}/{identity[2]}.key"]
+        url = f"https://{fleet.members['etcd-1'].address}:{port}/version"
+        options = ("-sk", "-m", "5", "--http1.1", "--noproxy", "*")
+        return "etcdserver" in host.exec("curl", *options, *files, url, check=False).stdout
+
+    assert [answers("2379", each) for each in (member, agent, None)] == [True, True, False]
+    assert [answers("2380", each) for each in (member, agent, None)] == [True, False, False]
+
+
+def test_again_changes_nothing(fleet: Fleet) -> None:
+    machines = [*fleet.members.values(), fleet.web]
+    before = [sorted(host.engine.containers()) for host in machines]
+    fleet.make(fleet.members["etcd-1"], "fleet.sh", str(fleet.folder / "inventory.yaml"))
+    fleet.make(fleet.members["etcd-1"], "member.sh", str(fleet.folder / "members" / "etcd-1"))
+    fleet.make(fleet.members["etcd-2"], "member.sh")
+    fleet.make(fleet.web, "join.sh")
+    assert [sorted(host.engine.containers()) for host in machines] == before
+
+
+def test_a_members_machine_can_be_a_host_by_one_line(fleet: Fleet) -> None:
+    """With its certificate in place, where etcd is is all that it has to be told."""
+    third = fleet.members["etcd-3"]
+    for name in ("ca.crt", "agent.crt", "agent.key"):
+        target = third.private("/etc/holdfast") / "certs" / name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes((fleet.folder / "hosts" / third.name / name).read_bytes())
+        target.chmod(0o600)
+    endpoints = ",".join(f"https://{host.address}:2379" for host in fleet.members.values())
+    fleet.make(third, "join.sh", "", endpoints)
+    nodes = json.loads(fleet.holdfast(fleet.web, "node", "list", "-o", "json").stdout)
+    assert {fleet.web.name, third.name} <= {each["name"].rpartition("/")[2] for each in nodes}
+
+
+def test_a_member_that_is_killed_is_missed_by_nobody_and_comes_back(fleet: Fleet) -> None:
+    second = fleet.members["etcd-2"]
+    second.engine.docker("kill", container(second, "etcd"))
+    wait_for(lambda: fleet.serving() == {"etcd-1", "etcd-3"}, "two that serve")
+    written = fleet.holdfast(fleet.web, "kvstore", "set", "test/key", "while one is away")
+    assert "revision" in written.stdout
+    assert fleet.holdfast(fleet.web, "status").returncode == 0
+    second.engine.docker("start", container(second, "etcd"))
+    wait_for(lambda: fleet.serving() == set(NAMES), "three that serve")
+    shown = second.engine.docker(
+        "exec", container(second, "etcd"), "etcdctl", "get", "test/key", "--print-value-only"
+    )
+    assert shown.stdout == "while one is away\n"
+
+
+def refused(fleet: Fleet, host: DockerHost, script: str, *arguments: str) -> str:
+    done = fleet.make(host, script, *arguments, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    return done.stderr
+
+
+def test_mistakes_are_named_and_change_nothing(fleet: Fleet, tmp_path: Path) -> None:
+    web, first = fleet.web, fleet.members["etcd-1"]
+    before = sorted(web.engine.containers()), sorted(first.engine.containers())
+    folder = fleet.folder / "hosts" / web.name
+    others = fleet.folder / "hosts" / fleet.members["etcd-3"].name
+    assert "this host is called" in refused(fleet, web, "join.sh", str(others))
+    assert "has no agent.crt" in refused(fleet, web, "join.sh", str(fleet.folder / "members" / "etcd-1"))
+    assert "there is no folder" in refused(fleet, web, "join.sh", str(tmp_path / "nowhere"))
+    config = (web.private("/etc/holdfast") / "etcd.config").read_bytes()
+    away = refused(fleet, web, "join.sh", str(folder), "https://10.77.0.200:2379")
+    assert "10.77.0.200" in away
+    assert (web.private("/etc/holdfast") / "etcd.config").read_bytes() == config
+    wrong = refused(fleet, first, "member.sh", str(fleet.folder / "members" / "etcd-2"))
+    assert "no card of this machine has that address" in wrong
+    assert "there is no inventory" in refused(fleet, first, "fleet.sh", str(tmp_path / "none.yaml"))
+    (tmp_path / "bad.yaml").write_text("members: {a: nowhere}\n")
+    assert "nowhere is not an IP address" in refused(fleet, first, "fleet.sh", str(tmp_path / "bad.yaml"))
+    assert (sorted(web.engine.containers()), sorted(first.engine.containers())) == before
