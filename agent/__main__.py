@@ -3,6 +3,6 @@
 
 import sys
 
-from agent.main import main
+from agent.start import main
 
 sys.exit(main())

@@ -9,7 +9,7 @@ things go engine → policy maps → ip→identity table, and old things the oth
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from loguru import logger
 
@@ -25,6 +25,12 @@ from core.reconciler import Kind, Reconciler, Status
 from core.table import Subscription, Table
 from identity.labels import Labels
 from identity.local import LocalIdentities, prefix_labels
+from policy.model import Policy
+
+# So many prefixes of policies get their identities before anybody else may run.
+PREFIXES_AT_ONCE = 16
+# So many identities are handed to the engine before anybody else may run: some ten milliseconds.
+IDENTITIES_AT_ONCE = 1000
 
 
 class Derivations:
@@ -49,8 +55,13 @@ class Derivations:
         self._ipcache: Reconciler[str, Record] | None = None
         self._conntrack: Conntrack | None = None
         self._firewall: FirewallRules | None = None
+        self._identity_changes: Subscription[int] | None = None
+        self._identities_taken = 0
+        self._identity_pulse = asyncio.Event()
         self._policy_changes: Subscription[str] | None = None
         self._policies_taken = asyncio.Event()
+        self._rounds = 0  # in which changed policies were taken
+        self._rounds_done = 0
         self._followed: set[str] = set()
 
     def attach(
@@ -70,15 +81,18 @@ class Derivations:
 
     async def follow_identities(self) -> None:
         """Keep the engine's identities equal to the table."""
-        changes = self.identities.subscribe()
+        changes = self._identity_changes = self.identities.subscribe()
         try:
             while True:
                 await changes.wait()
-                self._take_identities(changes.take())
+                self._take_identities(changes.take(IDENTITIES_AT_ONCE))
+                if self.identities.in_sync and not len(changes):
+                    self._caught_up("identities")
+                await asyncio.sleep(0)
         finally:
             self.identities.unsubscribe(changes)
 
-    def _take_identities(self, numbers: Iterable[int]) -> None:
+    def _take_identities(self, numbers: Sequence[int]) -> None:
         engine = self.policy_maps.engine
         for number in numbers:
             labels = self.identities.get(number)
@@ -87,8 +101,20 @@ class Derivations:
             else:
                 engine.upsert_identity(number, labels)
         self.policy_maps.flush()
-        if self.identities.in_sync:
-            self._caught_up("identities")
+        self._identities_taken += len(numbers)
+        self._identity_pulse.set()
+        self._identity_pulse = asyncio.Event()
+
+    async def wait_idle(self) -> None:
+        """Wait until the policy maps know every identity of now: what addresses wait for.
+
+        Changed identities are taken in the order of their change, so counting is enough.
+        """
+        pending = self._identity_changes
+        wanted = self._identities_taken + (len(pending) if pending is not None else 0)
+        while self._identities_taken < wanted:
+            await self._identity_pulse.wait()
+        await self.policy_maps.reconciler.wait_idle()
 
     async def follow_policies(self) -> None:
         """Keep the engine's policies, and the identities of the prefixes they name, equal to the table."""
@@ -98,14 +124,15 @@ class Derivations:
         try:
             while True:
                 await changes.wait()
-                await self._take_policies(changes.take())
+                self._rounds += 1
+                await self._take_policies({name: self.policies.get(name) for name in changes.take()})
         finally:
             self.policies.unsubscribe(changes)
 
-    async def _take_policies(self, names: Iterable[str]) -> None:
+    async def _take_policies(self, taken: Mapping[str, Policy | None]) -> None:
         engine = self.policy_maps.engine
-        for name in names:
-            policy = self.policies.get(name)
+        named = await self._identify(taken.values())
+        for name, policy in taken.items():
             if policy is None:
                 engine.delete_policy(name)
                 logger.info("policy {} is no longer in force", name)
@@ -113,7 +140,9 @@ class Derivations:
                 engine.upsert_policy(policy)
                 logger.info("policy {} from {} is in force", name, policy.origin)
         metrics.POLICY_COUNT.set(len(self.policies))
-        stale = self._name_prefixes()
+        for prefix, number in named.items():
+            self._prefixes.upsert(prefix, Record(number))
+        stale = self._prefixes.entries().keys() - engine.cidrs()
         self.policy_maps.flush()
         self._wake_policy_waiters()
         if self.policies.in_sync:
@@ -122,17 +151,24 @@ class Derivations:
             await self._forget_prefixes(stale)
 
     def _wake_policy_waiters(self) -> None:
+        self._rounds_done = self._rounds
         self._policies_taken.set()
         self._policies_taken = asyncio.Event()
 
     async def policies_enforced(self) -> None:
         """Wait until everything that the table of policies holds now was written to the kernel."""
-        if self._policy_changes is None or len(self._policy_changes):
-            # One round is enough: each takes every change there is.
-            await self._policies_taken.wait()
+        await self.policies_taken()
         await self.policy_maps.reconciler.wait_idle()
         if self._ipcache is not None:
             await self._ipcache.wait_idle()
+
+    async def policies_taken(self) -> None:
+        """Wait until the engine has everything that the table of policies holds now."""
+        # The round under way does not have what has changed since it began; the next one has all.
+        waits = self._policy_changes is None or len(self._policy_changes) > 0
+        wanted = self._rounds + 1 if waits else self._rounds
+        while self._rounds_done < wanted:
+            await self._policies_taken.wait()
 
     def _caught_up(self, follower: str) -> None:
         """A follower has handed on everything of a table that is in sync; with both, the maps may follow."""
@@ -140,20 +176,31 @@ class Derivations:
         if self._followed == {"identities", "policies"}:
             self.policy_maps.open_gate()
 
-    def _name_prefixes(self) -> set[str]:
-        """Give new prefixes an identity; return those that no rule names any more."""
-        wanted = self.policy_maps.engine.cidrs()
-        known = set(self._prefixes.entries())
-        for prefix in wanted - known:
-            try:
-                number = self.local.acquire(prefix)
-            except HoldfastError as error:
-                # Tried again at the next change; until then nothing is allowed to it that the rest is not.
-                logger.error("prefix {} of a policy gets no identity: {}", prefix, error)
-                continue
-            self.policy_maps.engine.upsert_identity(number, prefix_labels(prefix))
-            self._prefixes.upsert(prefix, Record(number))
-        return known - wanted
+    async def _identify(self, policies: Iterable[Policy | None]) -> dict[str, int]:
+        """Return an identity for each prefix that has none yet, of these policies and of those in force.
+
+        The engine knows them then, before a rule or an address does.  Some at a time: each takes up to a
+        millisecond, and a policy may name thousands.
+        """
+        wanted = self.policy_maps.engine.cidrs().union(*(each.cidrs for each in policies if each is not None))
+        found: dict[str, int] = {}
+        for prefix in wanted - self._prefixes.entries().keys():
+            # It has a number already where an earlier round was broken off.
+            number = self.local.number(prefix) or self._acquire(prefix)
+            if number is not None:
+                self.policy_maps.engine.upsert_identity(number, prefix_labels(prefix))
+                found[prefix] = number
+            if len(found) % PREFIXES_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        return found
+
+    def _acquire(self, prefix: str) -> int | None:
+        try:
+            return self.local.acquire(prefix)
+        except HoldfastError as error:
+            # Tried again at the next change; until then nothing is allowed to it that the rest is not.
+            logger.error("prefix {} of a policy gets no identity: {}", prefix, error)
+            return None
 
     async def _forget_prefixes(self, stale: set[str]) -> None:
         for prefix in stale:

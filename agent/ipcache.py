@@ -9,7 +9,7 @@ policy named (Cilium: a host entry beats a CIDR of the same /32).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -31,8 +31,13 @@ CIDR_SOURCE = "cidr"  # prefixes that policies name
 BUILTIN_SOURCE = "builtin"  # 0.0.0.0/0 and ::/0 are the world
 SOURCES = (HOST_SOURCE, LOCAL_SOURCE, NODES_SOURCE, KVSTORE_SOURCE, CIDR_SOURCE, BUILTIN_SOURCE)
 
-# Prefixes looked at, and deleted, before anybody else may run: a few milliseconds.
+# So many entries are written before anybody else may run, some two milliseconds; more are in a thread.
+WRITTEN_AT_ONCE = 512
+# Prefixes deleted before anybody else may run: a few milliseconds.
 PRUNED_AT_ONCE = 1024
+LOOKED_AT_ONCE = 16_384  # the same of entries that are only compared
+
+NOWHERE = "0.0.0.0"  # a tunnel endpoint that is none
 
 
 class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -74,13 +79,25 @@ class PolicyBarrier(Protocol):
 class IpcacheMapTarget:
     """Operations over cilium_ipcache.  Policy maps first: an entry never names what no map knows yet."""
 
-    def __init__(self, ipcache: IpcacheMap, before: PolicyBarrier) -> None:
+    def __init__(
+        self,
+        ipcache: IpcacheMap,
+        before: PolicyBarrier,
+        hosts: Container[str] = (),
+        *,
+        is_ours: bool = False,
+    ) -> None:
         self._map = ipcache
         self._before = before
+        self._hosts = hosts
+        self._is_ours = is_ours  # made by this process, and written by nobody but this target
 
     async def update(self, items: Sequence[tuple[str, Record]]) -> Mapping[str, Exception]:
         await self._before.wait_idle()
-        return dict(self._map.upsert((prefix, _entry(record)) for prefix, record in items))
+        entries = [(prefix, self._entry(record)) for prefix, record in items]
+        if len(entries) <= WRITTEN_AT_ONCE:
+            return dict(self._map.upsert(entries))
+        return dict(await asyncio.to_thread(self._map.upsert, entries))
 
     async def delete(self, keys: Sequence[str]) -> Mapping[str, Exception]:
         try:
@@ -92,23 +109,44 @@ class IpcacheMapTarget:
     async def prune(self, table: IpTable) -> int:
         """Remove what is in the map and in no source's list.
 
-        The map is read in a thread.  The table belongs to the loop, so it is looked at there, a slice at a
-        time and right before the deletion: what came into it since the map was read stays.
+        The map is read in a thread, a chunk at a time.  The table belongs to the loop, so it is looked at
+        there, and again right before the deletion: what came into it since the map was read stays.
         """
-        found = await asyncio.to_thread(list, self._map.keys())
+        if self._is_ours:
+            self._is_ours = False  # by the next time somebody may have found it
+            return 0
+        chunks, stale = self._map.key_chunks(), list[str]()
+        while (found := await asyncio.to_thread(next, chunks, None)) is not None:
+            stale += [prefix for prefix in found if prefix not in table]
         removed = 0
-        while found:
-            stale = [prefix for prefix in found[-PRUNED_AT_ONCE:] if prefix not in table]
-            del found[-PRUNED_AT_ONCE:]  # and not all at the end: to free 300 000 takes its time too
-            removed += self._map.delete(stale) if stale else 0
+        for start in range(0, len(stale), PRUNED_AT_ONCE):
+            unwanted = [prefix for prefix in stale[start : start + PRUNED_AT_ONCE] if prefix not in table]
+            removed += self._map.delete(unwanted)
             await asyncio.sleep(0)
         return removed
 
+    def _entry(self, record: Record) -> IpcacheEntry:
+        """Encapsulate to registered nodes only: of a record in etcd the host may be anybody's word."""
+        behind = record.host_ip if record.host_ip in self._hosts else NOWHERE
+        # Its constructor takes twice as long, a hundred thousand times.
+        return tuple.__new__(IpcacheEntry, (record.identity, behind, record.key))
 
-def reconciler(table: IpTable, ipcache: IpcacheMap, before: PolicyBarrier) -> Reconciler[str, Record]:
-    return Reconciler("ipcache", table, IpcacheMapTarget(ipcache, before))
+
+def reconciler(
+    table: IpTable, ipcache: IpcacheMap, before: PolicyBarrier, hosts: Container[str] = ()
+) -> Reconciler[str, Record]:
+    """Return the map's reconciler; `hosts` are those that packets are encapsulated to, as of each write."""
+    target = IpcacheMapTarget(ipcache, before, hosts, is_ours=ipcache.handle.is_new)
+    return Reconciler("ipcache", table, target)
 
 
-def _entry(record: Record) -> IpcacheEntry:
-    # Encapsulation comes with registered nodes; until then nothing is tunnelled.
-    return IpcacheEntry(record.identity, "0.0.0.0", record.key)
+async def behind(table: IpTable, hosts: Container[str]) -> list[str]:
+    """Return the prefixes that records say lie behind these hosts; the loop gets its turn meanwhile."""
+    found: list[str] = []
+    for source in table.sources:
+        entries = list(source.entries().items())
+        for at in range(0, len(entries), LOOKED_AT_ONCE):
+            some = entries[at : at + LOOKED_AT_ONCE]
+            found += [prefix for prefix, record in some if record.host_ip in hosts]
+            await asyncio.sleep(0)
+    return found

@@ -14,24 +14,29 @@ node's `addresses_at` says were deleted go at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from ipaddress import IPv4Network, IPv6Network, ip_network
+import asyncio
+from collections.abc import Iterable, Iterator
+from ipaddress import ip_network
 
 import msgspec
 from loguru import logger
 
-from agent.ipcache import Record
+from agent.ipcache import NOWHERE, Record
 from agent.policy_sources import PolicyKeys
 from core.errors import HoldfastError, shorten
 from core.table import Source
+from datapath.addresses import pack_ip
 from datapath.errors import DatapathError
 from datapath.maps import IpcacheMap
+from datapath.records import IpcacheEntry
 from identity.cache import IdentityCache
 from identity.labels import Labels
 from identity.numbers import is_global
 from kvstore.watcher import Follower
 
 VERSION = 1
+# Identities restored before anybody else may run: some ten milliseconds.
+IDENTITIES_AT_ONCE = 2000
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -68,34 +73,55 @@ def view_of(
     )
 
 
-def restore(view: View, policies: PolicyKeys, identities: IdentityCache) -> None:
+async def restore(view: View, policies: PolicyKeys, identities: IdentityCache) -> None:
     """Take a view as if etcd had delivered it; entries that can not be used are left out and named."""
     for key, text in view.policies.items():
-        policies.put(key, text.encode())
-    found: dict[int, Labels] = {}
-    for number, text in view.identities.items():
+        item = (key, text.encode())
+        await policies.prepare([item])
+        policies.take([item])
+        await asyncio.sleep(0)
+    known = list(view.identities.items())
+    for start in range(0, len(known), IDENTITIES_AT_ONCE):
+        identities.restore(dict(_labels(known[start : start + IDENTITIES_AT_ONCE])))
+        await asyncio.sleep(0)
+
+
+def _labels(identities: Iterable[tuple[int, str]]) -> Iterator[tuple[int, Labels]]:
+    for number, text in identities:
         try:
-            found[number] = Labels.parse(text)
+            yield number, Labels.parse(text)
         except HoldfastError as error:
             logger.warning("identity {} of the checkpoint is left out: {}", number, shorten(str(error)))
-    identities.restore(found)
 
 
-def restore_addresses(source: Source[str, Record], ipcache: IpcacheMap, pools: Iterable[str]) -> int:
+async def restore_addresses(source: Source[str, Record], ipcache: IpcacheMap, pools: Iterable[str]) -> int:
     """Take the pinned map's entries of other machines as if etcd had delivered them; return how many."""
+    chunks, own = ipcache.item_chunks(), [_bounds(pool) for pool in pools]
+    restored = 0
     try:
-        entries = list(ipcache.items())
+        while (entries := await asyncio.to_thread(next, chunks, None)) is not None:
+            records = [
+                (prefix, Record(entry.identity, _behind(entry), entry.key))
+                for prefix, entry in entries
+                if is_global(entry.identity) and not _within(prefix, own)
+            ]
+            source.upsert_many(records)
+            restored += len(records)
     except DatapathError as error:
         logger.warning("addresses can not be restored from the pinned map: {}", error)
-        return 0
-    restored, own = 0, [ip_network(pool) for pool in pools]
-    for prefix, entry in entries:
-        if is_global(entry.identity) and not _within(prefix, own):
-            source.upsert(prefix, Record(entry.identity, key=entry.key))
-            restored += 1
     return restored
 
 
-def _within(prefix: str, pools: Iterable[IPv4Network | IPv6Network]) -> bool:
-    address = ip_network(prefix, strict=False).network_address
-    return any(address in pool for pool in pools)
+def _bounds(pool: str) -> tuple[bytes, bytes]:
+    network = ip_network(pool)
+    return network.network_address.packed, network.broadcast_address.packed
+
+
+def _behind(entry: IpcacheEntry) -> str:
+    """Return the host that an entry of the map says its address is behind."""
+    return "" if entry.tunnel_endpoint == NOWHERE else entry.tunnel_endpoint
+
+
+def _within(prefix: str, pools: Iterable[tuple[bytes, bytes]]) -> bool:
+    address = pack_ip(prefix.partition("/")[0])
+    return any(len(first) == len(address) and first <= address <= last for first, last in pools)

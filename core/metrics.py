@@ -9,6 +9,7 @@ what it yields is described here too.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
@@ -52,9 +53,14 @@ def _gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
     return Gauge(name, text, labels, registry=REGISTRY)
 
 
-def _histogram(name: str, text: str, labels: tuple[str, ...] = ()) -> Histogram:
+def _histogram(
+    name: str,
+    text: str,
+    labels: tuple[str, ...] = (),
+    buckets: Sequence[float] = Histogram.DEFAULT_BUCKETS,
+) -> Histogram:
     _described("histogram", name, text, labels)
-    return Histogram(name, text, labels, registry=REGISTRY)
+    return Histogram(name, text, labels, registry=REGISTRY, buckets=buckets)
 
 
 # --- the mechanism
@@ -69,6 +75,14 @@ ERRORS_WARNINGS = _counter(
 )
 CONFIG_HASH = _gauge("holdfast_config_hash", "Hash of the configuration in force (low 52 bits)")
 WAITING_SECONDS = _gauge("holdfast_waiting_seconds", "How long the longest present wait has lasted")
+LOOP_PAUSE_SECONDS = _histogram(
+    "holdfast_loop_pause_seconds",
+    "Time for which one round of the event loop let nobody else run; rounds of more than 10 ms",
+    buckets=(0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
+)
+LOOP_LONGEST_PAUSE_SECONDS = _gauge(
+    "holdfast_loop_longest_pause_seconds", "The longest such time since the agent started"
+)
 
 # --- kvstore
 _section("Kvstore")
@@ -118,10 +132,59 @@ ENDPOINT_REGENERATION_SECONDS = _histogram(
 IPAM_EVENTS = _counter(
     "cilium_ipam_events_total", "Addresses handed out and taken back", ("action", "family")
 )
+CONNTRACK_GC_RUNS = _counter(
+    "cilium_datapath_conntrack_gc_runs_total",
+    "Collections of expired connections",
+    ("family", "protocol", "status"),
+)
+CONNTRACK_GC_ENTRIES = _gauge(
+    "cilium_datapath_conntrack_gc_entries",
+    "Connections that the last collection left (alive) and deleted",
+    ("family", "protocol", "status"),
+)
+CONNTRACK_GC_SECONDS = _histogram(
+    "cilium_datapath_conntrack_gc_duration_seconds",
+    "Duration of collections of expired connections",
+    ("family", "protocol", "status"),
+)
 EVENTS_LOST = _counter("holdfast_events_lost_total", "Datapath events that found the ring full")
 DRIVER_SECONDS = _histogram("holdfast_driver_seconds", "Duration of network driver calls", ("method",))
 API_SECONDS = _histogram(
     "cilium_agent_api_process_time_seconds", "Duration of API requests", ("path", "method", "return_code")
+)
+
+# --- probes between nodes (agent.health, agent.report_health)
+_section("Probes between nodes")
+UNREACHABLE_NODES = _described(
+    "gauge", "cilium_unreachable_nodes", "Nodes of which the last probe was not answered", ()
+)
+NODE_HEALTH_STATUS = _described(
+    "gauge",
+    "cilium_node_health_connectivity_status",
+    "Nodes by what is known of them: reachable, unreachable, unknown",
+    ("source_cluster", "source_node_name", "type", "status"),
+)
+NODE_HEALTH_LATENCY = _histogram(
+    "cilium_node_health_connectivity_latency_seconds",
+    "Latency of probes that were answered",
+    ("source_cluster", "source_node_name", "type", "protocol", "address_type"),
+    buckets=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+)
+_TARGET = (
+    *("source_cluster", "source_node_name", "target_cluster", "target_node_name", "target_node_type"),
+    "type",
+)
+NODE_STATUS = _described(
+    "gauge",
+    "cilium_node_connectivity_status",
+    "1 for a node whose last probe was answered, 0 for one whose was not; in clusters of up to 100 nodes",
+    _TARGET,
+)
+NODE_LATENCY = _described(
+    "gauge",
+    "cilium_node_connectivity_latency_seconds",
+    "Latency of a node's last probe, of the protocols that were answered; in clusters of up to 100 nodes",
+    (*_TARGET, "target_node_ip", "protocol", "address_type"),
 )
 
 # --- read from the kernel's maps at each scrape (agent.collector)

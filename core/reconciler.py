@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import enum
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -133,6 +133,11 @@ class Reconciler(Generic[K, V]):
             await self._pulse.wait()
         return status
 
+    def touch(self, keys: Iterable[K]) -> None:
+        """Write these again: something beside the table that their writing depends on has changed."""
+        for key in keys:
+            self._subscription.mark(key)
+
     def poke(self) -> None:
         """Re-assert everything soon: somebody is known to have changed the target."""
         self._refresh_due = 0.0
@@ -147,7 +152,7 @@ class Reconciler(Generic[K, V]):
             if now >= self._refresh_due:
                 self._refresh(now)
             await self._work(self._subscription.take(self.batch) or self._due_retries(now))
-            if self.table.in_sync and not len(self._subscription) and time.monotonic() >= self._prune_due:
+            if not len(self._subscription) and self.table.in_sync and time.monotonic() >= self._prune_due:
                 await self._prune()
 
     async def _wait_for_work(self) -> None:
@@ -166,8 +171,7 @@ class Reconciler(Generic[K, V]):
                     await self._subscription.wait()
 
     def _refresh(self, now: float) -> None:
-        for key, _ in self.table.items():
-            self._subscription.mark(key)
+        self._subscription.mark_many(self.table.keys())
         self._refresh_due = now + jittered(self.refresh_s)
 
     def _due_retries(self, now: float) -> list[K]:
@@ -176,12 +180,11 @@ class Reconciler(Generic[K, V]):
     async def _work(self, keys: list[K]) -> None:
         if not keys:
             return
-        self._in_work.update(keys)
+        self._in_work = set(keys)
         self._taken += len(keys)
         try:
-            updates = [(key, value) for key in keys if (value := self.table.get(key)) is not None]
-            wanted = {key for key, _ in updates}
-            deletes = [key for key in keys if key not in wanted]
+            updates = self.table.get_many(keys)
+            deletes = [] if len(updates) == len(keys) else [key for key in keys if key not in self.table]
             failed = {
                 **await self._attempt("update", updates, [key for key, _ in updates]),
                 **await self._attempt("delete", deletes, deletes),
@@ -189,7 +192,7 @@ class Reconciler(Generic[K, V]):
             self._record(keys, failed)
             self.sentence = f"{len(updates)} updated, {len(deletes)} deleted, {len(failed)} failed"
         finally:
-            self._in_work.difference_update(keys)
+            self._in_work = set()
             self._ended += len(keys)
             # Wake everybody who waits, then make the next ones wait for the next batch.
             self._pulse.set()
@@ -209,6 +212,11 @@ class Reconciler(Generic[K, V]):
         return failed
 
     def _record(self, keys: Sequence[K], failed: Mapping[K, Exception]) -> None:
+        if failed or self._failures:
+            self._note_outcomes(keys, failed)
+        metrics.RECONCILER_ERRORS.labels(self.name).set(len(self._failures))
+
+    def _note_outcomes(self, keys: Sequence[K], failed: Mapping[K, Exception]) -> None:
         now = time.monotonic()
         for key in keys:
             error = failed.get(key)
@@ -222,7 +230,6 @@ class Reconciler(Generic[K, V]):
                 logger.error("{}: {} failed: {}", self.name, key, error)
             failure.error = str(error)
             failure.due = now + failure.backoff.next()
-        metrics.RECONCILER_ERRORS.labels(self.name).set(len(self._failures))
 
     async def _prune(self) -> None:
         try:

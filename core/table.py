@@ -15,14 +15,16 @@ A source lists, then watches, then says it is *in sync*.  Losing a source never 
   passed and `expire` is called: a wiped or half-restored store looks exactly like that.
 
 Everything here is synchronous and belongs to the event loop's thread; a change costs one dict
-operation plus one set insertion per subscription.
+operation plus one set insertion per subscription.  A hundred thousand records come in slices
+(`upsert_many`, `Listing.add`) between which the loop runs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
 K = TypeVar("K")
@@ -57,6 +59,19 @@ class Source(Generic[K, V]):
         self._entries[key] = value
         self._table._changed(key, self.rank)
 
+    def upsert_many(self, items: Collection[tuple[K, V]]) -> None:
+        """Insert or replace many records, in their order."""
+        entries, changed = self._entries, []
+        for key, value in items:
+            if entries.get(key) != value:
+                entries[key] = value
+                changed.append(key)
+        if self.missing:
+            for key, _ in items:
+                self.missing.pop(key, None)
+        if changed:
+            self._table._changed_many(changed, self.rank)
+
     def delete(self, key: K) -> None:
         """Remove one record because its source said so.  Removing what is not there is no change."""
         self.missing.pop(key, None)
@@ -64,37 +79,71 @@ class Source(Generic[K, V]):
             self._table._changed(key, self.rank)
 
     def relist(self, listed: Mapping[K, V], *, grace: float, now: float | None = None) -> int:
-        """Merge a full list: upsert what it holds, mark what it lacks as missing until now + `grace` s.
+        """Merge a full list that is at hand; see `Listing`, which takes it in parts."""
+        listing = self.listing()
+        listing.add(listed.items())
+        return listing.end(grace=grace, now=now)
 
-        Returns how many records are newly missing.  With `grace` 0 they are deleted at once (for
-        sources that are the truth themselves, such as the local engine).
-        """
-        at = time.monotonic() if now is None else now
-        absent = [key for key in self._entries if key not in listed]
-        for key, value in listed.items():
-            self.upsert(key, value)
-        if grace <= 0:
-            for key in absent:
-                self.delete(key)
-            return len(absent)
-        fresh = [key for key in absent if key not in self.missing]
-        for key in fresh:
-            self.missing[key] = at + grace
-        return len(fresh)
+    def listing(self) -> Listing[K, V]:
+        """Begin to merge a full list that comes in parts."""
+        return Listing(self)
 
     def expire(self, now: float | None = None) -> list[K]:
         """Delete the missing records whose grace has ended; return their keys."""
         at = time.monotonic() if now is None else now
         ended = [key for key, deadline in self.missing.items() if deadline <= at]
-        for key in ended:
-            self.delete(key)
+        self._delete_many(ended)
         return ended
+
+    def _delete_many(self, keys: Collection[K]) -> None:
+        for key in keys:
+            self.missing.pop(key, None)
+        gone = [key for key in keys if self._entries.pop(key, None) is not None]
+        self._table._changed_many(gone, self.rank)
 
     def mark_in_sync(self) -> None:
         """Say that everything this source knew at its start has been delivered."""
         if not self.in_sync:
             self.in_sync = True
             self._table._source_in_sync()
+
+
+class Listing(Generic[K, V]):
+    """A full list on its way into a source: each part is in force at once, the end tells what is missing.
+
+    A list that breaks off is dropped; the next one begins with what the source holds by then.
+    """
+
+    def __init__(self, source: Source[K, V]) -> None:
+        self._source = source
+        self._unseen = set(source._entries)
+
+    def add(self, items: Collection[tuple[K, V]]) -> None:
+        """Upsert a part of the list."""
+        if self._unseen:
+            self._unseen.difference_update([key for key, _ in items])
+        self._source.upsert_many(items)
+
+    def keep(self, key: K) -> None:
+        """Say that the list holds `key`, with a record that can not be used: the last one stays."""
+        self._unseen.discard(key)
+        self._source.missing.pop(key, None)
+
+    def end(self, *, grace: float, now: float | None = None) -> int:
+        """Mark what the list lacked as missing until now + `grace` s; return how many are newly missing.
+
+        With `grace` 0 they are deleted at once (for sources that are the truth themselves, such as the
+        local engine).
+        """
+        at = time.monotonic() if now is None else now
+        source = self._source
+        absent = [key for key in self._unseen if key in source._entries]
+        if grace <= 0:
+            source._delete_many(absent)
+            return len(absent)
+        fresh = [key for key in absent if key not in source.missing]
+        source.missing.update(dict.fromkeys(fresh, at + grace))
+        return len(fresh)
 
 
 class Subscription(Generic[K]):
@@ -117,6 +166,14 @@ class Subscription(Generic[K]):
         self._dirty[key] = None
         self._wake.set()
 
+    def mark_many(self, keys: Iterable[K]) -> None:
+        """Take many keys as changed."""
+        if self._dirty:
+            self._dirty.update(dict.fromkeys(keys))
+        else:
+            self._dirty = dict.fromkeys(keys)
+        self._wake.set()
+
     async def wait(self) -> None:
         """Return when there is at least one changed key or the subscription was poked."""
         await self._wake.wait()
@@ -131,11 +188,7 @@ class Subscription(Generic[K]):
             taken = list(self._dirty)
             self._dirty.clear()
         else:
-            taken = []
-            for key in self._dirty:
-                taken.append(key)
-                if len(taken) == limit:
-                    break
+            taken = list(itertools.islice(self._dirty, limit))
             for key in taken:
                 del self._dirty[key]
         if not self._dirty:
@@ -171,12 +224,13 @@ class Table(Generic[K, V]):
         await self._all_in_sync.wait()
 
     def __len__(self) -> int:
-        if len(self._sources) == 1:
-            return len(self._sources[0])
-        return sum(1 for _ in self.keys())
+        return sum(len(source) - len(self._hidden(rank)) for rank, source in enumerate(self._sources))
 
     def __contains__(self, key: K) -> bool:
-        return any(key in source._entries for source in self._sources)
+        for source in self._sources:  # noqa: SIM110 - asked for each of 300 000 entries: half the time of any()
+            if key in source._entries:
+                return True
+        return False
 
     def get(self, key: K) -> V | None:
         """Return the effective record of `key`: the one of the highest-ranking source that has it."""
@@ -186,6 +240,19 @@ class Table(Generic[K, V]):
                 return value
         return None
 
+    def get_many(self, keys: Sequence[K]) -> list[tuple[K, V]]:
+        """Return the effective records of those of `keys` that have one, those of higher sources first."""
+        found: list[tuple[K, V]] = []
+        for source in self._sources:
+            entries = source._entries
+            if not entries.keys().isdisjoint(keys):
+                own = [(key, value) for key in keys if (value := entries.get(key)) is not None]
+                found += own
+                if len(own) == len(keys):
+                    break
+                keys = [key for key in keys if key not in entries]
+        return found
+
     def owner(self, key: K) -> str | None:
         """Return the name of the source whose record of `key` is in effect."""
         for source in self._sources:
@@ -194,18 +261,20 @@ class Table(Generic[K, V]):
         return None
 
     def keys(self) -> Iterator[K]:
-        for rank, source in enumerate(self._sources):
-            higher = self._sources[:rank]
-            for key in source._entries:
-                if not any(key in other._entries for other in higher):
-                    yield key
+        return (key for key, _ in self.items())
 
     def items(self) -> Iterator[tuple[K, V]]:
         for rank, source in enumerate(self._sources):
-            higher = self._sources[:rank]
-            for key, value in source._entries.items():
-                if not any(key in other._entries for other in higher):
-                    yield key, value
+            hidden = self._hidden(rank)
+            if hidden:
+                yield from (item for item in source._entries.items() if item[0] not in hidden)
+            else:
+                yield from source._entries.items()
+
+    def _hidden(self, rank: int) -> set[K]:
+        """Return the keys of a source of which a higher one speaks too."""
+        own = self._sources[rank]._entries.keys()
+        return set().union(*(own & higher._entries.keys() for higher in self._sources[:rank]))
 
     def subscribe(self) -> Subscription[K]:
         """Return a subscription that starts with every present key as changed."""
@@ -223,6 +292,15 @@ class Table(Generic[K, V]):
         self.revision += 1
         for subscription in self._subscriptions:
             subscription.mark(key)
+
+    def _changed_many(self, keys: list[K], rank: int) -> None:
+        for higher in self._sources[:rank]:
+            if not higher._entries.keys().isdisjoint(keys):
+                keys = [key for key in keys if key not in higher._entries]
+        if keys:
+            self.revision += len(keys)
+            for subscription in self._subscriptions:
+                subscription.mark_many(keys)
 
     def _source_in_sync(self) -> None:
         if self.in_sync:

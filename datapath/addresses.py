@@ -7,7 +7,7 @@ entries pass through here at a start, and this is fifteen times faster.
 
 from __future__ import annotations
 
-import socket
+from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 
 FAMILY4 = 1  # Cilium's ENDPOINT_KEY_IPV4
 FAMILY6 = 2  # and ENDPOINT_KEY_IPV6
@@ -17,25 +17,25 @@ _PADDING = bytes(12)
 def pack_address(text: str) -> tuple[int, bytes]:
     """Return (family, sixteen bytes) of an address.  Raises OSError when it is none."""
     if ":" in text:
-        return FAMILY6, socket.inet_pton(socket.AF_INET6, text)
-    return FAMILY4, socket.inet_pton(socket.AF_INET, text) + _PADDING
+        return FAMILY6, inet_pton(AF_INET6, text)
+    return FAMILY4, inet_pton(AF_INET, text) + _PADDING
 
 
 def unpack_address(family: int, data: bytes) -> str:
     """Return the text of an address of either family from its sixteen bytes."""
     if family == FAMILY6:
-        return socket.inet_ntop(socket.AF_INET6, data)
-    return socket.inet_ntop(socket.AF_INET, data[:4])
+        return inet_ntop(AF_INET6, data)
+    return inet_ntop(AF_INET, data[:4])
 
 
 def pack_ip(text: str) -> bytes:
     """Return the four or sixteen bytes of an address.  Raises OSError when it is none."""
-    return socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+    return inet_pton(AF_INET6 if ":" in text else AF_INET, text)
 
 
 def unpack_ip(data: bytes) -> str:
     """Return the text of an address from its four or sixteen bytes."""
-    return socket.inet_ntop(socket.AF_INET if len(data) == 4 else socket.AF_INET6, data)
+    return inet_ntop(AF_INET if len(data) == 4 else AF_INET6, data)
 
 
 def split_prefix(prefix: str) -> tuple[int, bytes, int]:

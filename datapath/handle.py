@@ -28,11 +28,12 @@ Entry = tuple[bytes, bytes]
 
 
 class MapHandle:
-    """An open map; `close` it or use it as a context manager."""
+    """An open map; `close` it or use it as a context manager.  `is_new`: this process made it."""
 
-    def __init__(self, name: str, fd: int) -> None:
+    def __init__(self, name: str, fd: int, *, is_new: bool = False) -> None:
         self.name = name
         self.fd = fd
+        self.is_new = is_new
         self._batches = True  # until this kernel says otherwise for this type
 
     def __enter__(self) -> Self:

@@ -64,12 +64,12 @@ class IdentityCache(TableSink[int, Labels]):
 
     def restore(self, identities: Mapping[int, Labels]) -> None:
         """Take identities of a checkpoint as if the kvstore had delivered them; it stays out of sync."""
-        for number, labels in identities.items():
-            if is_global(number) and len(labels):
-                self.source.upsert(number, labels)
+        self.source.upsert_many(
+            [(number, labels) for number, labels in identities.items() if is_global(number) and len(labels)]
+        )
 
-    def listed(self, items: dict[str, bytes], revision: int) -> None:
-        super().listed(items, revision)
+    def listed(self, revision: int) -> None:
+        super().listed(revision)
         for tell in self.on_listed:
             tell()
 

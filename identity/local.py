@@ -14,9 +14,10 @@ Called by the agent, owned by its one task that follows `PolicyEngine.cidrs()`; 
 from __future__ import annotations
 
 import functools
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_network
 
 from core.errors import shorten
 from core.table import Source
@@ -139,10 +140,18 @@ def normalize(prefix: str) -> str:
     return str(_network(prefix))
 
 
+@functools.lru_cache(maxsize=1024)
 def prefix_labels(prefix: str) -> Labels:
-    """Return the labels of a prefix: itself, every shorter one down to /0, and ``reserved:world``."""
+    """Return the labels of a prefix: itself, every shorter one down to /0, and ``reserved:world``.
+
+    Whoever gives a prefix its identity asks twice, for the table and for the engine: both have one copy.
+    """
     network = _network(prefix)
-    labels = [cidr_label(network.supernet(new_prefix=length)) for length in range(network.prefixlen + 1)]
+    version, width, bits = network.version, network.max_prefixlen, int(network.network_address)
+    labels = [
+        _label(version, bits >> width - length << width - length, length)
+        for length in range(network.prefixlen + 1)
+    ]
     return Labels([*labels, Label(RESERVED, "world")])
 
 
@@ -153,9 +162,23 @@ def cidr_label(network: Network) -> Label:
     address would begin or end with one: ``::/0`` is ``cidr:0--0/0``, ``2001:db8::/32`` is
     ``cidr:2001-db8--0/32``.
     """
-    address = str(network.network_address).replace(":", "-")
+    return _label(network.version, int(network.network_address), network.prefixlen)
+
+
+# Prefixes of one policy share most of the shorter ones.
+@functools.lru_cache(maxsize=16_384)
+def _label(version: int, bits: int, length: int) -> Label:
+    address = _text(version, bits).replace(":", "-")
     address = f"{'0' if address.startswith('-') else ''}{address}{'0' if address.endswith('-') else ''}"
-    return Label(CIDR, f"{address}/{network.prefixlen}")
+    return Label(CIDR, f"{address}/{length}")
+
+
+def _text(version: int, bits: int) -> str:
+    """Return an address as `ipaddress` writes it, which takes ten times as long for IPv6."""
+    if version == 4:
+        return socket.inet_ntop(socket.AF_INET, bits.to_bytes(4, "big"))
+    text = socket.inet_ntop(socket.AF_INET6, bits.to_bytes(16, "big"))
+    return str(IPv6Address(bits)) if "." in text else text
 
 
 @functools.lru_cache(maxsize=1024)

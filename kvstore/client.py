@@ -11,14 +11,15 @@ Called by: kvstore.{watcher,session,election}, identity, external_resources, cer
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Iterable, Sequence
 
 import grpc.aio
 import msgspec
 
 from kvstore import rpc
 from kvstore.config import EtcdConfig
-from kvstore.errors import Compacted, KvstoreError, LeaseNotFound, RequestRefused
+from kvstore.errors import Compacted, KvstoreError, LeaseNotFound
 from kvstore.etcd_pb2 import (
     DeleteRangeRequest,
     LeaseGrantRequest,
@@ -27,10 +28,11 @@ from kvstore.etcd_pb2 import (
     LeaseTimeToLiveRequest,
     PutRequest,
     RangeRequest,
-    RangeResponse,
     StatusRequest,
     WatchResponse,
 )
+from kvstore.listing import PAGE as PAGE
+from kvstore.listing import whole_list
 from kvstore.ops import (
     Compare,
     KeyValue,
@@ -48,13 +50,12 @@ from kvstore.ops import (
     write_batches,
 )
 from kvstore.transport import MAX_IN_FLIGHT, TIMEOUT_S, Peer, Transport, translate
-from kvstore.watch import HANG_S, IDLE_S, WatchBatch, WatchStream, event_from_wire
+from kvstore.watch import HANG_S, IDLE_S, WatchBatch, WatchStream, events_after
 
-PAGE = 10_000
-# A list that loses its pinned revision to compaction starts again this often before it gives up.
-LIST_ATTEMPTS = 3
 # A new watch asks for progress after this much quiet, seconds: then it has caught up with the past.
 SETTLE_S = 1.0
+# Keys of a page that are unpacked before anybody else may run: some milliseconds.
+UNPACKED_AT_ONCE = 2500
 # Transactions of one write_many under way at once: leaves room for everybody else's requests.
 WRITES_AT_ONCE = 16
 
@@ -72,6 +73,15 @@ class Snapshot(msgspec.Struct, frozen=True):
 
     revision: int
     items: dict[str, bytes]
+    cluster_id: int = 0
+
+
+class Page(msgspec.Struct, frozen=True):
+    """Some keys and values of a prefix as they were at `revision`, in key order; `first`: a list begins."""
+
+    revision: int
+    items: list[tuple[str, bytes]]
+    first: bool
     cluster_id: int = 0
 
 
@@ -116,53 +126,40 @@ class Client:
 
     async def list(self, prefix: str, *, page: int = PAGE, keys_only: bool = False) -> Listing:
         """Return every key that starts with `prefix`, all at one revision, in pages of `page` keys."""
-        for attempt in range(1, LIST_ATTEMPTS + 1):
-            items: list[KeyValue] = []
-            revision = 0
-            try:
-                async for answer in self._pages(prefix, page, keys_only):
-                    revision = revision or answer.header.revision
-                    items.extend(from_wire(kv) for kv in answer.kvs)
-                return Listing(revision, items, self.transport.cluster_id)
-            except Compacted:
-                if attempt == LIST_ATTEMPTS:
-                    raise
-        raise AssertionError("the loop above returns or raises")
+        items: list[KeyValue] = []
+        revision = 0
+        whole = whole_list(self.transport, prefix, page, keys_only=keys_only)
+        async with contextlib.aclosing(whole) as parts:
+            async for part in parts:
+                if part.first:
+                    items, revision = [], part.revision
+                items.extend(from_wire(kv) for kv in part.kvs)
+        return Listing(revision, items, self.transport.cluster_id)
 
     async def snapshot(self, prefix: str, *, page: int = PAGE) -> Snapshot:
         """Return what `list` does as a plain dict: a third of the memory, for large prefixes."""
-        for attempt in range(1, LIST_ATTEMPTS + 1):
-            items: dict[str, bytes] = {}
-            revision = 0
-            try:
-                async for answer in self._pages(prefix, page, keys_only=False):
-                    revision = revision or answer.header.revision
-                    items.update((decode_key(kv.key), kv.value) for kv in answer.kvs)
-                return Snapshot(revision, items, self.transport.cluster_id)
-            except Compacted:
-                if attempt == LIST_ATTEMPTS:
-                    raise
-        raise AssertionError("the loop above returns or raises")
-
-    async def _pages(self, prefix: str, page: int, keys_only: bool) -> AsyncIterator[RangeResponse]:
-        start, end = span(prefix)
+        items: dict[str, bytes] = {}
         revision = 0
-        while True:
-            request = RangeRequest(
-                key=start, range_end=end, limit=page, revision=revision, keys_only=keys_only
-            )
-            try:
-                answer = await self.transport.call(rpc.RANGE, request, prefix, wanted=revision)
-            except RequestRefused as error:
-                if "larger than max" not in error.reason or page == 1:
-                    raise
-                page = max(page // 8, 1)  # values of a megabyte: fewer of them fit into one answer
-                continue
-            yield answer
-            if not answer.more or not answer.kvs:
-                return
-            revision = revision or answer.header.revision
-            start = answer.kvs[-1].key + b"\0"
+        async with contextlib.aclosing(self.pages(prefix, page=page)) as pages:
+            async for each in pages:
+                if each.first:
+                    items, revision = {}, each.revision
+                items.update(each.items)
+        return Snapshot(revision, items, self.transport.cluster_id)
+
+    async def pages(self, prefix: str, *, page: int = PAGE) -> AsyncGenerator[Page, None]:
+        """Yield in parts what `snapshot` returns: a prefix of any size is never held twice.
+
+        A list that has to begin anew does so with another first part.  Close it (`contextlib.aclosing`)
+        when leaving early.
+        """
+        async with contextlib.aclosing(whole_list(self.transport, prefix, page)) as parts:
+            async for part in parts:
+                for start in range(0, max(len(part.kvs), 1), UNPACKED_AT_ONCE):
+                    kvs = part.kvs[start : start + UNPACKED_AT_ONCE]
+                    # Not by `decode_key`: a call for each of 300 000 keys.
+                    items = [(kv.key.decode("utf-8", "surrogateescape"), kv.value) for kv in kvs]
+                    yield Page(part.revision, items, part.first and not start, self.transport.cluster_id)
 
     async def count(self, prefix: str) -> int:
         """Return how many keys start with `prefix`."""
@@ -323,6 +320,12 @@ class Client:
         answer = await self.transport.call(rpc.LEASE_TTL, request, f"the keys of lease {lease:016x}")
         return [decode_key(key) for key in answer.keys]
 
+    async def lease_remaining(self, lease: int) -> int:
+        """Return the seconds that a lease still has, 0 for one that is gone."""
+        request = LeaseTimeToLiveRequest(ID=lease)
+        answer = await self.transport.call(rpc.LEASE_TTL, request, f"lease {lease:016x}")
+        return max(answer.TTL, 0)
+
     # --- status
 
     async def status(self) -> Sequence[MemberStatus]:
@@ -353,7 +356,7 @@ def _batch(response: WatchResponse, revision: int) -> WatchBatch:
     Without, the header counts only in a notification of this very watch: the answer to a progress
     request (watch -1) may overtake events in etcd before 3.4.25 and 3.5.8.
     """
-    events = [event_from_wire(event) for event in response.events if event.kv.mod_revision > revision]
+    events = events_after(response, revision)
     if events:
         revision = max(revision, events[-1].kv.mod_revision)
     elif not response.created and response.watch_id >= 0:

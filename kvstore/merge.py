@@ -15,6 +15,8 @@ import msgspec
 
 from kvstore.watch import Kind, WatchBatch
 
+NEWEST = (1 << 63) - 1  # the highest revision there can be
+
 
 class Change(msgspec.Struct, frozen=True, gc=False):
     """The last thing that happened to a key in a batch; `value` None is a deletion."""
@@ -55,18 +57,30 @@ class Cursor:
         self.cluster_id = 0
         self.caught_up = False
 
-    def merge(self, batch: WatchBatch) -> list[Change]:
-        """Take a batch: returns one change a key, and moves on.
+    def changes(self, batch: WatchBatch, *, until: int = NEWEST) -> list[Change]:
+        """Return what a batch changes, up to the revision `until`: one change a key, by its last event.
 
         Events that were delivered before (a stream that was resumed repeats some) are dropped.
         """
-        last: dict[str, bytes | None] = {}
+        last: dict[str, Change] = {}
+        after, deletion = self.revision, Kind.DELETE
         for event in batch.events:
-            if event.kv.mod_revision > self.revision:
-                last[event.kv.key] = None if event.kind is Kind.DELETE else event.kv.value
+            kv = event.kv
+            if after < kv.mod_revision <= until:
+                last.pop(kv.key, None)
+                last[kv.key] = Change(kv.key, None if event.kind is deletion else kv.value)
+        return list(last.values())
+
+    def passed(self, batch: WatchBatch) -> None:
+        """What the batch changes has been delivered."""
         self.revision = max(self.revision, batch.revision)
         self._settle(batch)
-        return [Change(key, value) for key, value in last.items()]
+
+    def merge(self, batch: WatchBatch, *, until: int = NEWEST) -> list[Change]:
+        """Take a batch: returns what it changes, and moves on."""
+        changes = self.changes(batch, until=until)
+        self.passed(batch)
+        return changes
 
     def _settle(self, batch: WatchBatch) -> None:
         """Decide whether the view has caught up: the revision etcd was at when the stream began has been

@@ -126,6 +126,16 @@ def mod_is(key: str, revision: int) -> Compare:
     return Compare(key, PbCompare.MOD, PbCompare.EQUAL, revision)
 
 
+def range_older_than(prefix: str, revision: int) -> Compare:
+    """No key that starts with `prefix` was written after `revision`."""
+    return Compare(prefix, PbCompare.MOD, PbCompare.LESS, revision + 1, prefix=True)
+
+
+def older_than(key: str, revision: int) -> Compare:
+    """`key` was not written after `revision`; it need not exist."""
+    return Compare(key, PbCompare.MOD, PbCompare.LESS, revision + 1)
+
+
 def created_is(key: str, revision: int) -> Compare:
     """`key` was created at `revision`."""
     return Compare(key, PbCompare.CREATE, PbCompare.EQUAL, revision)

@@ -6,13 +6,14 @@ Used by: whoever follows a prefix into a `core.table.Table` (identities, ip→id
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 from loguru import logger
 
 from core import metrics
-from core.table import Source
+from core.table import Listing, Source
 from kvstore.errors import RecordError
 from kvstore.schema.keys import scope_of
 
@@ -45,19 +46,45 @@ class TableSink(Generic[K, V]):
         self._parse = parse
         self._key_of = key_of
         self._grace = grace
+        self._listing: Listing[K, V] | None = None
 
-    def listed(self, items: dict[str, bytes], revision: int) -> None:
-        """Merge a full list; a bad record keeps what was good of it before."""
+    def begin_list(self) -> None:
         self.ignored.clear()
-        records: dict[K, V] = {}
-        for key, value in items.items():
+        self._listing = self.source.listing()
+
+    def take(self, items: Sequence[tuple[str, bytes]]) -> None:
+        """Take records into the table; a bad one keeps what was good of it before."""
+        records, errors = self._read(items)
+        if self._listing is not None:
+            self._listing.add(records)
+        else:
+            self.source.upsert_many(records)
+        if self.ignored:
+            bad = {error.key for error in errors}
+            for key, _ in items:
+                if key not in bad:
+                    self.ignored.pop(key, None)
+        for error in errors:
+            self._ignore(error)
+            self._keep_last_good(error.key)
+
+    def _read(self, items: Sequence[tuple[str, bytes]]) -> tuple[list[tuple[K, V]], list[RecordError]]:
+        parse, records, errors = self._parse, [], []
+        for key, value in items:
             try:
-                name, record = self._parse(key, value)
-                records[name] = record
+                records.append(parse(key, value))
             except RecordError as error:
-                self._ignore(error)
-                self._keep_last_good(key, records)
-        missing = self.source.relist(records, grace=self._grace)
+                errors.append(error)
+        return records, errors
+
+    def put(self, key: str, value: bytes) -> None:
+        """Take one record."""
+        self.take([(key, value)])
+
+    def listed(self, revision: int) -> None:
+        """The list is whole: what it lacks is missing from now on."""
+        listing, self._listing = self._listing, None
+        missing = listing.end(grace=self._grace) if listing is not None else 0
         if missing:
             logger.warning(
                 "{}: the list at revision {} lacks {} known records; kept for {:.0f} s",
@@ -66,15 +93,6 @@ class TableSink(Generic[K, V]):
                 missing,
                 self._grace,
             )
-
-    def put(self, key: str, value: bytes) -> None:
-        try:
-            name, record = self._parse(key, value)
-        except RecordError as error:
-            self._ignore(error)
-            return
-        self.ignored.pop(key, None)
-        self.source.upsert(name, record)
 
     def deleted(self, key: str) -> None:
         self.ignored.pop(key, None)
@@ -86,14 +104,10 @@ class TableSink(Generic[K, V]):
     def in_sync(self) -> None:
         self.source.mark_in_sync()
 
-    def _keep_last_good(self, key: str, records: dict[K, V]) -> None:
-        try:
-            name = self._key_of(key)
-        except RecordError:
-            return
-        old = self.source.entries().get(name)
-        if old is not None:
-            records.setdefault(name, old)
+    def _keep_last_good(self, key: str) -> None:
+        if self._listing is not None:
+            with contextlib.suppress(RecordError):
+                self._listing.keep(self._key_of(key))
 
     def _ignore(self, error: RecordError) -> None:
         metrics.KVSTORE_RECORDS_IGNORED.labels(scope_of(error.key), error.kind).inc()

@@ -255,5 +255,30 @@ class _Watchdog:
             await question()
 
 
+_KINDS = {PbEvent.PUT: Kind.PUT, PbEvent.DELETE: Kind.DELETE}
+
+
 def event_from_wire(event: PbEvent) -> Event:
-    return Event(Kind.DELETE if event.type == PbEvent.DELETE else Kind.PUT, from_wire(event.kv))
+    return Event(_KINDS[event.type], from_wire(event.kv))
+
+
+def events_after(response: WatchResponse, revision: int) -> list[Event]:
+    """Return the events of a message that are younger than `revision`.
+
+    `event_from_wire` written out: of 20 000 events a second the calls would take as long as the work.
+    """
+    return [
+        Event(
+            _KINDS[event.type],
+            KeyValue(
+                kv.key.decode("utf-8", "surrogateescape"),
+                kv.value,
+                kv.mod_revision,
+                kv.create_revision,
+                kv.lease,
+                kv.version,
+            ),
+        )
+        for event in response.events
+        if (kv := event.kv).mod_revision > revision
+    ]

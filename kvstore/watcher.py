@@ -6,8 +6,9 @@
        └────────────┴── history lost (compacted, wiped, restored, another cluster): list again
     CATCHING_UP ──▶ WATCHING                resumed at a revision known from before
 
-What is gone from a fresh list reaches the sink as a full listing, never as deletions: the sink's table
-decides how long it keeps what is missing.  Only what etcd's history says was deleted is a deletion.
+A list goes into the sink page by page, a slice at a time, so that the process does everything else
+meanwhile.  What is gone from a fresh list is what was in none of its pages, never a deletion: the sink's
+table decides how long it keeps what is missing.  Only what etcd's history says was deleted is a deletion.
 
 Called by: agent, identity, policy sources, external_resources; `Sink` is what they hand in
 (kvstore.sink has the one that feeds a table).
@@ -15,22 +16,29 @@ Called by: agent, identity, policy sources, external_resources; `Sink` is what t
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import enum
 import time
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from loguru import logger
 
 from core import metrics
-from kvstore.client import Client, Snapshot
-from kvstore.errors import Compacted, KvstoreError, PermissionDenied, RecordError, RequestRefused
-from kvstore.merge import Cursor
+from kvstore.client import Client
+from kvstore.errors import Compacted, KvstoreError, PermissionDenied, RequestRefused
+from kvstore.merge import Change, Cursor
 from kvstore.patience import Patience
-from kvstore.schema.keys import scope_of
 from kvstore.watch import WatchBatch
+
+Item = tuple[str, bytes]
+Preparation = Callable[[Sequence[Item]], Awaitable[None]]
+
+# For so long, in seconds, the sink takes records before anybody else may run.
+SLICE_S = 0.005
+DELETED_AT_ONCE = 1000
 
 _followers: weakref.WeakSet[Follower] = weakref.WeakSet()
 
@@ -46,14 +54,18 @@ class State(enum.Enum):
 
 
 class Sink(Protocol):
-    """Where a followed prefix goes.  Methods are synchronous and may raise RecordError for one record."""
+    """Where a followed prefix goes.  Methods are synchronous; bad records are the sink's own business."""
 
-    def listed(self, items: dict[str, bytes], revision: int) -> None:
-        """Everything under the prefix as of `revision`; what is not in it is missing, not deleted."""
+    def begin_list(self) -> None:
+        """A list of everything under the prefix begins, perhaps in place of one that broke off."""
 
-    def put(self, key: str, value: bytes) -> None: ...
+    def take(self, items: Sequence[Item]) -> None:
+        """Keys with their values: a part of the list, or what has just been written."""
 
     def deleted(self, key: str) -> None: ...
+
+    def listed(self, revision: int) -> None:
+        """The list is whole as of `revision`; what was in no part of it is missing, not deleted."""
 
     def in_sync(self) -> None:
         """Everything that etcd held when following began has been delivered."""
@@ -64,7 +76,8 @@ class Follower:
 
     `resume_revision` (and the cluster it came from) are a checkpoint's: the sink then already holds the
     view of that revision.  With `partial` it holds only some of that view: it is listed all the same, and
-    the history since then tells what of it was deleted.  `gate` is awaited before every full list.
+    the history since then tells what of it was deleted.  `gate` is awaited before every full list, `prepare`
+    with each part before the sink takes it: what takes long can be done in a thread there.
     """
 
     def __init__(
@@ -77,6 +90,7 @@ class Follower:
         resume_cluster: int = 0,
         partial: bool = False,
         gate: Callable[[], Awaitable[None]] | None = None,
+        prepare: Preparation | None = None,
     ) -> None:
         self.prefix = prefix
         self.state = State.LISTING
@@ -88,7 +102,9 @@ class Follower:
         self._client = client
         self._sink = sink
         self._gate = gate
+        self._prepare = prepare
         self._told_in_sync = False
+        self._pace = _Pace()
         self._patience = Patience(f"view of {prefix}")
         self._created_at = time.monotonic()
         _followers.add(self)
@@ -124,33 +140,60 @@ class Follower:
         watch = self._client.watch(self.prefix, self.cursor.revision + 1, cluster_id=self.cursor.cluster_id)
         async with contextlib.aclosing(watch) as batches:
             async for batch in batches:
-                self._take(batch)
+                await self._take_batch(batch)
 
     async def _list(self) -> None:
         self._enter(State.LISTING)
         if self._gate is not None:
             await self._gate()
-        snapshot = await self._client.snapshot(self.prefix)
-        for key in await self._deleted_before(snapshot):
-            self._apply(key, None)
-        self.cursor.listed(snapshot.revision, snapshot.cluster_id)
-        self._sink.listed(snapshot.items, snapshot.revision)
+        revision = await self._take_pages()
+        await self._delete(await self._deleted_before(revision))
+        self.cursor.listed(revision, self._client.transport.cluster_id)
+        self._sink.listed(revision)
         self._fresh()
 
-    async def _deleted_before(self, snapshot: Snapshot) -> list[str]:
-        """Return the keys that were deleted since the partial view and that the list does not hold.
+    async def _take_pages(self) -> int:
+        """Hand a whole list to the sink; return its revision."""
+        revision = 0
+        async with contextlib.aclosing(self._client.pages(self.prefix)) as pages:
+            async for page in pages:
+                revision = page.revision
+                if page.first:
+                    self._sink.begin_list()
+                await self._take(page.items)
+        return revision
+
+    async def _take(self, items: Sequence[Item]) -> None:
+        at = 0
+        while at < len(items):
+            part = items[at : at + self._pace.records]
+            at += len(part)
+            if self._prepare is not None:
+                await self._prepare(part)
+            began = time.perf_counter()
+            self._sink.take(part)
+            self._pace.took(len(part), time.perf_counter() - began)
+            await asyncio.sleep(0)
+
+    async def _delete(self, keys: Sequence[str]) -> None:
+        for start in range(0, len(keys), DELETED_AT_ONCE):
+            for key in keys[start : start + DELETED_AT_ONCE]:
+                self._sink.deleted(key)
+            await asyncio.sleep(0)
+
+    async def _deleted_before(self, revision: int) -> list[str]:
+        """Return the keys of the partial view that were deleted when the list was made, by etcd's history.
 
         None when that history is gone: then they stay for their grace like everything that is missing.
         """
-        past, self._past, gone = self._past, Cursor(), dict[str, None]()
+        past, self._past, last = self._past, Cursor(), dict[str, Change]()
         if past.must_list:
             return []
         watch = self._client.watch(self.prefix, past.revision + 1, cluster_id=past.cluster_id)
         try:
             async with contextlib.aclosing(watch) as batches:
                 async for batch in batches:
-                    changes = past.merge(batch)
-                    gone |= {each.key: None for each in changes if each.key not in snapshot.items}
+                    last |= {each.key: each for each in past.merge(batch, until=revision)}
                     if past.caught_up:
                         break
         except (Compacted, RequestRefused) as error:
@@ -159,22 +202,21 @@ class Follower:
         except KvstoreError:
             self._past = past
             raise
-        return list(gone)
+        return [key for key, change in last.items() if change.value is None]
 
-    def _take(self, batch: WatchBatch) -> None:
-        for change in self.cursor.merge(batch):
-            self._apply(change.key, change.value)
+    async def _take_batch(self, batch: WatchBatch) -> None:
+        """Hand on what a batch brought.
+
+        Writes go before deletions: of several keys that speak of one thing the last that was written counts,
+        and only its deletion.  A deletion that came before that write is then none of it.
+        """
+        changes = self.cursor.changes(batch)
+        written = [(each.key, each.value) for each in changes if each.value is not None]
+        await self._take(written)
+        if len(written) < len(changes):
+            await self._delete([each.key for each in changes if each.value is None])
+        self.cursor.passed(batch)  # not before: a checkpoint takes it for what the sink has
         self._fresh()
-
-    def _apply(self, key: str, value: bytes | None) -> None:
-        try:
-            if value is None:
-                self._sink.deleted(key)
-            else:
-                self._sink.put(key, value)
-        except RecordError as error:
-            metrics.KVSTORE_RECORDS_IGNORED.labels(scope_of(key), error.kind).inc()
-            logger.warning("{}", error)
 
     def _fresh(self) -> None:
         """etcd has just spoken: the view is current, and in sync if nothing older is under way."""
@@ -202,6 +244,19 @@ class Follower:
             metrics.KVSTORE_WATCH_STATE.labels(self.prefix, self.state.value).set(0)
             metrics.KVSTORE_WATCH_STATE.labels(self.prefix, state.value).set(1)
             self.state = state
+
+
+class _Pace:
+    """How many records the sink takes in its time; found out as they come, for an address takes a
+    microsecond and a policy a millisecond."""
+
+    def __init__(self) -> None:
+        self.records = 16
+
+    def took(self, records: int, seconds: float) -> None:
+        """The sink took so many in so long."""
+        fitting = int(records * SLICE_S / max(seconds, 1e-6))
+        self.records = max(1, min(fitting, 4 * self.records))
 
 
 def staleness() -> float:

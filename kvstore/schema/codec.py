@@ -45,7 +45,8 @@ def _as_go(text: bytes) -> bytes:
 
 def decode(decoder: msgspec.json.Decoder[T], key: str, value: bytes, *, limit: int = MAX_RECORD) -> T:
     """Return the record in `value`; RecordError says what of it can not be used."""
-    check_size(key, value, limit)
+    if len(value) > limit:
+        check_size(key, value, limit)
     try:
         return decoder.decode(value)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -11,9 +11,13 @@ rights on keys, so a record that speaks of another address than its key does is 
 
 from __future__ import annotations
 
+import functools
 import ipaddress
-import socket
-from typing import Annotated
+import sys
+from collections.abc import Sequence
+from itertools import repeat
+from socket import AF_INET, AF_INET6, AddressFamily, inet_ntop, inet_pton
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -62,6 +66,7 @@ class IpRecord(msgspec.Struct, frozen=True, gc=False):
 
 
 _decoder = msgspec.json.Decoder(IpRecord)
+_decode = _decoder.decode
 
 
 def ip_record(prefix: str, identity: int, *, host_ip: str = "", metadata: str = "", key: int = 0) -> IpRecord:
@@ -96,16 +101,73 @@ def parse_ip_key(key: str) -> tuple[str, str]:
 
 def parse_ip(key: str, value: bytes) -> IpRecord:
     """Return the record; RecordError when it can not be used or is not about the key's address."""
-    _, wanted = parse_ip_key(key)
+    return parse_ip_entry(key, value)[1]
+
+
+def parse_ip_entry(key: str, value: bytes) -> tuple[str, IpRecord]:
+    """Return (address space, record) as `parse_ip` does; the record's prefix is the key's."""
+    head, _, wanted = key.rpartition("/")
+    space = _space(head)
+    if not space or not wanted:
+        space, wanted = parse_ip_key(key)
+        space = sys.intern(space)
     record = codec.decode(_decoder, key, value)
     address = _packed(key, "IP", record.ip)
     if record.mask is not None:
         _check_mask(key, record, address)
-    if record.prefix != wanted:
+    if wanted != (record.ip if record.mask is None else record.prefix):
         raise RecordError(key, f"it speaks of {shorten(record.prefix)!r}", kind="mismatch")
-    if record.host_ip:
+    if record.host_ip and not _is_host(record.host_ip):
         _packed(key, "HostIP", record.host_ip)
-    return record
+    return space, record
+
+
+class PlainIps(NamedTuple):
+    """Records of single addresses of one family in one address space; `length` is that of their prefixes."""
+
+    space: str
+    length: int
+    records: list[IpRecord]
+
+
+def parse_plain_ips(items: Sequence[tuple[str, bytes]]) -> PlainIps | None:
+    """Return the records of items that are all alike and all good, as those of a large list nearly always
+    are: a third of the time of `parse_ip_entry`, which has to say what is wrong with the others.
+    """
+    head = items[0][0].rpartition("/")[0]
+    space = _space(head)
+    if not space or max(map(len, [value for _, value in items])) > codec.MAX_RECORD:
+        return None
+    try:
+        records = [_decode(value) for _, value in items]
+        addresses = [record.ip for record in records]
+        family = AF_INET6 if ":" in addresses[0] else AF_INET
+        packed = list(map(inet_pton, repeat(family), addresses))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OSError, ValueError):
+        return None
+    good = (
+        [key for key, _ in items] == [f"{head}/{address}" for address in addresses]
+        and [record.mask for record in records].count(None) == len(records)
+        and all(map(_is_host, {record.host_ip for record in records} - {""}))
+        and (family == AF_INET or list(map(inet_ntop, repeat(family), packed)) == addresses)
+    )
+    return PlainIps(space, 32 if family == AF_INET else 128, records) if good else None
+
+
+# A hundred thousand records lie in a few address spaces and name a few thousand hosts.
+@functools.lru_cache(maxsize=1 << 8)
+def _space(head: str) -> str:
+    """Return the address space when `head` is all that stands before an address in its key, else ""."""
+    space = head.removeprefix(IPS)
+    return "" if space == head or "/" in space else sys.intern(space)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _is_host(text: str) -> bool:
+    try:
+        return bool(_packed("", "", text))
+    except RecordError:
+        return False
 
 
 def mask_length(mask: bytes) -> int:
@@ -119,14 +181,25 @@ def mask_length(mask: bytes) -> int:
     return 8 * (len(body) - 1) + last
 
 
+def packed_address(text: str) -> tuple[AddressFamily, bytes]:
+    """Return the family and the bytes of an address; ValueError when it is none.
+
+    Not by `ipaddress`, which takes ten times as long: a hundred thousand records pass through here.
+    """
+    family = AF_INET6 if ":" in text else AF_INET
+    try:
+        return family, inet_pton(family, text)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{shorten(text)!r} is not an address") from error
+
+
 def _packed(key: str, field: str, text: str) -> bytes:
     """Return the address's bytes; one spelling only, because tables compare text."""
-    family = socket.AF_INET6 if ":" in text else socket.AF_INET
     try:
-        packed = socket.inet_pton(family, text)
-    except (OSError, ValueError) as error:
-        raise RecordError(key, f"{field} {shorten(text)!r} is not an address") from error
-    if family == socket.AF_INET6 and socket.inet_ntop(family, packed) != text:
+        family, packed = packed_address(text)
+    except ValueError as error:
+        raise RecordError(key, f"{field} {error}") from error
+    if family == AF_INET6 and inet_ntop(family, packed) != text:
         raise RecordError(key, f"{field} {shorten(text)!r} is not in canonical form")
     return packed
 

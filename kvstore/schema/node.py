@@ -6,13 +6,14 @@ from __future__ import annotations
 import base64
 import binascii
 import ipaddress
+from socket import inet_ntop
 
 import msgspec
 
 from core.errors import shorten
 from kvstore.errors import InvalidKeyPart, RecordError
 from kvstore.schema import codec
-from kvstore.schema.ip import U8, U32, mask_length
+from kvstore.schema.ip import U8, U32, mask_length, packed_address
 from kvstore.schema.keys import NODES
 
 
@@ -41,8 +42,12 @@ class AllocCidr(msgspec.Struct, frozen=True, gc=False):
     @property
     def prefix(self) -> str:
         """The prefix as text; ValueError when the parts are not those of one."""
-        mask = base64.b64decode(self.mask, validate=True)
-        return str(ipaddress.ip_network(f"{self.ip}/{mask_length(mask)}"))
+        bits = mask_length(base64.b64decode(self.mask, validate=True))
+        family, address = packed_address(self.ip)
+        host_bits = 8 * len(address) - bits
+        if host_bits < 0 or int.from_bytes(address) & (1 << host_bits) - 1:
+            raise ValueError(f"{self.ip}/{bits} is not a prefix")
+        return f"{inet_ntop(family, address)}/{bits}"
 
 
 class NodeRecord(msgspec.Struct, frozen=True):
@@ -114,9 +119,9 @@ def parse_node(key: str, value: bytes) -> NodeRecord:
 
 def _check_address(key: str, text: str) -> None:
     try:
-        ipaddress.ip_address(text)
+        packed_address(text)
     except ValueError as error:
-        raise RecordError(key, f"IPAddresses: {shorten(str(error))}") from error
+        raise RecordError(key, f"IPAddresses: {error}") from error
 
 
 def _check_cidr(key: str, cidr: AllocCidr | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from kvstore import listing as lists
 from kvstore.client import Client
 from kvstore.config import EtcdConfig
 from kvstore.errors import (
@@ -34,6 +35,7 @@ from kvstore.ops import (
     range_absent,
     value_is,
 )
+from kvstore.schema.external import MAX_POLICY
 from kvstore.watch import Kind, WatchBatch, WatchStream
 from tests.support.etcd import EtcdCluster, EtcdServer
 from tests.support.eventually import eventually
@@ -71,7 +73,7 @@ async def test_put_get_delete(client: Client) -> None:
 async def test_list_is_paged_at_one_revision(client: Client) -> None:
     await client.write_many(put_op(f"k/{index:04}", f"{index}") for index in range(250))
     await client.put("l", "outside")
-    pages = client._pages("k/", 100, keys_only=False)
+    pages = lists.pages(client.transport, "k/", 100)
     first = await anext(pages)
     await client.delete("k/0249")
     await client.put("k/9999", "new")
@@ -113,10 +115,11 @@ async def test_values_of_a_megabyte_come_in_smaller_pages(client: Client) -> Non
 
 
 async def test_value_that_etcd_never_takes_is_refused_with_its_key(client: Client) -> None:
-    with pytest.raises(RequestRefused, match="big"):
-        await client.put("big", b"x" * 1_600_000)
-    with pytest.raises(RequestRefused, match="big"):
-        await client.put("big", b"x" * 5_000_000)
+    for size in (1_600_000, 5_000_000):
+        with pytest.raises(RequestRefused, match="big") as refused:
+            await client.put("big", b"x" * size)
+        assert "--max-request-bytes" in refused.value.hint
+    await client.put("big", b"x" * MAX_POLICY)
 
 
 async def test_transaction(client: Client) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,16 +27,23 @@ class Recorder:
     def __init__(self) -> None:
         self.view: dict[str, bytes] = {}
         self.lists: list[dict[str, bytes]] = []
+        self._list: dict[str, bytes] | None = None
         self.deletions: list[str] = []
         self.synced = 0
 
-    def listed(self, items: dict[str, bytes], revision: int) -> None:
-        assert revision > 0
-        self.lists.append(items)
-        self.view.update(items)
+    def begin_list(self) -> None:
+        self._list = {}
 
-    def put(self, key: str, value: bytes) -> None:
-        self.view[key] = value
+    def take(self, items: Sequence[tuple[str, bytes]]) -> None:
+        self.view.update(items)
+        if self._list is not None:
+            self._list.update(items)
+
+    def listed(self, revision: int) -> None:
+        assert revision > 0
+        assert self._list is not None
+        self.lists.append(self._list)
+        self._list = None
 
     def deleted(self, key: str) -> None:
         self.deletions.append(key)

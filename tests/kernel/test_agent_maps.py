@@ -68,8 +68,8 @@ class Watched(IpcacheMap):
     loop: asyncio.AbstractEventLoop
     during: Callable[[], None]
 
-    def keys(self) -> Iterator[str]:
-        yield from super().keys()
+    def key_chunks(self) -> Iterator[list[str]]:
+        yield from super().key_chunks()
 
         async def change() -> None:
             self.during()

@@ -7,7 +7,8 @@ Real tables, reconcilers, engine and local identities; the kernel is a model tha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import json
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,7 +16,7 @@ from typing import Any, cast
 import pytest
 
 from agent import ipcache, tasks
-from agent.derive import Derivations
+from agent.derive import PREFIXES_AT_ONCE, Derivations
 from agent.endpoint import Endpoint, macs_of
 from agent.parts import Parts
 from agent.policies import DIRECTORY, KVSTORE, PolicyTable, new_policies
@@ -23,6 +24,7 @@ from agent.policy_maps import PolicyMaps
 from core.reconciler import Kind, Reconciler, Status
 from core.table import Table
 from datapath.devices import host_name, temporary_name
+from datapath.policy_order import RawPolicyMap
 from identity.cache import IdentityCache
 from identity.labels import Labels
 from identity.local import FIRST, LocalIdentities
@@ -52,19 +54,23 @@ class Kernel:
         self.surprises: list[str] = []
 
     # PolicyTarget
-    def apply(
+    def applying(
         self, endpoint_id: int, upserts: Mapping[PolicyKey, PolicyEntry], deletes: set[PolicyKey]
-    ) -> None:
+    ) -> Iterator[None]:
         state = self.policies.setdefault(endpoint_id, {})
         state.update(upserts)
         for key in deletes:
             state.pop(key, None)
             if key.identity and key.identity in self.addresses.values():
                 self.surprises.append(f"{key.identity} is forgotten while an address has it")
+        yield from ()
 
-    def replace(self, endpoint_id: int, wanted: Mapping[PolicyKey, PolicyEntry]) -> int:
+    def replacing(self, endpoint_id: int, wanted: Mapping[PolicyKey, PolicyEntry]) -> Iterator[None]:
         self.policies[endpoint_id] = dict(wanted)
-        return len(wanted)
+        yield from ()
+
+    def held(self, endpoint_id: int) -> RawPolicyMap:
+        return dict(self.policies.get(endpoint_id, {}).items())
 
     def allowed(self) -> set[int]:
         return {key.identity for key in self.policies.get(1, {})}
@@ -234,6 +240,57 @@ def test_a_prefix_is_known_before_and_forgotten_after() -> None:
                 await asyncio.sleep(0.001)
             assert "192.0.2.0/24" not in host.kernel.addresses
         host.kernel.surprises.clear()  # the map forgets the rule first: then nothing is allowed, at once
+
+    run(story)
+
+
+def test_thousands_of_prefixes_hold_nobody_up() -> None:
+    """Everybody else gets a turn while they are named; who waits for the policy waits for all of them."""
+    many = [f"192.0.{high}.{low}/32" for high in range(2) for low in range(200)]
+
+    async def story(host: Host) -> None:
+        host.in_sync()
+        await host.endpoint()
+        await host.idle()
+        turns = 0
+
+        async def tick() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        ticking = asyncio.create_task(tick())
+        host.put(policy(f"{{fromCIDR: {json.dumps(many)}}}"))
+        await asyncio.sleep(0)
+        first = host.derivations.policies_enforced()
+        await asyncio.wait_for(first, 20)
+        assert turns > len(many) / PREFIXES_AT_ONCE
+        assert set(many) <= host.kernel.addresses.keys()
+        assert {host.local.number(each) for each in many} <= host.kernel.allowed()
+        ticking.cancel()
+
+    run(story)
+
+
+def test_a_change_that_comes_while_prefixes_are_named_is_waited_for() -> None:
+    many = [f"192.0.2.{low}/32" for low in range(200)]
+
+    async def story(host: Host) -> None:
+        host.in_sync()
+        await host.endpoint()
+        await host.idle()
+        host.put(policy(f"{{fromCIDR: {json.dumps(many)}}}"))
+        while not host.local.numbers():
+            await asyncio.sleep(0)  # until the first of them have numbers
+        host.put(FROM_PREFIX)
+        await host.derivations.policies_enforced()
+        assert host.kernel.allowed() >= {host.local.number("192.0.2.0/24")}
+        assert host.kernel.addresses["192.0.2.0/24"] == host.local.number("192.0.2.0/24")
+        await host.idle()
+        assert host.local.numbers().keys() == {"192.0.2.0/24"}
+        # Of what was taken back the map forgets the rule first: then nothing is allowed, at once.
+        host.kernel.surprises.clear()
 
     run(story)
 

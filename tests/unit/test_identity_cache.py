@@ -15,6 +15,7 @@ from identity.transactions import Slot, first_match
 from kvstore import schema
 from kvstore.errors import RecordError
 from kvstore.ops import KeyValue
+from tests.support.lists import deliver_list
 
 WEB = Labels.of({"app": "web"})
 
@@ -53,7 +54,7 @@ def test_reverse_lookup_prefers_the_own_cluster() -> None:
 def test_what_a_relist_lacks_stays_for_the_grace() -> None:
     cache = IdentityCache(grace=3600)
     cache.put(key(4242), WEB.serialized.encode())
-    cache.listed({}, 5)
+    deliver_list(cache, {}, 5)
     assert cache.get(4242) == WEB
     assert cache.expire(now=1e12) == [4242]
     assert cache.get(4242) is None
@@ -86,7 +87,7 @@ def test_records_that_are_not_used(bad_key: str, value: bytes) -> None:
     cache = IdentityCache()
     before = dict(cache.table.items())
     cache.put(bad_key, value)
-    cache.listed({bad_key: value}, 3)
+    deliver_list(cache, {bad_key: value}, 3)
     assert dict(cache.table.items()) == before
     assert bad_key in cache.ignored
 

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from ipaddress import ip_address, ip_network
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from core.table import Table
@@ -46,6 +47,22 @@ def test_prefix_labels_parse_back_and_cover_exactly_the_supernets(address: objec
     assert len(labels) == network.prefixlen + 2
     for shorter in range(network.prefixlen + 1):
         assert cidr_label(network.supernet(new_prefix=shorter)) in labels
+
+
+@given(st.ip_addresses(), st.integers(0, 128), st.integers(0, (1 << 128) - 1))
+@example(ip_address("::ffff:192.0.2.1"), 128, (1 << 128) - 1)
+@example(ip_address("::192.0.2.1"), 128, (1 << 128) - 1)
+@example(ip_address("2001:db8::1:0:0:1"), 128, (1 << 128) - 1)
+def test_a_label_has_the_address_as_python_writes_it(address: Any, length: int, holes: int) -> None:
+    """Also with runs of zeros, and where the C library writes IPv4 inside IPv6."""
+    bits = int(address) & (holes if address.version == 6 else 0xFFFFFFFF)
+    network = ip_network((bits, address.max_prefixlen)).supernet(
+        new_prefix=min(length, address.max_prefixlen)
+    )
+    text = str(network.network_address).replace(":", "-")
+    text = f"0{text}" if text.startswith("-") else text
+    text = f"{text}0" if text.endswith("-") else text
+    assert cidr_label(network).key == f"{text}/{network.prefixlen}"
 
 
 def test_numbers_are_counted_by_use_and_feed_the_table() -> None:

@@ -233,8 +233,15 @@ BAD: list[tuple[Callable[[str, bytes], object], str, bytes, str]] = [
         b'{"name":"a","addresses":["x"],"labels":[]}',
         "garbage",
     ),
+    (schema.parse_maintenance, f"{schema.MAINTENANCE}a", b'{"member":"a","seen":"today"}', "garbage"),
+    (
+        schema.parse_maintenance,
+        f"{schema.MAINTENANCE}a",
+        b'{"member":"b","seen":"2026-11-20T10:21:54Z"}',
+        "mismatch",
+    ),
     (schema.parse_policy, "holdfast/policies/v1/a/b/c", b"x", "key"),
-    (schema.parse_policy, "holdfast/policies/v1/a", b"x" * 1_000_001, "size"),
+    (schema.parse_policy, "holdfast/policies/v1/a", b"x" * 1_500_001, "size"),
 ]
 
 
@@ -257,6 +264,7 @@ PARSERS = [
     (schema.parse_identity_value, VALUE_KEY),
     (schema.parse_external, "holdfast/external/v1/a"),
     (schema.parse_policy, "holdfast/policies/v1/a"),
+    (schema.parse_maintenance, "holdfast/maintenance/v1/a"),
 ]
 _scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)
 _json = st.recursive(
@@ -303,7 +311,8 @@ def test_parsers_survive_any_key(key: str, base: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "a/b/c", "a/", "-a", "a b", "a\n", "ä", "a" * 254, ".."])
 def test_names_that_would_change_the_key_are_refused(name: str) -> None:
-    for build in (schema.policy_key, schema.external_key, schema.election_key, schema.ip_space_prefix):
+    builders = (schema.policy_key, schema.external_key, schema.election_key, schema.ip_space_prefix)
+    for build in (*builders, schema.maintenance_key):
         with pytest.raises(InvalidKeyPart):
             build(name)
     with pytest.raises(InvalidKeyPart):

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The event loop, with an eye on its pauses.
+
+While a callback runs, nobody else does: no answer to the container engine, no keepalive, no event.  So each
+round of the loop is timed, from its looking at the sockets to the next look; rounds that last are counted in
+`holdfast_loop_pause_seconds`, and the longest one there has been is `holdfast_loop_longest_pause_seconds`.
+A round costs two looks at the clock more; nothing wakes up for it.
+
+Called by: agent.main.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import time
+
+from core import metrics
+
+# Shorter rounds are what a loop does all day; counting them would cost more than they take.
+NOTICED_S = 0.01
+
+
+class PauseWatch(selectors.DefaultSelector):
+    """A selector that knows how long its loop was away.  Belongs to the loop's thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.longest = 0.0
+        self._since = time.perf_counter()
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        asked = time.perf_counter()
+        if asked - self._since > NOTICED_S:
+            self._noticed(asked - self._since)
+        ready = super().select(timeout)
+        now = time.perf_counter()
+        # What it overslept counts as well: another thread held the interpreter, or nobody had a CPU for us.
+        late = 0.0 if timeout is None else now - asked - max(timeout, 0.0)
+        self._since = now - max(late, 0.0)
+        return ready
+
+    def _noticed(self, seconds: float) -> None:
+        metrics.LOOP_PAUSE_SECONDS.observe(seconds)
+        self.longest = max(self.longest, seconds)
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """Return a loop whose pauses are measured."""
+    watch = PauseWatch()
+    metrics.LOOP_LONGEST_PAUSE_SECONDS.set_function(lambda: watch.longest)
+    return asyncio.SelectorEventLoop(watch)
