@@ -15,6 +15,7 @@ from dataclasses import replace
 from loguru import logger
 
 from agent.endpoint import Endpoint, Port
+from agent.nodes import PoolTable
 from core.reconciler import Kind, Reconciler, Status
 from core.table import Table
 from datapath.firewall import IPV4, IPV6, Firewall, FirewallState, PublishedPort
@@ -93,6 +94,7 @@ class FirewallRules:
             "firewall", self.table, target, refresh_s=LOOK_S
         )
         self._base = base
+        self._others: frozenset[str] = frozenset()
         self._source = self.table.source("endpoints")
 
     def derive(self, endpoints: Iterable[Endpoint]) -> None:
@@ -100,7 +102,8 @@ class FirewallRules:
         publishing = [endpoint for endpoint in endpoints if endpoint.ports]
         for family, base in self._base.items():
             ports = frozenset(_published(publishing, family))
-            self._source.upsert(family, replace(base, ports=ports))
+            others = {pool for pool in self._others if (":" in pool) == (family == 6)}
+            self._source.upsert(family, replace(base, ports=ports, direct=base.direct | others))
         self._source.mark_in_sync()
 
     async def watch(self) -> None:
@@ -123,6 +126,18 @@ class FirewallRules:
             self.derive(endpoint for _, endpoint in endpoints.items())
             await changes.wait()
             changes.take()
+
+    async def follow_pools(self, pools: PoolTable, endpoints: Table[int, Endpoint]) -> None:
+        """Have nothing masqueraded that goes to other hosts' pools, until cancelled."""
+        changes = pools.subscribe()
+        try:
+            while True:
+                await changes.wait()
+                changes.take()
+                self._others = frozenset(pools.keys())
+                self.derive(endpoint for _, endpoint in endpoints.items())
+        finally:
+            pools.unsubscribe(changes)
 
 
 def _published(endpoints: Iterable[Endpoint], family: int) -> Iterator[PublishedPort]:

@@ -11,17 +11,20 @@ import errno
 import socket
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
+from pathlib import Path
 from typing import Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from agent.errors import AgentError
-from datapath.routes import PROTOCOL
+from datapath import noderoutes, routes
+from datapath.routemessages import UNICAST, RouteSocket
 
 DEFAULT_MTU = 1500
-MAIN_TABLE = 254
-UNICAST = 1  # RTN_UNICAST
+IF_INET6 = Path("/proc/net/if_inet6")
+# Routes to this host's endpoints, and to the pools of other hosts.
+OURS = frozenset({routes.PROTOCOL, noderoutes.PROTOCOL})
 PASSING = 0x21  # IFA_F_TEMPORARY, IFA_F_DEPRECATED: addresses of IPv6 that a node is not known by
 # Interfaces that never face another machine; `veth` may be a container's, so a route decides.
 OWN_PREFIXES = ("lo", "lxc0", "hf0", "cilium_", "docker", "br-", "ifb")
@@ -44,6 +47,11 @@ class HostView:
         return tuple(str(each) for each in (self.node_ip, self.node_ip6) if each is not None)
 
 
+def has_ipv6() -> bool:
+    """True when this host's kernel speaks IPv6; one booted with ipv6.disable=1 does not."""
+    return IF_INET6.exists()
+
+
 def node_name(configured: str = "") -> str:
     """Return the node's name: configured, else the host name."""
     return configured or socket.gethostname()
@@ -54,16 +62,13 @@ def look(node_ip: IPv4Address | None = None, devices: tuple[str, ...] = ()) -> H
 
     Raises AgentError when the host has no address to be known by, or lacks a named device.
     """
-    with IPRoute() as ipr:
+    with IPRoute() as ipr, RouteSocket() as table:
         addresses = [each for each in ipr.get_addr() if each["family"] in (socket.AF_INET, socket.AF_INET6)]
         addressed = [(each["index"], _address(each)) for each in addresses]
         passing = {_address(each) for each in addresses if (each.get_attr("IFA_FLAGS") or 0) & PASSING}
-        routes = [
-            (route["dst_len"], route.get_attr("RTA_DST"), route.get_attr("RTA_OIF"))
-            for route in ipr.get_routes(family=socket.AF_INET, table=MAIN_TABLE)
-            if route["type"] == UNICAST and route["proto"] != PROTOCOL
-        ]
-        links = _configured(ipr, devices) if devices else _routed(ipr, {oif for _, _, oif in routes if oif})
+        found = [each for each in table.dump(socket.AF_INET, without=OURS) if each.type == UNICAST]
+        ways = {each.oif for each in found if each.oif}
+        links = _configured(ipr, devices) if devices else _routed(ipr, ways)
     facing = {each.name: each.index for each in links}
     outward = [
         each
@@ -84,7 +89,7 @@ def look(node_ip: IPv4Address | None = None, devices: tuple[str, ...] = ()) -> H
         devices=facing,
         mtu=min((each.mtu for each in links if each.mtu), default=DEFAULT_MTU),
         node_ip6=min(outward6, default=None),
-        networks=tuple(IPv4Network((dst or "0.0.0.0", length)) for length, dst, _ in routes),
+        networks=tuple(IPv4Network(each.prefix) for each in found),
     )
 
 

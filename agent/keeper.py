@@ -44,6 +44,14 @@ class NetdevPrograms(Protocol):
         ...
 
 
+class Between(Protocol):
+    """The device between hosts (agent.overlay)."""
+
+    async def ensure(self) -> None:
+        """Have it there, with its program; or, where there is no tunnel, take a former life's away."""
+        ...
+
+
 class Keeper:
     """Owner of the host-wide kernel state."""
 
@@ -55,6 +63,7 @@ class Keeper:
         routes: Routes,
         lxc: LxcMap,
         programs: NetdevPrograms,
+        between: Between,
         *,
         configured_devices: tuple[str, ...],
         pools: tuple[str, ...],
@@ -67,6 +76,7 @@ class Keeper:
         self._routes = routes
         self._lxc = lxc
         self._programs = programs
+        self._between = between
         self._configured = configured_devices
         self._pools = pools
         self._routers = routers
@@ -91,6 +101,7 @@ class Keeper:
         await self._give_routers()
         for pool in self._pools:
             await self._routes.add_unreachable(pool)
+        await self._between.ensure()
         self.view = await asyncio.to_thread(look, self.view.node_ip, self._configured)
         self._tell_addresses()
         await self._attach()

@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`connect_ready_p99_ms`: from `docker start` until a waiting neighbour on this host connects under policy.
+"""From `docker start` until a waiting peer connects under policy.
 
-Fifty starts on our network and fifty on docker's own bridge network, alternating, in one engine.  The clock
-begins when the request to start goes out and ends when the neighbour's connection is established; it tries
-every few milliseconds.  The address is known before: the pool's next one, or a fixed one on the bridge, where
-the neighbour knows the MAC too, so that docker's figure holds no wait for ARP.
+connect_ready_p99_ms
+    The peer is on another host, by the tunnel; what it lacks at first is the new container's identity.
+connect_ready_same_host_p99_ms
+    It is on the same host.
+connect_ready_bridge_p99_ms
+    The same on docker's own bridge network, for comparison.
+
+Fifty starts of each kind by turns, in one engine.  The clock begins when the request to start goes out and
+ends when the peer's connection is established; it tries every few milliseconds.  The address is known before:
+the pool's next one, or a fixed one on the bridge, where the neighbour knows the MAC too, so that docker's
+figure holds no wait for ARP.
 """
 
 from __future__ import annotations
@@ -23,7 +30,8 @@ from pathlib import Path
 from bench.harness import emit, load, note
 from tests.support.agent import AgentHost
 from tests.support.engine import WORKLOAD_IMAGE
-from tests.support.host import Hub, wait_for
+from tests.support.fleet import Fleet, new_fleet
+from tests.support.host import wait_for
 from tests.support.netns import Netns
 from tests.support.places import opened
 
@@ -110,42 +118,42 @@ def p99(samples: Sequence[float]) -> float:
     return sorted(samples)[math.ceil(0.99 * len(samples)) - 1]
 
 
-def measure(host: AgentHost) -> tuple[list[float], list[float]]:
-    """Return the ms of our starts and of those on the bridge; the first of each is not counted."""
+def measure(fleet: Fleet) -> dict[str, list[float]]:
+    """Return the ms of all starts by figure; the first of each is not counted."""
+    host, other = fleet.hosts
     host.engine.docker("network", "create", "--subnet", BRIDGE_SUBNET, BRIDGE)
     ours = neighbour(host, "client", "--network", "holdfast", "-l", "app=client")
+    afar = neighbour(other, "client", "--network", "holdfast", "-l", "app=client")
     theirs = neighbour(host, "plain-client", "--network", BRIDGE)
     theirs.netns.run(
         *("ip", "neigh", "replace", BRIDGE_ADDRESS, "lladdr", BRIDGE_MAC, "dev", "eth0", "nud", "permanent")
     )
     last = host.endpoint_of("client")["status"]["networking"]["addressing"][0]["ipv4"]
-    here: list[float] = []
-    there: list[float] = []
+    taken: dict[str, list[float]] = {"": [], "_same_host": [], "_bridge": []}
     for _ in range(STARTS + 1):
-        last = str(IPv4Address(last) + 1)
-        here.append(start(host, ours, last, "--network", "holdfast"))
-        there.append(start(host, theirs, BRIDGE_ADDRESS, "--network", BRIDGE, "--ip", BRIDGE_ADDRESS))
-    return here[1:], there[1:]
+        for figure, waiting in (("", afar), ("_same_host", ours)):
+            last = str(IPv4Address(last) + 1)
+            taken[figure].append(start(host, waiting, last, "--network", "holdfast"))
+        on_bridge = ("--network", BRIDGE, "--ip", BRIDGE_ADDRESS)
+        taken["_bridge"].append(start(host, theirs, BRIDGE_ADDRESS, *on_bridge))
+    return {figure: each[1:] for figure, each in taken.items()}
 
 
 def main() -> None:
     """Print the figures."""
-    with Hub() as hub, AgentHost("hfbench") as host:
-        host.address = hub.join(host)
-        host.start_etcd()
-        (host.policies / "rules.yaml").write_text(POLICY)
-        host.start_agent(debug="false")
-        host.network()
-        wait_for(lambda: len(host.api("/v1/policy")["policies"]) == 1, "policy in force")
+    with new_fleet(2) as fleet:
+        for host in fleet.hosts:
+            (host.policies / "rules.yaml").write_text(POLICY)
+        fleet.start(debug="false")
+        for host in fleet.hosts:
+            wait_for(lambda: len(host.api("/v1/policy")["policies"]) == 1, "policy in force")  # noqa: B023
         load()
-        ours, theirs = measure(host)
-    emit("connect_ready_p99_ms", p99(ours), "ms", len(ours))
-    emit("connect_ready_bridge_p99_ms", p99(theirs), "ms", len(theirs))
-    emit("connect_ready_beyond_bridge_ms", p99(ours) - p99(theirs), "ms", len(ours))
-    for name, samples in (("ours", ours), ("bridge", theirs)):
-        median, least, most = statistics.median(samples), min(samples), max(samples)
-        note(f"{name}: median {median:.0f} ms, from {least:.0f} to {most:.0f}")
-    load()
+        taken = measure(fleet)
+    bridge = p99(taken["_bridge"])
+    for figure, samples in taken.items():
+        emit(f"connect_ready{figure}_p99_ms", p99(samples), "ms", len(samples))
+        beyond = f", {p99(samples) - bridge:.0f} beyond the bridge" if figure != "_bridge" else ""
+        note(f"connect_ready{figure}: median {statistics.median(samples):.0f} ms{beyond}")
 
 
 if __name__ == "__main__":

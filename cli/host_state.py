@@ -25,7 +25,10 @@ from datapath.forward import ForwardChain, parse_filter
 from datapath.mapspec import MapCatalogue, unpin
 from datapath.netlink import Netlink
 from datapath.nftlist import parse_listing
+from datapath.noderoutes import NodeRoutes
 from datapath.routes import Routes
+from datapath.tunnel import DEVICE as TUNNEL_DEVICE
+from datapath.tunnel import Shape, Tunnel
 
 POLICY_MAP = re.compile(r"cilium_policy_\d{5}")
 # What is ours in the state directory: others may keep theirs beside it.
@@ -101,6 +104,9 @@ async def devices(netlink: Netlink) -> AsyncIterator[Item]:
     own = Devices(netlink)
     for name, device in sorted((await own.ours()).items()):
         yield Item("device", f"{name} (endpoint {device.endpoint_id})", _deleter(own.delete, name))
+    tunnel = Tunnel(netlink, Shape())
+    if await tunnel.is_ours():
+        yield Item("device", f"{TUNNEL_DEVICE} (to other hosts)", tunnel.remove)
 
 
 async def addresses(netlink: Netlink) -> AsyncIterator[Item]:
@@ -117,10 +123,13 @@ async def addresses(netlink: Netlink) -> AsyncIterator[Item]:
 
 
 async def routes(netlink: Netlink) -> AsyncIterator[Item]:
-    """Yield the routes to endpoints and the unreachable one of the pool."""
+    """Yield the routes to endpoints, the unreachable one of the pool, and those to other hosts' pools."""
     own = Routes(netlink)
     for prefix in sorted(await own.ours()):
         yield Item("route", prefix, _deleter(own.delete, prefix))
+    others = NodeRoutes(netlink)
+    for prefix in sorted(await others.ours()):
+        yield Item("route", f"{prefix} of another host", _deleter(others.delete, prefix))
 
 
 def _deleter(delete: Callable[[str], Awaitable[bool]], name: str) -> Callable[[], Awaitable[bool]]:

@@ -15,14 +15,16 @@ from loguru import logger
 from agent import ipcache
 from agent.host import look
 from agent.keeper import Keeper
+from agent.overlay import Overlay
 from agent.programs import HostMaps, HostPrograms, Templates
 from datapath.attach import Attacher, Hook
 from datapath.constants import DatapathOptions, netdev_constants
 from datapath.devices import host_name
-from datapath.loader import ENDPOINT_OBJECTS, NETDEV_OBJECTS
+from datapath.loader import NETDEV_OBJECTS
 from datapath.netlink import Netlink
+from datapath.tunnel import Shape, Tunnel
 from tests.support.bpf import own_bpffs
-from tests.support.bpflab import CATALOGUE, template
+from tests.support.bpflab import CATALOGUE, OBJECTS, template
 from tests.support.hostnet import HOST_ON_WIRE, MTU, POOL, ROUTER, HostNet, host_net
 from tests.support.require import require_root, require_tools
 
@@ -43,10 +45,7 @@ class Host:
     def programs(self) -> HostPrograms:
         maps = HostMaps.open(CATALOGUE, self._root)
         self._stack.callback(maps.close)
-        templates = {
-            family: Templates(template(ENDPOINT_OBJECTS[family]), template(NETDEV_OBJECTS[family]))
-            for family in CATALOGUE.families
-        }
+        templates = {family: Templates.read(OBJECTS, family) for family in CATALOGUE.families}
         return HostPrograms(CATALOGUE, self._root, maps, templates, DatapathOptions(), self._netlink)
 
     async def life(self, *devices: str, pool: str = POOL, router: str = ROUTER) -> Keeper:
@@ -59,6 +58,7 @@ class Host:
             self.net.routes,
             programs.maps.lxc,
             programs,
+            Overlay(Tunnel(self._netlink, Shape()), programs, enabled=False),
             configured_devices=devices,
             pools=(pool,),
             routers=(router,),

@@ -91,6 +91,8 @@ class Process:
         """Send a signal to the process itself (not to the one that entered the namespaces for it)."""
         if self.running:
             os.kill(self.pid, number)
+        if number == signal.SIGCONT:
+            self._entering.send_signal(number)  # nsenter stops itself when its child does
 
     def wait(self, timeout: float = 30.0) -> int:
         """Return the exit status; negative numbers or 128 + n mean a signal."""
