@@ -58,6 +58,7 @@ class Node(msgspec.Struct, frozen=True, omit_defaults=True):
     local_identities: dict[str, int] = {}
     lease: int = 0
     lease_address: str = ""  # the node's own when it had `lease`: a copied disk is recognised by it
+    former_lease: int = 0  # of this node at another address, until its keys are gone
     addresses_at: Place = Place()  # where in etcd's history cilium_ipcache stands, or has stood before
 
 

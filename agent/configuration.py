@@ -78,11 +78,26 @@ def check(config: Config) -> None:
     )
     pool = config["ipv4-range"]
     _require(config, "ipv4-range", pool is None or pool.prefixlen <= 29, "a pool smaller than /29 is no use")
+    whole, block = config["cluster-pool-ipv4-cidr"], config["cluster-pool-ipv4-mask-size"]
+    _require(
+        config,
+        "cluster-pool-ipv4-mask-size",
+        whole is None or whole.prefixlen <= block,
+        f"cluster-pool-ipv4-cidr {whole} is smaller than one such block",
+    )
     range6 = config["ipv6-range"]
     _require(config, "ipv6-range", range6 is None or range6.prefixlen <= 96, "it must be a /96 or shorter")
     node6 = config["ipv6-node"]
     _require(config, "ipv6-node", node6 is None or node6.version == 6, "it must be an IPv6 address")
+    _require(
+        config,
+        "auto-direct-node-routes",
+        not config["auto-direct-node-routes"] or config["tunnel"] == "disabled",
+        "with a tunnel pools are reached by it; set tunnel to disabled",
+    )
     _check_address(config)
+    interval = config["conntrack-gc-interval"]
+    _require(config, "conntrack-gc-interval", interval == 0 or interval >= 1, "it must be 0 or at least 1s")
 
 
 def _check_keys(config: Config, name: str, allowed: frozenset[str]) -> None:

@@ -63,6 +63,8 @@ class Driver:
         self.endpoints = endpoints
         self.engine = engine
         self.networks: dict[str, Network] = {}
+        # Endpoints whose labels were looked at in this life; the engine watch drops those that are gone.
+        self.identified: set[int] = set()
         self._checkpoint = checkpoint
         self._handlers: dict[str, tuple[type[calls.Call], Handler]] = {
             "NetworkDriver.GetCapabilities": (calls.Call, self._capabilities),
@@ -271,6 +273,7 @@ class Driver:
 
     async def _identify(self, endpoint: Endpoint, container: EngineContainer, network: str) -> None:
         await self.endpoints.identify(endpoint.id, container.id, container.name, container.labels, network)
+        self.identified.add(endpoint.id)
 
     async def _container_of(self, endpoint: Endpoint) -> tuple[EngineContainer, str]:
         """Return an endpoint's container and its network's name, as the engine has them."""

@@ -70,6 +70,8 @@ class EndpointManager:
         self._histories = Histories()
         self._endings: dict[int, asyncio.Task[None]] = {}
         self._restoring: set[int] = set()
+        # Why no endpoint may be made, empty when one may: this node has no standing in the cluster.
+        self.refused_because: Callable[[], str] = lambda: ""
 
     # --- looking
 
@@ -134,6 +136,9 @@ class EndpointManager:
         known = self.by_engine_id(engine_id) if engine_id else None
         if known is not None:
             return known
+        refused = self.refused_because()
+        if refused:
+            raise EndpointRefused(f"this node is not registered: {refused}")
         if endpoint_id in self._endings:
             raise EndpointRefused(f"endpoint {endpoint_id} is still being removed", hint="try again")
         number = self.store.free_id(endpoint_id)

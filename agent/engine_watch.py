@@ -35,6 +35,10 @@ from core.waiting import waiting
 LIST_EVERY_S = 300.0
 # Several events of one start are one list.
 SETTLE_S = 0.3
+# A list of hundreds costs the engine and us while they start, so the next waits ten times as long as it took.
+# Not for ever: a container that the driver could not identify is denied until a list shows it.
+PAUSE_OF_LISTS = 10.0
+SETTLE_CAP_S = 3.0
 # A container of ours that the engine does not show: it may be starting, or the engine itself may be.
 COLLECT_AFTER_S = 60.0
 # A socket of this host costs nothing to try, and containers wait for their identities.
@@ -74,7 +78,7 @@ class EngineWatch:
         self._endpoints = endpoints
         self._driver = driver
         self._gone_since: dict[int, float] = {}
-        self._compared: set[int] = set()  # endpoints whose labels were looked at in this life
+        self._list_took_s = 0.0
         self._changed = asyncio.Event()
         self._turns = asyncio.Semaphore(AT_ONCE)
         self._asked_to_end: dict[int, float] = {}  # endpoint → when its container was, monotonic seconds
@@ -129,7 +133,7 @@ class EngineWatch:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(jittered(self._list_pause())):
                     await self._changed.wait()
-            await asyncio.sleep(SETTLE_S)
+            await asyncio.sleep(min(max(SETTLE_S, PAUSE_OF_LISTS * self._list_took_s), SETTLE_CAP_S))
 
     def _list_pause(self) -> float:
         # Something waits for its grace to end: look again then, not in five minutes.
@@ -137,7 +141,9 @@ class EngineWatch:
 
     async def refresh(self) -> None:
         """List once and act on it.  Raises EngineError; nothing is deleted then."""
+        asked_at = time.monotonic()
         containers = await self._engine.containers()
+        self._list_took_s = time.monotonic() - asked_at
         running = {each.id: each for each in containers if each.state in RUNNING}
         self.view.containers = len(running)
         self.view.unmanaged = unmanaged(running, set(self._driver.networks))
@@ -154,7 +160,7 @@ class EngineWatch:
         present = {each.id for each in managed}
         self._gone_since = {number: at for number, at in self._gone_since.items() if number in present}
         self._asked_to_end = {number: at for number, at in self._asked_to_end.items() if number in present}
-        self._compared &= present
+        self._driver.identified &= present
         # Which endpoints there are is known now; identities may take as long as etcd is away.
         self.first_list.set()
         async with asyncio.TaskGroup() as checks:
@@ -181,12 +187,12 @@ class EngineWatch:
         """Give an endpoint the identity it lacks; one that nobody has joined yet is the driver's.
 
         Labels of a container never change, but what of them counts may have with the configuration: so
-        each endpoint is compared once in the life of the agent.  A name changes at any time.
+        each endpoint is compared once in the life of the agent, mostly by the driver at its start.  A name
+        changes at any time.
         """
-        known = endpoint.id in self._compared and container.name == endpoint.container_name
+        known = endpoint.id in self._driver.identified and container.name == endpoint.container_name
         if endpoint.connected and endpoint.joined and not (endpoint.identity and known):
             await self._driver.identify(endpoint)
-            self._compared.add(endpoint.id)
 
     async def _collect(self, endpoint: Endpoint) -> None:
         """Remove an endpoint whose container has been gone for the grace."""

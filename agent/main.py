@@ -6,12 +6,15 @@ another layout, no address, a kernel that refuses a program) is said in status a
 again; what is pinned and attached enforces meanwhile.
 
     python -m agent [--option value …]
+
+Called by: agent.start.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -33,12 +36,15 @@ from agent.tasks import node_now, start
 from core import log, metrics
 from core.backoff import Backoff
 from core.errors import HoldfastError
+from core.loop import new_event_loop
 from core.options import Config
 from core.supervisor import Supervisor
 from core.waiting import waiting
 from prestart.handover import Handover
 
 EXIT_CONFIG = 2
+# Objects made before a look at the new ones; such looks before one at what was left, and at everything.
+GC_THRESHOLDS = (20_000, 20, 50)
 
 T = TypeVar("T")
 
@@ -53,8 +59,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_logging(config)
     metrics.CONFIG_HASH.set(int(config.hash[:13], 16))
     logger.info("configuration {} read", config.hash[:12])
-    asyncio.run(run(config))
+    _spare_the_collector()
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(run(config))
     return 0
+
+
+def _spare_the_collector() -> None:
+    """Have the garbage collector look less often, and never again at what the imports made.
+
+    A fleet's state is hundreds of thousands of objects that are no garbage and refer to nothing in turn: by
+    default a quarter of the time in which they come in goes into looking at them again and again.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 async def run(config: Config) -> None:

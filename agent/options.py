@@ -15,6 +15,9 @@ from core.options import Option, Type
 
 CONFIG_DIR = Path("/etc/holdfast/config")
 
+# Durations have an end: in the programs a second is 32 bits, and a time-out is added to the present one.
+_YEAR = 365 * 86400.0
+
 _AGENT = "Agent"
 _KVSTORE = "Kvstore and cluster"
 _IDENTITY = "Identities"
@@ -117,6 +120,7 @@ OPTIONS: tuple[Option, ...] = (
         3600.0,
         "How long entries are kept that a relist lacks although no deletion was seen",
         low=0,
+        high=_YEAR,
         section=_KVSTORE,
     ),
     Option(
@@ -125,6 +129,7 @@ OPTIONS: tuple[Option, ...] = (
         10800.0,
         "How long the first list of identities may take before status calls it a failure; it goes on",
         low=1,
+        high=_YEAR,
         section=_KVSTORE,
     ),
     Option(
@@ -132,6 +137,24 @@ OPTIONS: tuple[Option, ...] = (
         Type.TEXT,
         "default",
         "Address space of the ip keys this node writes: default, or the cluster's name once meshed",
+        section=_KVSTORE,
+    ),
+    Option(
+        "cluster-health-port",
+        Type.INT,
+        4240,
+        "TCP port that nodes answer each other's health probes on, the same on all; 0: no answers, no probes",
+        low=0,
+        high=65535,
+        section=_KVSTORE,
+    ),
+    Option(
+        "cluster-health-interval",
+        Type.DURATION,
+        60.0,
+        "How often a node is probed; grows with the logarithm of the cluster's size",
+        low=1,
+        high=_YEAR,
         section=_KVSTORE,
     ),
     # --- identities
@@ -149,6 +172,7 @@ OPTIONS: tuple[Option, ...] = (
         900.0,
         "How often the elected agent looks for identities that nobody uses",
         low=10,
+        high=_YEAR,
         section=_IDENTITY,
     ),
     # --- addresses and devices
@@ -164,9 +188,27 @@ OPTIONS: tuple[Option, ...] = (
         "ipv4-range",
         Type.CIDR4,
         None,
-        "Pool of this node's endpoints, its own in the cluster; auto derives it from the node's address",
+        "Pool of this node's endpoints, its own in the cluster; auto is what the node has claimed, or claims "
+        "of cluster-pool-ipv4-cidr, else derives it from the node's address",
         section=_ADDRESS,
         auto=True,
+    ),
+    Option(
+        "cluster-pool-ipv4-cidr",
+        Type.CIDR4,
+        None,
+        "Range of the whole cluster: a node that has no pool claims a block of it in the kvstore, for good",
+        section=_ADDRESS,
+        auto=True,
+    ),
+    Option(
+        "cluster-pool-ipv4-mask-size",
+        Type.INT,
+        24,
+        "Length of such a block, the same on all nodes",
+        low=9,
+        high=29,
+        section=_ADDRESS,
     ),
     Option(
         "ipv4-native-routing-cidr",
@@ -222,6 +264,30 @@ OPTIONS: tuple[Option, ...] = (
         section=_ADDRESS,
     ),
     Option(
+        "tunnel",
+        Type.TEXT,
+        "vxlan",
+        "How endpoints' packets get to other hosts: in a VXLAN that says who speaks, or as routed",
+        choices=("vxlan", "disabled"),
+        section=_ADDRESS,
+    ),
+    Option(
+        "tunnel-port",
+        Type.INT,
+        8472,
+        "UDP port of the VXLAN, the same on all hosts",
+        low=1,
+        high=65535,
+        section=_ADDRESS,
+    ),
+    Option(
+        "auto-direct-node-routes",
+        Type.BOOL,
+        False,
+        "Without a tunnel: write routes to other hosts' pools; no router may be between",
+        section=_ADDRESS,
+    ),
+    Option(
         "devices",
         Type.LIST,
         (),
@@ -233,7 +299,7 @@ OPTIONS: tuple[Option, ...] = (
         "mtu",
         Type.INT,
         0,
-        "MTU of the endpoints' devices; 0 is that of the node's device",
+        "MTU of the endpoints' devices; 0 is that of the node's device, with a tunnel 50 less",
         low=0,
         high=65535,
         section=_ADDRESS,
@@ -335,6 +401,7 @@ OPTIONS: tuple[Option, ...] = (
         21600.0,
         "Lifetime of an idle TCP connection",
         low=1,
+        high=_YEAR,
         section=_MAPS,
     ),
     Option(
@@ -343,6 +410,7 @@ OPTIONS: tuple[Option, ...] = (
         60.0,
         "Lifetime of an idle flow that is not TCP",
         low=1,
+        high=_YEAR,
         section=_MAPS,
     ),
     Option(
@@ -351,6 +419,7 @@ OPTIONS: tuple[Option, ...] = (
         60.0,
         "Lifetime of a TCP connection that is being opened",
         low=1,
+        high=_YEAR,
         section=_MAPS,
     ),
     Option(
@@ -359,6 +428,16 @@ OPTIONS: tuple[Option, ...] = (
         10.0,
         "Lifetime of a TCP connection that is being closed",
         low=1,
+        high=_YEAR,
+        section=_MAPS,
+    ),
+    Option(
+        "conntrack-gc-interval",
+        Type.DURATION,
+        0.0,
+        "How often expired connections are collected; 0: as the maps fill, 10s when nearly full to 30m",
+        low=0,
+        high=86400,
         section=_MAPS,
     ),
     # --- monitor
@@ -366,7 +445,8 @@ OPTIONS: tuple[Option, ...] = (
         "monitor-aggregation",
         Type.TEXT,
         "medium",
-        "How many trace events there are: none (one a packet), low, medium, maximum (fewest)",
+        "Which packets have trace events: none (all, at every point), low (all, where they go), medium (new "
+        "connections, first SYN, FIN and RST, one an interval), maximum (medium without the interval)",
         choices=("none", "low", "medium", "maximum"),
         section=_MONITOR,
     ),
@@ -376,6 +456,7 @@ OPTIONS: tuple[Option, ...] = (
         5.0,
         "Shortest time between two trace events of one connection when they are aggregated",
         low=1,
+        high=_YEAR,
         section=_MONITOR,
     ),
     Option(

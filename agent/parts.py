@@ -7,6 +7,7 @@
     policies (dir, etcd)       policies             ipcache → cilium_ipcache
     ip/v1/, nodes/v1/          ipcache, nodes       own-entries → ip/v1/ keys under our lease
                                                     firewall → nft, iptables
+                               other hosts' pools   node-routes, tunnel-map
 
 `build` goes through them in stages, each standing on the ones before; `agent.tasks` starts what runs.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, replace
 from functools import partial
-from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 
 from agent import ipcache, publish, remembered, sinks
@@ -31,21 +32,30 @@ from agent.engine_watch import EngineWatch
 from agent.events import EventPump
 from agent.firewall import FamilyRules, FirewallRules, FirewallTarget
 from agent.gate import Gates
+from agent.health import Prober
+from agent.health_server import HealthServer
 from agent.host import HostView, look, node_name
 from agent.keeper import Keeper
+from agent.node_routes import Direct, NodeRouteTarget, Tunnelled, TunnelMapTarget, Way
+from agent.node_routes import reconcilers as node_reconcilers
+from agent.nodes import NodeFollower, NodePool, NodeTable, Own, PoolTable
+from agent.overlay import Overlay
 from agent.plumbing import EndpointTarget, Place, PolicyMapStore
 from agent.policies import DocumentTable, PolicyNames, PolicyTable, Refusals, new_documents, new_policies
 from agent.policy_maps import PolicyMaps
 from agent.policy_sources import PolicyDirectory, PolicyKeys
 from agent.pool import Pool, automatic_network, automatic_network6
 from agent.programs import HostPrograms
+from agent.registration import Registration, first_pool
 from core.options import Config
 from core.reconciler import Reconciler
 from core.table import Table
 from datapath.devices import Devices
 from datapath.firewall import FirewallState
 from datapath.netlink import Netlink
+from datapath.noderoutes import NodeRoutes
 from datapath.routes import Routes
+from datapath.tunnel import OVERHEAD, Shape, Tunnel
 from identity.allocator import Allocator
 from identity.cache import IdentityCache
 from identity.filter import LabelFilter
@@ -55,9 +65,10 @@ from kvstore import schema
 from kvstore.client import Client
 from kvstore.config import EtcdConfig
 from kvstore.election import Election
+from kvstore.pools import Wish
 from kvstore.session import Session
 from kvstore.sink import TableSink
-from kvstore.watcher import Follower, Sink
+from kvstore.watcher import Follower, Preparation, Sink
 from policy.engine import PolicyEngine
 from policy.model import EnforcementMode
 
@@ -77,10 +88,12 @@ class Ground:
     checkpoint: Checkpoint
     host: HostView
     node: Node
+    wish: Wish
     pool: Pool
     netlink: Netlink
     devices: Devices
     routes: Routes
+    overlay: Overlay
 
 
 @dataclass(eq=False)
@@ -89,6 +102,7 @@ class Store:
 
     client: Client
     session: Session
+    registration: Registration
     role_session: Session
     election: Election
 
@@ -106,7 +120,9 @@ class Knowledge:
     directory: PolicyDirectory
     policy_keys: PolicyKeys
     addresses: ipcache.IpTable
-    nodes: Table[str, schema.NodeRecord]
+    nodes: NodeTable
+    pools: PoolTable
+    hosts: set[str]  # that packets are encapsulated to; agent.nodes owns it
     ip_sink: sinks.IpSink
     node_sink: TableSink[str, schema.NodeRecord]
     followers: list[Follower]
@@ -123,6 +139,8 @@ class Enforcement:
     allocator: Allocator
     endpoints: EndpointManager
     reconcilers: dict[str, Reconciler[int, Endpoint]]
+    node_follower: NodeFollower
+    node_reconcilers: tuple[Reconciler[str, NodePool], ...]
     firewall: FirewallRules
     conntrack: Conntrack
     keeper: Keeper
@@ -138,7 +156,15 @@ class EngineSide:
 
 
 @dataclass(eq=False)
-class Parts(EngineSide, Enforcement, Knowledge, Store, Ground):
+class HealthSide:
+    """Probes between nodes; None where cluster-health-port is 0."""
+
+    prober: Prober | None = None
+    health_server: HealthServer | None = None
+
+
+@dataclass(eq=False)
+class Parts(EngineSide, HealthSide, Enforcement, Knowledge, Store, Ground):
     """Everything that was built; each part says in its own module who owns it."""
 
 
@@ -147,23 +173,26 @@ async def build(config: Config, events: EventPump, programs: HostPrograms, gates
     ground = await _ground(config, events, programs, gates)
     store = _store(ground)
     view = await asyncio.to_thread(ground.checkpoint.view)
-    knowledge = _knowledge(ground, store, view)
+    knowledge = await _knowledge(ground, store, view)
     enforcement = _enforcement(ground, store, knowledge)
     engine = _engine(ground, enforcement)
-    stages = (ground, store, knowledge, enforcement, engine)
+    stages = (ground, store, knowledge, enforcement, engine, _health(ground, knowledge))
     return Parts(**{name: part for stage in stages for name, part in vars(stage).items()})
 
 
 async def _ground(config: Config, events: EventPump, programs: HostPrograms, gates: Gates) -> Ground:
     checkpoint = Checkpoint(config["state-dir"])
     host = await asyncio.to_thread(look, config["ipv4-node"], config["devices"])
-    node_ip6 = (config["ipv6-node"] or host.node_ip6) if config["enable-ipv6"] else None
+    ipv6 = programs.catalogue.enable_ipv6
+    node_ip6 = (config["ipv6-node"] or host.node_ip6) if ipv6 else None
     host = replace(host, node_ip6=node_ip6)
-    node = await asyncio.to_thread(_node, config, checkpoint, host)
-    pool = Pool(IPv4Network(node.pool), _ipv6_range(config, host))
+    node, wish = await _node(config, checkpoint, host, gates)
+    pool = Pool(IPv4Network(node.pool), _ipv6_range(config, host) if ipv6 else None)
     if node.last_address:
         pool.resume_after(IPv4Address(node.last_address))
     netlink = Netlink()
+    overlay = _overlay(config, host, programs, netlink)
+    await overlay.prepare()
     return Ground(
         config,
         gates,
@@ -172,21 +201,35 @@ async def _ground(config: Config, events: EventPump, programs: HostPrograms, gat
         checkpoint,
         host,
         node,
+        wish,
         pool,
         netlink,
         Devices(netlink, ipv6=pool.network6 is not None),
         Routes(netlink),
+        overlay,
     )
+
+
+def _overlay(config: Config, host: HostView, programs: HostPrograms, netlink: Netlink) -> Overlay:
+    shape = Shape(config["tunnel-port"], host.mtu - OVERHEAD)
+    return Overlay(Tunnel(netlink, shape), programs, enabled=config["tunnel"] == "vxlan")
 
 
 def _store(ground: Ground) -> Store:
     client = Client(_etcd_config(ground.config))
     session = Session(client, ttl=int(ground.config["kvstore-lease-ttl"]), lease=ground.node.lease)
     role_session = Session(client, ttl=ROLE_TTL_S, name=ground.node.name)
-    return Store(client, session, role_session, Election(client, role_session, OPERATOR))
+    registration = Registration(
+        client,
+        ground.config["cluster-name"],
+        ground.wish,
+        ttl=ground.config["kvstore-lease-ttl"],
+        former_lease=ground.node.former_lease,
+    )
+    return Store(client, session, registration, role_session, Election(client, role_session, OPERATOR))
 
 
-def _knowledge(ground: Ground, store: Store, view: remembered.View) -> Knowledge:
+async def _knowledge(ground: Ground, store: Store, view: remembered.View) -> Knowledge:
     grace = ground.config["kvstore-missing-grace-period"]
     identities = IdentityCache(grace=grace)
     local = LocalIdentities(identities.local)
@@ -196,11 +239,13 @@ def _knowledge(ground: Ground, store: Store, view: remembered.View) -> Knowledge
     names = PolicyNames(documents, policies, refusals)
     keys = PolicyKeys(documents, refusals, grace)
     addresses = ipcache.new_table(ipv6=ground.pool.network6 is not None)
-    nodes: Table[str, schema.NodeRecord] = Table("nodes", ("kvstore",))
+    nodes: NodeTable = Table("nodes", ("kvstore",))
+    pools: PoolTable = Table("node-pools", ("nodes",))
+    hosts = {host for _, host in ground.programs.maps.tunnel.items()} if ground.overlay.enabled else set()
     ip_sink = sinks.IpSink(addresses.source(ipcache.KVSTORE_SOURCE), grace)
     node_sink = TableSink(nodes.source("kvstore"), sinks.node_entry, sinks.node_name, grace=grace)
-    remembered.restore(view, keys, identities)
-    remembered.restore_addresses(ip_sink.source, ground.programs.maps.ipcache, ground.pool.networks)
+    await remembered.restore(view, keys, identities)
+    await remembered.restore_addresses(ip_sink.source, ground.programs.maps.ipcache, ground.pool.networks)
     client, relist = store.client, ground.gates.relist
     return Knowledge(
         identities,
@@ -213,11 +258,13 @@ def _knowledge(ground: Ground, store: Store, view: remembered.View) -> Knowledge
         keys,
         addresses,
         nodes,
+        pools,
+        hosts,
         ip_sink,
         node_sink,
         followers=[
             _resuming(client, schema.IDENTITY_IDS, identities, view.identities_at, ground.gates),
-            _resuming(client, schema.POLICIES, keys, view.policies_at, ground.gates),
+            _resuming(client, schema.POLICIES, keys, view.policies_at, ground.gates, prepare=keys.prepare),
             Follower(client, schema.NODES, node_sink, gate=relist),
             _resuming(client, schema.IPS, ip_sink, ground.node.addresses_at, ground.gates, partial=True),
         ],
@@ -225,7 +272,14 @@ def _knowledge(ground: Ground, store: Store, view: remembered.View) -> Knowledge
 
 
 def _resuming(
-    client: Client, prefix: str, sink: Sink, at: remembered.Place, gates: Gates, *, partial: bool = False
+    client: Client,
+    prefix: str,
+    sink: Sink,
+    at: remembered.Place,
+    gates: Gates,
+    *,
+    partial: bool = False,
+    prepare: Preparation | None = None,
 ) -> Follower:
     """Return a follower that goes on where the restored view stands."""
     return Follower(
@@ -236,6 +290,7 @@ def _resuming(
         resume_cluster=at.cluster_id,
         partial=partial,
         gate=gates.relist,
+        prepare=prepare,
     )
 
 
@@ -253,8 +308,8 @@ def _enforcement(ground: Ground, store: Store, known: Knowledge) -> Enforcement:
         "endpoints": Reconciler("endpoints", table, _endpoint_target(ground, policy_store)),
         "own-entries": publish.reconciler(table, _own_entries(ground, store)),
     }
-    ip_reconciler = ipcache.reconciler(known.addresses, maps.ipcache, policy_maps.reconciler)
-    conntrack = Conntrack(maps.conntrack)
+    ip_reconciler = ipcache.reconciler(known.addresses, maps.ipcache, derivations, known.hosts)
+    conntrack = Conntrack(maps.conntrack, config["conntrack-gc-interval"])
     firewall = _firewall(config, ground.pool)
     derivations.attach(reconcilers["endpoints"], ip_reconciler, conntrack, firewall)
     return Enforcement(
@@ -265,9 +320,42 @@ def _enforcement(ground: Ground, store: Store, known: Knowledge) -> Enforcement:
         allocator,
         endpoints,
         reconcilers,
+        _node_follower(ground, known, ip_reconciler),
+        _node_reconcilers(ground, known),
         firewall,
         conntrack,
         _keeper(ground, known),
+    )
+
+
+def _node_follower(
+    ground: Ground, known: Knowledge, addresses: Reconciler[str, ipcache.Record]
+) -> NodeFollower:
+    async def moved(hosts: set[str]) -> None:
+        if ground.overlay.enabled:
+            addresses.touch(await ipcache.behind(known.addresses, hosts))
+
+    own = Own(
+        f"{ground.config['cluster-name']}/{ground.node.name}",
+        tuple(ip_network(pool) for pool in ground.pool.networks),
+        frozenset(str(each) for each in ground.host.addresses if not each.is_loopback),
+    )
+    # Without a tunnel nothing is encapsulated, whoever is registered.
+    hosts = known.hosts if ground.overlay.enabled else set()
+    return NodeFollower(known.nodes, known.addresses, known.pools, own, hosts=hosts, moved=moved)
+
+
+def _node_reconcilers(ground: Ground, known: Knowledge) -> tuple[Reconciler[str, NodePool], ...]:
+    way: Way | None = None
+    if ground.overlay.enabled:
+        routers = dict(zip((4, 6), ground.pool.routers, strict=False))
+        way = Tunnelled(lambda: ground.overlay.tunnel.index, routers)
+    elif ground.config["auto-direct-node-routes"]:
+        way = Direct((4, 6) if ground.pool.network6 else (4,))
+    return node_reconcilers(
+        known.pools,
+        NodeRouteTarget(NodeRoutes(ground.netlink), way),
+        TunnelMapTarget(ground.programs.maps.tunnel, enabled=ground.overlay.enabled),
     )
 
 
@@ -291,6 +379,7 @@ def _endpoints(
     label_filter = LabelFilter(ground.config["labels"])
     manager = EndpointManager(table, ground.pool, ground.checkpoint, allocator, label_filter, kernel)
     manager.store.last_id = ground.node.last_endpoint_id
+    manager.refused_because = lambda: store.registration.refusal
     slot.append(manager)
     return allocator, manager
 
@@ -305,9 +394,8 @@ def _endpoint_target(ground: Ground, policy_store: PolicyMapStore) -> EndpointTa
     if ground.pool.network6 is not None:
         known = (ground.host.node_ip6, ground.pool.ipv6_of(ground.pool.router))
         sources[6] = tuple(str(each) for each in known if each is not None)
-    place = Place(
-        ground.programs.root, ground.config["mtu"] or ground.host.mtu, ground.pool.networks, sources
-    )
+    inside = ground.host.mtu - (OVERHEAD if ground.overlay.enabled else 0)
+    place = Place(ground.programs.root, ground.config["mtu"] or inside, ground.pool.networks, sources)
     lxc = ground.programs.maps.lxc
     return EndpointTarget(place, ground.devices, ground.routes, lxc, policy_store, ground.programs)
 
@@ -330,6 +418,7 @@ def _keeper(ground: Ground, known: Knowledge) -> Keeper:
         ground.routes,
         ground.programs.maps.lxc,
         ground.programs,
+        ground.overlay,
         configured_devices=ground.config["devices"],
         pools=ground.pool.networks,
         routers=ground.pool.routers,
@@ -346,36 +435,70 @@ def _engine(ground: Ground, enforcement: Enforcement) -> EngineSide:
     return EngineSide(engine, driver, EngineWatch(engine, enforcement.endpoints, driver))
 
 
-def _ipv6_range(config: Config, host: HostView) -> IPv6Network | None:
-    if not config["enable-ipv6"]:
-        return None
+def _health(ground: Ground, known: Knowledge) -> HealthSide:
+    config, addresses = ground.config, ground.host.node_ips
+    port = config["cluster-health-port"]
+    if not port:
+        return HealthSide()
+    own = f"{config['cluster-name']}/{ground.node.name}"
+    prober = Prober(known.nodes, own, addresses, port=port, base=config["cluster-health-interval"])
+    return HealthSide(prober, HealthServer(addresses, port))
+
+
+def _ipv6_range(config: Config, host: HostView) -> IPv6Network:
     return config["ipv6-range"] or automatic_network6(host.node_ip)
 
 
-def _node(config: Config, checkpoint: Checkpoint, host: HostView) -> Node:
-    """Return this node's name and pool: configured, else as before, else found out."""
-    known = checkpoint.node()
+async def _node(config: Config, checkpoint: Checkpoint, host: HostView, gates: Gates) -> tuple[Node, Wish]:
+    """Return this node's name and pool, and what it asks the cluster for.
+
+    The pool is configured, else as before, else claimed (which waits for etcd), else found out.
+    """
+    known = await asyncio.to_thread(checkpoint.node)
     name = node_name(config["node-name"] or (known.name if known else ""))
+    wish = _wish(config, known, name, host)
+    if wish.fixed is None:
+        await gates.connect()
+        client = Client(_etcd_config(config))
+        try:
+            wish = replace(wish, fixed=await first_pool(client, config["cluster-name"], wish))
+        finally:
+            await client.close()
+    node = _node_record(known, name, str(wish.fixed), host.node_ip)
+    await asyncio.to_thread(checkpoint.save_node, node)
+    return node, wish
+
+
+def _wish(config: Config, known: Node | None, name: str, host: HostView) -> Wish:
     pool = config["ipv4-range"] or (IPv4Network(known.pool) if known else None)
-    if pool is None:
+    if pool is None and config["cluster-pool-ipv4-cidr"] is None:
         pool = automatic_network(IPv4Address(host.node_ip), list(host.networks))
-    node = _node_record(known, name, str(pool), host.node_ip)
-    checkpoint.save_node(node)
-    return node
+    return Wish(
+        name,
+        str(host.node_ip),
+        fixed=pool,
+        cluster_range=config["cluster-pool-ipv4-cidr"],
+        length=config["cluster-pool-ipv4-mask-size"],
+        former=known.name if known else "",
+        lease=(known.former_lease or known.lease) if known else 0,
+        avoid=tuple(each for each in host.networks if each.prefixlen),
+    )
 
 
 def _node_record(known: Node | None, name: str, pool: str, node_ip: IPv4Address) -> Node:
     """Return the node's record with this name and pool, keeping what else was known."""
     if known is None:
         return Node(name, pool)
+    lease = own_lease(known, node_ip)
     return Node(
         name,
         pool,
         last_endpoint_id=known.last_endpoint_id,
         last_address=known.last_address,
         local_identities=known.local_identities,
-        lease=own_lease(known, node_ip),
+        lease=lease,
         lease_address=str(node_ip),
+        former_lease=known.former_lease or (known.lease if not lease else 0),
         addresses_at=known.addresses_at,
     )
 

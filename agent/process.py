@@ -16,20 +16,21 @@ from pathlib import Path
 
 import prometheus_client
 
-from agent import report, report_endpoints, report_maps
-from agent.api import models
+from agent import report, report_endpoints, report_health, report_maps
+from agent.api import models, models_health
 from agent.api.errors import BadRequest, Conflict, NotFound, NotReady
 from agent.api.monitor import MonitorHub
 from agent.endpoint import Endpoint
 from agent.errors import EndpointNotFound
+from agent.health import Prober
 from agent.parts import Parts
+from agent.policy_sources import read_document
 from agent.trace import trace
 from core import log, metrics
 from core.options import Config
 from core.supervisor import Supervisor
 from datapath.namespace import is_namespace
 from identity.labels import CONTAINER, Labels
-from policy.language import parse_policies
 
 
 class AgentProcess:
@@ -155,6 +156,20 @@ class AgentProcess:
     def nodes(self) -> Sequence[models.Node]:
         return report.nodes(self._built())
 
+    async def health(self) -> models_health.HealthStatus:
+        # In a thread: of 10 000 nodes it takes a quarter of a second.
+        return await asyncio.to_thread(report_health.health, self._prober())
+
+    async def probe_health(self) -> models_health.HealthStatus:
+        await self._prober().probe_all()
+        return await self.health()
+
+    def _prober(self) -> Prober:
+        prober = self._built().prober
+        if prober is None:
+            raise NotFound("health probes are switched off", hint="the option cluster-health-port is 0")
+        return prober
+
     # --- policy
 
     def policies(self) -> models.PolicyRepository:
@@ -162,17 +177,17 @@ class AgentProcess:
 
     async def put_policy(self, name: str, text: str) -> models.PolicyChange:
         parts = self._built()
-        for policy in parse_policies(text, "policy apply --local", name=name):
+        for policy in await read_document(text, "policy apply --local", name):
             holder = parts.policy_names.holder(policy.name)
             if holder is not None and holder != parts.directory.origin_of(name):
                 raise Conflict(f"policy {policy.name} exists already, from {holder}", hint="delete it there")
         path = await asyncio.to_thread(parts.directory.write, name, text)
-        parts.directory.rescan()
+        await parts.directory.rescan()
         return await self._changed(parts, name, str(path))
 
     async def delete_policy(self, name: str) -> models.PolicyChange:
         parts = self._built()
-        path = parts.directory.remove(name)
+        path = await parts.directory.remove(name)
         if path is None:
             raise NotFound(f"policy {name} is not in {parts.directory.directory}")
         return await self._changed(parts, name, str(path))

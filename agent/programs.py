@@ -10,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
+from loguru import logger
+
 from agent.endpoint import Endpoint
+from agent.host import has_ipv6
 from core.options import Config
 from datapath.attach import NAME_PREFIX, PLACES, Attacher, Hook, attach_endpoint, remove_policy
 from datapath.bpffs import ensure_bpffs, raise_memlock
@@ -24,6 +27,7 @@ from datapath.handle import MapHandle
 from datapath.loader import (
     ENDPOINT_OBJECTS,
     NETDEV_OBJECTS,
+    OVERLAY_OBJECTS,
     POLICY_MAP,
     IdentityCell,
     Programs,
@@ -35,7 +39,7 @@ from datapath.netlink import Netlink
 from datapath.ring import EventRing
 
 GLOBALS_BELOW = Path("tc/globals")
-NETDEV_PROGRAM = "from_netdev"
+NETDEV_PROGRAM, OVERLAY_PROGRAM = "from_netdev", "from_overlay"
 NETDEV_FILTER = NAME_PREFIX + NETDEV_PROGRAM
 
 
@@ -127,6 +131,13 @@ class Templates(NamedTuple):
 
     endpoint: Template
     netdev: Template
+    overlay: Template
+
+    @classmethod
+    def read(cls, objects: Path, family: int) -> Templates:
+        """Read those of a family.  Raises LoadError."""
+        names = (ENDPOINT_OBJECTS[family], NETDEV_OBJECTS[family], OVERLAY_OBJECTS[family])
+        return cls(*(Template.read(objects / name) for name in names))
 
 
 class HostPrograms:
@@ -163,18 +174,16 @@ class HostPrograms:
             ct_any_max=config["bpf-ct-global-any-max"],
             policy_max=config["bpf-policy-map-max"],
             fragments_max=config["bpf-fragments-map-max"],
-            enable_ipv6=config["enable-ipv6"],
+            enable_ipv6=speaks_ipv6(config),
         )
         objects = object_dir(config)
-        templates = {
-            family: Templates(
-                Template.read(objects / ENDPOINT_OBJECTS[family]),
-                Template.read(objects / NETDEV_OBJECTS[family]),
-            )
-            for family in catalogue.families
-        }
+        templates = {family: Templates.read(objects, family) for family in catalogue.families}
         maps = HostMaps.open(catalogue, root)
         return cls(catalogue, root, maps, templates, options_of(config), Netlink())
+
+    def use_tunnel(self, ifindex: int) -> None:
+        """Have programs that are loaded from now on send to other hosts by this device."""
+        self._options = replace(self._options, tunnel_ifindex=ifindex)
 
     # --- agent.plumbing.Programs
 
@@ -226,15 +235,23 @@ class HostPrograms:
 
     async def attach_netdev(self, name: str, index: int) -> bool:
         """Attach from_netdev to a device of the host; return whether anything was done."""
+        objects = {family: each.netdev for family, each in self._templates.items()}
+        return await self._attach(name, index, objects, NETDEV_PROGRAM)
+
+    async def attach_overlay(self, name: str, index: int) -> bool:
+        """Attach from_overlay to the device between hosts; return whether anything was done."""
+        objects = {family: each.overlay for family, each in self._templates.items()}
+        return await self._attach(name, index, objects, OVERLAY_PROGRAM)
+
+    async def _attach(self, name: str, index: int, objects: Mapping[int, Template], program: str) -> bool:
         places = {each.place for each in await self._attacher.filters(index) if each.ours}
-        if self._on_devices.get(index) == name and places == {PLACES[family] for family in self._templates}:
+        if self._on_devices.get(index) == name and places == {PLACES[family] for family in objects}:
             return False
         constants, maps = netdev_constants(self._options), self.maps.by_name()
-        for family, templates in self._templates.items():
-            with await asyncio.to_thread(templates.netdev.load, constants, maps) as programs:
-                program = programs[NETDEV_PROGRAM]
-                await self._attacher.attach(index, Hook.INGRESS, program, NETDEV_PROGRAM, family=family)
-        await self._attacher.keep_only(index, self._templates)
+        for family, template in objects.items():
+            with await asyncio.to_thread(template.load, constants, maps) as programs:
+                await self._attacher.attach(index, Hook.INGRESS, programs[program], program, family=family)
+        await self._attacher.keep_only(index, objects)
         self._on_devices[index] = name
         return True
 
@@ -246,6 +263,14 @@ class HostPrograms:
         """Take our program off a device of the host."""
         await self._attacher.release(index)
         self._on_devices.pop(index, None)
+
+
+def speaks_ipv6(config: Config) -> bool:
+    """Whether endpoints get IPv6: wanted, and to be had on this host."""
+    if config["enable-ipv6"] and not has_ipv6():
+        logger.warning("enable-ipv6 is true, but this host's kernel has no IPv6: endpoints have IPv4 only")
+        return False
+    return bool(config["enable-ipv6"])
 
 
 def object_dir(config: Config) -> Path:

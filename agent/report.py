@@ -14,6 +14,7 @@ from agent.api import models
 from agent.endpoint import State
 from agent.parts import Parts
 from agent.report_endpoints import state_of, when
+from agent.report_health import summary
 from core import metrics, waiting
 from core.errors import shorten
 from core.reconciler import Reconciler
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 # Records in etcd that status shows; a thousand of them have one cause more often than a thousand.
 IGNORED_SHOWN = 10
+NO_IPV6 = "no IPv6: this host's kernel has none"
 OK, WARNING, FAILURE, DISABLED = "Ok", "Warning", "Failure", "Disabled"
 
 
@@ -46,6 +48,7 @@ def status(process: AgentProcess) -> models.Status:
         ipam=models.Ipam(
             pool=str(parts.pool.network),
             pool6=str(parts.pool.network6 or ""),
+            lacking="" if parts.pool.network6 or not parts.config["enable-ipv6"] else NO_IPV6,
             used=parts.pool.used,
             available=parts.pool.capacity - parts.pool.used,
         ),
@@ -69,6 +72,7 @@ def status(process: AgentProcess) -> models.Status:
             models.IgnoredRecord(key=shorten(key), error=error)
             for key, error in itertools.islice(ignored_records(parts).items(), IGNORED_SHOWN)
         ],
+        cluster_health=summary(parts.prober, parts.health_server),
     )
 
 
@@ -96,6 +100,8 @@ def _overall(parts: Parts) -> models.Component:
     failing = [each.name for each in _reconcilers(parts) if each.errors]
     if failing:
         return models.Component(state=WARNING, msg=f"could not write everything of {', '.join(failing)}")
+    if parts.registration.refusal:
+        return models.Component(state=FAILURE, msg=f"not registered: {parts.registration.refusal}")
     if parts.keeper.error:
         return models.Component(state=WARNING, msg=parts.keeper.error)
     if not parts.policy_maps.is_open:
@@ -209,6 +215,7 @@ def _reconcilers(parts: Parts) -> list[Reconciler[Any, Any]]:
         parts.policy_maps.reconciler,
         parts.ipcache,
         parts.firewall.reconciler,
+        *parts.node_reconcilers,
     ]
 
 
@@ -248,7 +255,12 @@ def _waits() -> list[models.WaitInfo]:
 
 def ignored_records(parts: Parts) -> dict[str, str]:
     """Return key → why, of the records in etcd that can not be used."""
-    return {**parts.identities.ignored, **parts.ip_sink.ignored, **parts.node_sink.ignored}
+    return {
+        **parts.identities.ignored,
+        **parts.ip_sink.ignored,
+        **parts.node_sink.ignored,
+        **parts.node_follower.refused,
+    }
 
 
 def _unmanaged(parts: Parts) -> list[models.Unmanaged]:

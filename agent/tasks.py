@@ -15,10 +15,11 @@ from loguru import logger
 from msgspec import structs
 
 from agent import ipcache, publish, remembered
+from agent.agent_events import AgentEvents, start_event
 from agent.checkpoint import Node
 from agent.collector import MapCollector
-from agent.nodes import follow_nodes
 from agent.parts import Parts
+from agent.report_health import HealthCollector
 from core import metrics
 from core.backoff import jittered
 from core.files import write_atomic
@@ -40,9 +41,12 @@ def start(parts: Parts, supervisor: Supervisor) -> None:
     if parts.driver is not None:
         parts.driver.restore()
     metrics.REGISTRY.register(MapCollector(parts.programs.maps, lambda: parts.policy_maps.pressure))
+    if parts.prober is not None:
+        metrics.REGISTRY.register(HealthCollector(parts.prober))
     logger.info("{} endpoints restored, pool {}, node {}", restored, parts.node.pool, parts.node.name)
     for name, main in _tasks(parts).items():
         supervisor.start(name, main)
+    parts.events.hub.publish(start_event())
 
 
 def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
@@ -59,6 +63,12 @@ def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
     tasks["identities to policy"] = parts.derivations.follow_identities
     tasks["policies to policy"] = parts.derivations.follow_policies
     tasks["policy directory"] = parts.directory.run
+    told = AgentEvents(
+        parts.events.hub, parts.policies, parts.endpoints.table, parts.policy_maps, parts.derivations
+    )
+    tasks["events of policies"] = told.follow_policies
+    tasks["events of endpoints"] = told.follow_endpoints
+    tasks["events of policy maps"] = told.follow_maps
     tasks["policy names"] = parts.policy_names.run
     held = parts.gates.behind_connect
     tasks["kvstore session"] = held(partial(_session, parts))
@@ -78,9 +88,11 @@ def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
         gated = follower.prefix == schema.IPS
         run = partial(_follow_after_gate, parts, follower) if gated else follower.run
         tasks[f"watch {follower.prefix}"] = held(run)
-    tasks["nodes to ipcache"] = partial(
-        follow_nodes, parts.nodes, parts.addresses, parts.node.name, parts.config
-    )
+    tasks["nodes"] = parts.node_follower.run
+    for each in parts.node_reconcilers:
+        tasks[f"reconciler {each.name}"] = each.run
+    if not parts.overlay.enabled:
+        tasks["firewall pools"] = partial(parts.firewall.follow_pools, parts.pools, parts.endpoints.table)
     tasks["conntrack"] = parts.conntrack.run
     tasks["grace periods"] = partial(_expire, parts)
     tasks["checkpoint"] = partial(_checkpoint, parts)
@@ -89,6 +101,9 @@ def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
     if parts.driver is not None and parts.engine_watch is not None:
         tasks["network driver"] = parts.driver.serve
         tasks["engine watch"] = parts.engine_watch.run
+    if parts.prober is not None and parts.health_server is not None:
+        tasks["health probes"] = parts.prober.run
+        tasks["health answers"] = parts.health_server.run
     return tasks
 
 
@@ -101,13 +116,18 @@ async def _session(parts: Parts) -> None:
         pool=parts.pool,
     )
     key = schema.node_key(parts.config["cluster-name"], parts.node.name)
+    await parts.registration.confirm()
     await parts.session.own(key, schema.encode_node(record))
     await parts.session.run()
 
 
 async def _follow_after_gate(parts: Parts, follower: Follower) -> None:
-    """Addresses come after policies and identities: an address must not get a number no map knows."""
+    """Addresses come after policies and identities: an address must not get a number no map knows.
+
+    And after nodes, so that each is written once: with the host that it is behind.
+    """
     await parts.policy_maps.opened.wait()
+    await parts.node_follower.caught_up.wait()
     await follower.run()
 
 
@@ -190,5 +210,6 @@ def node_now(parts: Parts) -> Node:
         local_identities=parts.local.numbers(),
         lease=parts.session.lease_id,
         lease_address=str(parts.host.node_ip),
+        former_lease=parts.registration.former_lease,
         addresses_at=parts.node.addresses_at,
     )

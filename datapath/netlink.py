@@ -18,6 +18,7 @@ from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from datapath.errors import DatapathError
+from datapath.routemessages import RouteSocket
 
 Message = Any  # pyroute2's: fields by [], attributes by .get("name")
 
@@ -28,6 +29,7 @@ class Netlink:
     def __init__(self) -> None:
         self._socket = AsyncIPRoute()
         self._turn = asyncio.Lock()
+        self.routes = RouteSocket()  # for many at once; blocking
 
     async def __aenter__(self) -> Self:
         return self
@@ -38,7 +40,8 @@ class Netlink:
         await self.close()
 
     async def close(self) -> None:
-        """Close the socket."""
+        """Close the sockets."""
+        self.routes.close()
         closing = self._socket.close()
         if inspect.isawaitable(closing):
             await closing

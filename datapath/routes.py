@@ -8,6 +8,7 @@ gateway), and finding routes that no endpoint owns.  Called by: the agent's reco
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -94,7 +95,8 @@ class Routes:
 
     async def ours(self) -> dict[str, int]:
         """Return Holdfast's routes: prefix → device index (0: unreachable)."""
-        return {_prefix(message): message.get("oif") or 0 for message in await self._dump()}
+        rows = await asyncio.to_thread(self._netlink.routes.dump)
+        return {row.prefix: row.oif for row in rows if row.protocol == PROTOCOL}
 
     async def prune(self, keep: Iterable[str]) -> list[str]:
         """Delete our routes to prefixes not in `keep` ("10.0.0.1/32"); return what was deleted."""
@@ -102,13 +104,5 @@ class Routes:
         stale = [prefix for prefix in await self.ours() if prefix not in wanted]
         return [prefix for prefix in stale if await self.delete(prefix)]
 
-    async def _dump(self) -> list[Message]:
-        messages = await self._request("list routes", "route", "dump", proto=PROTOCOL)
-        return [message for message in messages if message["proto"] == PROTOCOL]
-
     async def _request(self, what: str, kind: str, command: str, **arguments: object) -> list[Message]:
         return await self._netlink.request(what, RouteError, kind, command, **arguments)
-
-
-def _prefix(message: Message) -> str:
-    return f"{message.get('dst')}/{message['dst_len']}"

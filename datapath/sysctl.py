@@ -89,6 +89,17 @@ def needed_by_endpoint(device: str, *, ipv6: bool = False) -> dict[str, str]:
     return settings
 
 
+def needed_by_tunnel(device: str) -> dict[str, str]:
+    """What the device between hosts must not do: judge sources (its program does), and speak for itself."""
+    return {
+        f"net/ipv4/conf/{device}/rp_filter": "0",
+        f"net/ipv4/conf/{device}/forwarding": "1",
+        f"net/ipv6/conf/{device}/addr_gen_mode": "1",
+        f"net/ipv6/conf/{device}/accept_ra": "0",
+        f"net/ipv6/conf/{device}/forwarding": "1",
+    }
+
+
 def useful_to_endpoint(device: str) -> dict[str, str]:
     """What the host side of a pair should have; an endpoint works without, but for what is said here.
 

@@ -9,6 +9,7 @@
     ├── LeaseNotFound        the lease expired or was revoked: grant a new one, write own keys again
     ├── RequestRefused       etcd will never take this request (too large, malformed)
     │   └── NoSpace          etcd takes no write at all before a person made room
+    ├── NodeConflict         a node's name or pool is another node's
     ├── InvalidKeyPart       a name that can not become part of a key
     └── RecordError          a record in etcd that is not used: `key` and `reason`
 
@@ -18,6 +19,10 @@ Errors of the wire are turned into these once, in `kvstore.transport`; nobody el
 from __future__ import annotations
 
 from core.errors import HoldfastError, shorten
+
+# Of a request that etcd's limit, or that of gRPC above it, keeps out.
+_TOO_LARGE_TEXTS = ("request is too large", "message larger than max")
+_TOO_LARGE = "etcd takes 1.5 MiB a request, or what its --max-request-bytes says: write less at once"
 
 
 class KvstoreError(HoldfastError):
@@ -79,13 +84,20 @@ class RequestRefused(KvstoreError):
     """Raised when repeating the same request can not help."""
 
     def __init__(self, what: str, key: str, peer: str, reason: str) -> None:
-        super().__init__(f"{what} {shorten(key)!r}: etcd at {peer} refuses: {shorten(reason, 300)}")
+        super().__init__(
+            f"{what} {shorten(key)!r}: etcd at {peer} refuses: {shorten(reason, 300)}",
+            hint=_TOO_LARGE if any(each in reason for each in _TOO_LARGE_TEXTS) else "",
+        )
         self.key = key
         self.reason = reason
 
 
 class NoSpace(RequestRefused):
     """Raised when etcd's database is full: compact, defragment, disarm the alarm."""
+
+
+class NodeConflict(KvstoreError):
+    """Raised when the name or the pool that a node wants is another node's; the text names that one."""
 
 
 class InvalidKeyPart(KvstoreError):

@@ -61,6 +61,13 @@ DEFAULT_TTL_S = 24 * 3600
 # A lease is renewed at a third of its time, and at least this often: renewal is also how the loss of a
 # long lease is noticed.
 LONGEST_KEEPALIVE_S = 60.0
+
+
+def keepalive_s(ttl: float) -> float:
+    """Return the mean seconds between two renewals of a lease of `ttl` seconds."""
+    return min(ttl / 3, LONGEST_KEEPALIVE_S)
+
+
 # Adopted keys are watched when no further one has come for so long, at the latest after so long.  Nothing
 # is lost meanwhile, as a watch begins at the revision of its key; but each costs as much as a transaction
 # does, and many workloads that start at once wait for their transactions and not for the watches.
@@ -220,7 +227,7 @@ class Session:
 
     async def _keep_alive(self) -> None:
         while True:
-            await asyncio.sleep(jittered(min(self.ttl / 3, LONGEST_KEEPALIVE_S)))
+            await asyncio.sleep(jittered(keepalive_s(self.ttl)))
             await self._keep_alive_once()
 
     async def _keep_alive_once(self) -> None:

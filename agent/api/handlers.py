@@ -56,6 +56,8 @@ class Handlers:
             web.get("/v1/identity/{id}", self.identity),
             web.get("/v1/ip", self.addresses),
             web.get("/v1/cluster/nodes", self.nodes),
+            web.get("/v1/health", self.health),
+            web.put("/v1/health/probe", self.probe_health),
             web.get("/v1/network", self.networks),
             web.get("/v1/policy", self.policies),
             web.get("/v1/policy/selectors", self.selectors),
@@ -136,6 +138,12 @@ class Handlers:
 
     async def nodes(self, _: web.Request) -> web.Response:
         return json_response(self.view.nodes())
+
+    async def health(self, _: web.Request) -> web.Response:
+        return json_response(await self.view.health())
+
+    async def probe_health(self, _: web.Request) -> web.Response:
+        return json_response(await self.view.probe_health())
 
     async def networks(self, _: web.Request) -> web.Response:
         return json_response(await self.view.networks())

@@ -39,6 +39,7 @@ class Ipam(Model, frozen=True, kw_only=True):
     used: int
     available: int
     pool6: str = ""  # where IPv6 addresses lie; each ends with an IPv4 address of the pool
+    lacking: str = ""  # what the configuration wants and this host can not have
 
 
 class Controller(Model, frozen=True, kw_only=True):
@@ -105,6 +106,25 @@ class MonitorInfo(Model, frozen=True, kw_only=True):
     lost: int
 
 
+class UnreachableNode(Model, frozen=True, kw_only=True):
+    """A node whose last probe failed, and what of it."""
+
+    name: str
+    ip: str
+    error: str
+
+
+class ClusterHealth(Component, frozen=True, kw_only=True):
+    """Probes between nodes in short; `state` is about this node's own side of them."""
+
+    nodes: int = 0
+    reachable: int = 0
+    unreachable: int = 0
+    interval: float = 0.0  # seconds between two probes of a node
+    age: float = -1.0  # seconds since the last probe of any node; -1: none yet
+    unreachable_nodes: list[UnreachableNode] = []  # the first of them
+
+
 class Status(Model, frozen=True, kw_only=True):
     """The answer of /v1/healthz and the whole of `holdfast status`."""
 
@@ -132,6 +152,7 @@ class Status(Model, frozen=True, kw_only=True):
     ignored: int = 0  # records in etcd that can not be used
     ignored_records: list[IgnoredRecord] = []  # the first of them
     maps: list[MapInfo] = []
+    cluster_health: ClusterHealth = ClusterHealth(state="Disabled", msg="not started")
 
 
 # --- configuration
@@ -374,7 +395,8 @@ class MapDump(Model, frozen=True, kw_only=True):
 
 
 class MonitorEvent(Model, frozen=True, kw_only=True):
-    """One datapath event.  `summary` is Cilium's monitor line; endpoints are ids (0 = none of this node)."""
+    """One event of the data path or of the agent.  `summary` is Cilium's monitor line; endpoints are ids (0 =
+    none of this node)."""
 
     time: float  # Unix seconds
     type: str  # drop, trace, policy-verdict, agent, lost
@@ -383,7 +405,7 @@ class MonitorEvent(Model, frozen=True, kw_only=True):
     destination: int = 0
     source_identity: int = 0
     destination_identity: int = 0
-    reason: str = ""  # drop reason, trace point or verdict
+    reason: str = ""  # drop reason, trace point, verdict, or what the agent did
     details: dict[str, Any] = {}
 
 

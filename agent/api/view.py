@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from agent.api import models
+from agent.api import models, models_health
 from agent.api.monitor import MonitorHub
 
 
@@ -70,6 +70,14 @@ class AgentView(Protocol):
     def addresses(self) -> Sequence[models.Address]: ...
 
     def nodes(self) -> Sequence[models.Node]: ...
+
+    async def health(self) -> models_health.HealthStatus:
+        """Return what the last probes of the nodes found; NotFound where they are switched off."""
+        ...
+
+    async def probe_health(self) -> models_health.HealthStatus:
+        """Probe every node now and return what was found; as `health` otherwise."""
+        ...
 
     # --- policy
     def policies(self) -> models.PolicyRepository: ...

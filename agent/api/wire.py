@@ -19,9 +19,11 @@ from agent.api.errors import BadRequest, TooLarge, code_of
 from agent.api.models import ErrorBody
 from core import metrics
 from core.errors import HoldfastError, shorten
+from policy.language import MAX_STORED
 
-# The longest body: a policy document; etcd takes no value above 1.5 MiB either.
-MAX_BODY = 1 << 20
+# The longest body: a policy as text inside JSON, where a quote takes two bytes and an accented letter, of two
+# bytes, six.
+MAX_BODY = 3 * MAX_STORED + 1024
 # A client that takes longer to send a body is given up.
 BODY_TIMEOUT_S = 10.0
 

@@ -24,6 +24,6 @@ def agent(ctx: click.Context, options: tuple[str, ...]) -> None:
     Options are written --name value; they also come from config-dir, a YAML file and the
     environment.
     """
-    from agent.main import main
+    from agent.start import main
 
     ctx.exit(main(list(options)))

@@ -36,6 +36,7 @@ AGENT_PARTS = {
     "identities": "identity",
     "addresses": "ip",
     "nodes": "cluster/nodes",
+    "health": "health",
     "policy": "policy",
     "selectors": "policy/selectors",
     "maps": "map",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`holdfast monitor`: the datapath's events as they happen."""
+"""`holdfast monitor`: events of the data path and of the agent as they happen."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def monitor(
     as_json: bool,
     output: str | None,
 ) -> None:
-    """Follow drops, policy verdicts and traces until interrupted.
+    """Follow drops, policy verdicts, traces and what the agent does until interrupted.
 
-    Events exist only while somebody listens.  How many were lost, because the agent or this reader was too
-    slow, is told whatever the filter.
+    Events of the data path exist only while somebody listens.  How many were lost, because the agent or
+    this reader was too slow, is told whatever the filter.
     """
     query = {"type": ",".join(types), "from_": csv(source), "to": csv(destination), "related": csv(related)}
     if sys.stderr.isatty():

@@ -70,6 +70,7 @@ def lines(found: Json, verbose: bool) -> Iterator[str]:
     yield line("Policy", policy(found))
     yield line("Identities", identities(found))
     yield line("Staleness", staleness(found["staleness"]))
+    yield from cluster_health(found.get("cluster-health"))
     if found["maps"]:
         yield line("BPF Maps", maps(found["maps"]))
     for wait in found["waits"]:
@@ -110,7 +111,8 @@ def ipam(info: Json) -> str:
     if not info["pool"]:
         return NOT_KNOWN
     text = f"IPv4: {info['used']}/{info['used'] + info['available']} allocated from {info['pool']}"
-    return f"{text}, IPv6: {info['pool6']}" if info.get("pool6") else text
+    text = f"{text}, IPv6: {info['pool6']}" if info.get("pool6") else text
+    return f"{text} ({info['lacking']})" if info.get("lacking") else text
 
 
 def controllers(all_: list[Json]) -> str:
@@ -142,6 +144,26 @@ def staleness(seconds: float) -> str:
     if seconds < 0:
         return "the kvstore has not been heard since the start"
     return f"the kvstore confirmed this view {duration(seconds)} ago"
+
+
+def cluster_health(found: Json | None) -> Iterator[str]:
+    """Say how many nodes answered their last probe, and which did not."""
+    if found is None:  # an older agent
+        return
+    if found["state"] == "Disabled":
+        yield line("Cluster health", f"Probe disabled ({found['msg']})")
+        return
+    known = found["reachable"] + found["unreachable"]
+    unknown = f", {found['nodes'] - known} unknown" if known < found["nodes"] else ""
+    last = f"{duration(found['age'])} ago" if found["age"] >= 0 else "no probe yet"
+    times = f"({last}, each every {duration(found['interval'])})"
+    yield line("Cluster health", f"{found['reachable']}/{found['nodes']} reachable{unknown} {times}")
+    if found["msg"]:
+        yield f"  {found['state']}: {found['msg']}"
+    for each in found["unreachable-nodes"]:
+        yield f"  {each['name']} {each['ip']}: {each['error']}"
+    if found["unreachable"] > len(found["unreachable-nodes"]):
+        yield "  … (holdfast health shows all)"
 
 
 def maps(all_: list[Json]) -> str:

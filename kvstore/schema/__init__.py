@@ -6,7 +6,9 @@
     identity  numeric identities: id/<number>, value/<labels>/<node>, locks/<labels>/
     ip        which identity an address or prefix has
     node      hosts
+    pool      which node a pool of addresses belongs to
     external  VMs and machines without an agent, policies, the heartbeat: what Holdfast adds
+    maintenance  what is done for etcd's members
 
 Pure.  Called by: everybody who reads or writes keys; nobody else puts keys together (a test looks).
 """
@@ -29,7 +31,17 @@ from kvstore.schema.identity import (
     parse_identity_value,
     parse_identity_value_key,
 )
-from kvstore.schema.ip import IpRecord, NamedPort, encode_ip, ip_record, parse_ip, parse_ip_key, rewrite_ip
+from kvstore.schema.ip import (
+    IpRecord,
+    NamedPort,
+    encode_ip,
+    ip_record,
+    parse_ip,
+    parse_ip_entry,
+    parse_ip_key,
+    parse_plain_ips,
+    rewrite_ip,
+)
 from kvstore.schema.keys import (
     DEFAULT_SPACE,
     ELECTIONS,
@@ -39,8 +51,10 @@ from kvstore.schema.keys import (
     IDENTITY_LOCKS,
     IDENTITY_VALUES,
     IPS,
+    MAINTENANCE,
     NODES,
     POLICIES,
+    POOLS,
     PREFIXES,
     Prefix,
     election_candidate_key,
@@ -55,11 +69,22 @@ from kvstore.schema.keys import (
     identity_value_prefix,
     ip_key,
     ip_space_prefix,
+    maintenance_key,
     name_of,
     node_cluster_prefix,
     node_key,
     policy_key,
+    pool_cluster_prefix,
+    pool_counter_key,
+    pool_key,
     scope_of,
+)
+from kvstore.schema.maintenance import (
+    DefragmentationRecord,
+    MaintenanceRecord,
+    SnapshotRecord,
+    encode_maintenance,
+    parse_maintenance,
 )
 from kvstore.schema.node import (
     AllocCidr,
@@ -70,6 +95,7 @@ from kvstore.schema.node import (
     parse_node_key,
     rewrite_node,
 )
+from kvstore.schema.pool import PoolRecord, encode_pool, parse_pool
 
 __all__ = [
     "DEFAULT_SPACE",
@@ -80,18 +106,24 @@ __all__ = [
     "IDENTITY_LOCKS",
     "IDENTITY_VALUES",
     "IPS",
+    "MAINTENANCE",
     "NODES",
     "POLICIES",
+    "POOLS",
     "PREFIXES",
     "AllocCidr",
+    "DefragmentationRecord",
     "ExternalRecord",
     "InvalidKeyPart",
     "IpRecord",
+    "MaintenanceRecord",
     "NamedPort",
     "NodeAddress",
     "NodeRecord",
+    "PoolRecord",
     "Prefix",
     "RecordError",
+    "SnapshotRecord",
     "election_candidate_key",
     "election_key",
     "election_prefix",
@@ -100,8 +132,10 @@ __all__ = [
     "encode_identity_id",
     "encode_identity_value",
     "encode_ip",
+    "encode_maintenance",
     "encode_node",
     "encode_policy",
+    "encode_pool",
     "external_key",
     "heartbeat_key",
     "identity_id_key",
@@ -112,6 +146,7 @@ __all__ = [
     "ip_key",
     "ip_record",
     "ip_space_prefix",
+    "maintenance_key",
     "name_of",
     "node_cluster_prefix",
     "node_key",
@@ -122,11 +157,18 @@ __all__ = [
     "parse_identity_value",
     "parse_identity_value_key",
     "parse_ip",
+    "parse_ip_entry",
     "parse_ip_key",
+    "parse_maintenance",
     "parse_node",
     "parse_node_key",
+    "parse_plain_ips",
     "parse_policy",
+    "parse_pool",
     "policy_key",
+    "pool_cluster_prefix",
+    "pool_counter_key",
+    "pool_key",
     "rewrite_ip",
     "rewrite_node",
     "scope_of",

@@ -19,8 +19,8 @@ from kvstore.errors import RecordError
 from kvstore.schema import codec
 from kvstore.schema.keys import EXTERNAL, HEARTBEAT, POLICIES, name_of
 
-# etcd takes 1.5 MiB a request; a document near that is a mistake.
-MAX_POLICY = 1_000_000
+# Bytes.  etcd takes 1.5 MiB a request (--max-request-bytes), the key and the message are in it too.
+MAX_POLICY = 1_500_000
 
 
 class ExternalRecord(msgspec.Struct, frozen=True):

@@ -23,7 +23,9 @@ NODES = "cilium/state/nodes/v1/"
 HEARTBEAT = "cilium/.heartbeat"
 POLICIES = "holdfast/policies/v1/"
 EXTERNAL = "holdfast/external/v1/"
+POOLS = "holdfast/pools/v1/"
 ELECTIONS = "holdfast/election/v1/"
+MAINTENANCE = "holdfast/maintenance/v1/"
 
 DEFAULT_SPACE = "default"
 
@@ -44,7 +46,8 @@ class Prefix:
 
 
 # Writers are roles: agent (each host), external (the injector), operator (a person's certificate or the
-# elected agent's duties: garbage collection, heartbeat).  certs/ makes etcd's roles from this table.
+# elected agent's duties: garbage collection, heartbeat), etcd (a member's maintenance).  certs/ makes etcd's
+# roles from this table.
 PREFIXES: tuple[Prefix, ...] = (
     Prefix(IDENTITY_IDS, "labels of a numeric identity", ("agent", "external", "operator"), leased=False),
     Prefix(IDENTITY_VALUES, "users of an identity, by labels and node", ("agent", "external"), leased=True),
@@ -54,7 +57,10 @@ PREFIXES: tuple[Prefix, ...] = (
     Prefix(HEARTBEAT, "time of the last sign of life", ("agent", "operator"), leased=False),
     Prefix(POLICIES, "policy documents", ("operator",), leased=False),
     Prefix(EXTERNAL, "machines without an agent", ("external", "operator"), leased=False),
-    Prefix(ELECTIONS, "candidates of elected roles", ("agent", "external"), leased=True),
+    # With users in etcd the operator writes them together with the host's rights, and no agent may.
+    Prefix(POOLS, "which node a pool of addresses belongs to", ("operator",), leased=False),
+    Prefix(ELECTIONS, "candidates of elected roles", ("agent", "external", "etcd"), leased=True),
+    Prefix(MAINTENANCE, "snapshots and state of each etcd member", ("etcd",), leased=False),
 )
 _SCOPES = tuple((entry.prefix, entry.prefix.rstrip("/")) for entry in PREFIXES)
 
@@ -112,6 +118,20 @@ def node_key(cluster: str, name: str) -> str:
     return node_cluster_prefix(cluster) + _name("node", name)
 
 
+def pool_counter_key(cluster: str) -> str:
+    """Return the key that changes with every claim of another size than the cluster's own."""
+    return POOLS + _name("cluster", cluster)
+
+
+def pool_cluster_prefix(cluster: str) -> str:
+    return pool_counter_key(cluster) + "/"
+
+
+def pool_key(cluster: str, prefix: str) -> str:
+    """Return the key of the claim of a pool ("10.50.2.0/24")."""
+    return pool_cluster_prefix(cluster) + canonical_prefix(prefix)
+
+
 def heartbeat_key() -> str:
     return HEARTBEAT
 
@@ -136,6 +156,10 @@ def election_prefix(name: str) -> str:
 
 def election_candidate_key(name: str, candidate: str) -> str:
     return election_prefix(name) + _name("candidate", candidate)
+
+
+def maintenance_key(member: str) -> str:
+    return MAINTENANCE + _name("etcd member", member)
 
 
 def name_of(key: str, prefix: str, *, parts: int = 1) -> str:

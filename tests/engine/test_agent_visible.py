@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -218,3 +219,23 @@ def test_malformed_label_is_named_and_the_container_stays_shut(site: Site) -> No
         assert evil.asks("TCP", site.server.address) is None
         assert site.client.asks("TCP", evil.address) is None
     assert site.client.asks("TCP", site.server.address) is not None
+
+
+# --- what the agent does
+
+
+def test_what_the_agent_does_is_told(site: Site) -> None:
+    with site.monitor("-t", "agent") as monitor:
+        number = site.endpoint_id(site.server)
+        with site.policy(rule(site.server, "ingress", {})):
+            monitor.waits_for(">> Policy updated: {", '"name":"test"', '"rule_count":1')
+            monitor.waits_for(">> Endpoint regenerated: {", f'"id":{number},', '"container-name":"server"')
+        monitor.waits_for(">> Policy deleted: {", '"name":"test"')
+        with site.container("brief") as brief:
+            begun = monitor.waits_for(">> Endpoint created: {", brief.address)
+            identity = f'"identity":{site.identity(brief)}'
+            monitor.waits_for(
+                ">> Endpoint identity changed: {", identity, "container:holdfast.network=holdfast"
+            )
+        monitor.waits_for(">> Endpoint deleted: {", json.loads(begun.partition(": ")[2])["addresses"][0])
+        assert all(line.startswith(">> ") for line in monitor.lines())

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from policy.language import MAX_STORED, stored_text
 from tests.support.cli import run
 from tests.support.etcd import EtcdServer
 
@@ -59,6 +61,36 @@ def test_several_policies_are_one_revision(config: Path, tmp_path: Path) -> None
     assert code == 0
     stored = json.loads(holdfast(config, "policy", "get", "--etcd", "-o", "json")[1])
     assert len(stored["policies"]) == 3
+
+
+def test_a_policy_is_stored_without_blanks(config: Path, etcd: EtcdServer) -> None:
+    holdfast(
+        config, "policy", "apply", "-f", "-", "--name", "web", stdin=json.dumps(json.loads(RULE), indent=4)
+    )
+    assert etcd.ctl("get", "--print-value-only", "holdfast/policies/v1/web") == RULE.replace(" ", "") + "\n"
+
+
+def test_the_largest_policy_fits_into_etcd(config: Path, etcd: EtcdServer) -> None:
+    """In the form that people write, which is larger still; what is larger as it is stored writes nothing."""
+
+    def policy(note: int) -> Any:
+        metadata = {"name": "large", "annotations": {"note": "x" * note}}
+        return {"kind": "CiliumNetworkPolicy", "metadata": metadata, "specs": json.loads(RULE) * 5000}
+
+    room = MAX_STORED - len(stored_text(policy(0)))
+    code, output, errors = holdfast(
+        config, "policy", "apply", "-f", "-", stdin=json.dumps(policy(room), indent=2)
+    )
+    assert (code, errors) == (0, "")
+    assert output.startswith("large: created in etcd")
+    stored = etcd.ctl("get", "--print-value-only", "holdfast/policies/v1/large")
+    assert stored == stored_text(policy(room)) + "\n"
+    code, output, errors = holdfast(
+        config, "policy", "apply", "-f", "-", stdin=json.dumps(policy(room + 1), indent=2)
+    )
+    assert (code, output) == (1, "")
+    assert f"policy large takes {MAX_STORED + 1} bytes" in errors
+    assert etcd.ctl("get", "--print-value-only", "holdfast/policies/v1/large") == stored
 
 
 def test_one_bad_document_among_many_writes_nothing(config: Path, tmp_path: Path) -> None:

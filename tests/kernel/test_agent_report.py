@@ -53,7 +53,7 @@ def test_the_map_tells_which_direction_is_restricted(store: PolicyMapStore, rule
             f"[{{endpointSelector: {{matchLabels: {{app: web}}}}, {rule}}}]", "test", name="p"
         )
         engine.upsert_policy(parsed)
-    store.replace(1, engine.map_state(1))
+    store.get(1).sync(engine.map_state(1).items())
     found = held_policy(store, 1)
     assert (found.policy_enabled, found.error) == (shown, "")
     assert found.map_entries == len(engine.map_state(1)) > 0
@@ -63,5 +63,5 @@ def test_the_map_tells_which_direction_is_restricted(store: PolicyMapStore, rule
 def test_an_empty_map_and_none_let_nothing_through(store: PolicyMapStore, root: Path) -> None:
     assert held_policy(store, 1).policy_enabled == "both"
     assert not (root / policy_map_name(1)).exists(), "looking made a map"
-    store.replace(1, {})
+    store.get(1)
     assert held_policy(store, 1).policy_enabled == "both"

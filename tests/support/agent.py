@@ -34,13 +34,16 @@ class AgentHost(DockerHost):
             each.mkdir()
         self.socket = self.run_dir / "holdfast.sock"
         self.bpffs = "/sys/fs/bpf"
+        self.etcd_address = "127.0.0.1"  # where its agent finds etcd: another host's, on the hub
         self._etcd: Process | None = None
 
     # --- etcd
 
-    def start_etcd(self) -> None:
-        """Start etcd on the host's loopback and wait until it answers."""
+    def start_etcd(self, *, shared: bool = False) -> None:
+        """Start etcd on the host's loopback, `shared` on the hub as well, and wait until it answers."""
         url = f"http://127.0.0.1:{ETCD_PORT}"
+        if shared:
+            url += f",http://{self.address}:{ETCD_PORT}"
         self._etcd = self.popen(
             "etcd",
             *("--data-dir", str(self.directory / "etcd-data")),
@@ -78,7 +81,7 @@ class AgentHost(DockerHost):
     def options(self) -> dict[str, str]:
         """Return the options that every agent of a test has."""
         return {
-            "kvstore-opt": f"etcd.address=http://127.0.0.1:{ETCD_PORT}",
+            "kvstore-opt": f"etcd.address=http://{self.etcd_address}:{ETCD_PORT}",
             "state-dir": str(self.state),
             "socket-path": str(self.socket),
             "policy-dir": str(self.policies),

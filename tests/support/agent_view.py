@@ -11,10 +11,12 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from agent.api import models
+from msgspec import structs
+
+from agent.api import models, models_health
 from agent.api.errors import BadRequest, Conflict, NotFound
 from agent.api.monitor import MonitorHub
 from agent.api.server import ApiServer
@@ -46,6 +48,37 @@ def make_endpoint(number: int, labels: Sequence[str] = (), enabled: str = "both"
     )
 
 
+def make_health(nodes: Mapping[str, Mapping[str, str]]) -> models_health.HealthStatus:
+    """Return what probes found: node → address → the error of HTTP; the first node is the agent's own."""
+    return models_health.HealthStatus(
+        local=models_health.SelfStatus(name=next(iter(nodes))),
+        timestamp="2026-01-01T00:00:00Z",
+        interval=65.9,
+        nodes=[
+            _node_status(name, [_path_status(*each) for each in ips.items()]) for name, ips in nodes.items()
+        ],
+    )
+
+
+def _node_status(name: str, paths: list[models_health.PathStatus]) -> models_health.NodeStatus:
+    if not paths:
+        host = models_health.HostStatus(secondary_addresses=[])
+        return models_health.NodeStatus(name=name, state="unknown", host=host)
+    return models_health.NodeStatus(
+        name=name,
+        state="unreachable" if any(path.http.status for path in paths) else "reachable",
+        host=models_health.HostStatus(primary_address=paths[0], secondary_addresses=paths[1:]),
+        probed="2026-01-01T00:00:00Z",
+        age=75.0,
+    )
+
+
+def _path_status(ip: str, error: str) -> models_health.PathStatus:
+    answered = models_health.ConnectivityStatus(latency=350_500)
+    http = models_health.ConnectivityStatus(status=error) if error else answered
+    return models_health.PathStatus(ip=ip, icmp=None, tcp=answered, http=http)
+
+
 class FakeAgent:
     """An `AgentView` of plain values; tests change the attributes."""
 
@@ -54,8 +87,13 @@ class FakeAgent:
         self.kvstore = models.Component(state="Ok", msg="etcd: 1/1 connected, has-quorum=true")
         self.known = {373: make_endpoint(373, WEB), 512: make_endpoint(512, ["container:app=db"], "none")}
         self.local: dict[str, str] = {}
+        self.revision = 3
         self.taken = {"in-etcd"}
         self.created: list[models.EndpointRequest] = []
+        self.cluster_health = models.ClusterHealth(
+            state="Ok", nodes=2, reachable=2, unreachable=0, interval=65.9, age=12.0
+        )
+        self.found = make_health({"default/vm": {"10.99.0.2": ""}, "default/b": {"10.99.0.3": ""}})
 
     @property
     def monitor(self) -> MonitorHub:
@@ -76,7 +114,7 @@ class FakeAgent:
             version="0.1.0",
             uptime=4000.0,
             staleness=1.0,
-            policy_revision=3,
+            policy_revision=self.revision,
             policies=1,
             endpoints={"ready": 2},
             identities=12,
@@ -86,6 +124,7 @@ class FakeAgent:
             waits=[models.WaitInfo(subject="etcd", purpose="first list", seconds=61)],
             unmanaged=[models.Unmanaged(name="old", reason="on docker's own bridge")],
             maps=[models.MapInfo(name="cilium_lxc", type="hash", entries=2, max_entries=65535)],
+            cluster_health=self.cluster_health,
         )
 
     def configuration(self) -> models.Configuration:
@@ -148,6 +187,13 @@ class FakeAgent:
 
     def nodes(self) -> Sequence[models.Node]:
         return [NODE]
+
+    async def health(self) -> models_health.HealthStatus:
+        return self.found
+
+    async def probe_health(self) -> models_health.HealthStatus:
+        self.found = structs.replace(self.found, timestamp="2026-01-02T00:00:00Z")
+        return self.found
 
     def policies(self) -> models.PolicyRepository:
         documents = [

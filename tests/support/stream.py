@@ -124,16 +124,25 @@ class Machine(Neighbour):
 
 
 class Flows:
-    """All of it, on a host where `POLICY` is in force; `check` covers the time since the last one."""
+    """All of it, on a host where `POLICY` is in force; `check` covers the time since the last one.
 
-    def __init__(self, host: AgentHost, machine: Machine | None = None) -> None:
+    `elsewhere` names the containers that run on other hosts.
+    """
+
+    def __init__(
+        self,
+        host: AgentHost,
+        machine: Machine | None = None,
+        elsewhere: Mapping[str, AgentHost] | None = None,
+    ) -> None:
         self.host = host
+        self._elsewhere = elsewhere or {}
         publish = ("--publish", f"{PUBLISHED}:{PORT}") if machine else ()
         self.server_ip = self._container("server", *publish)
         self.client_ip, self.stranger_ip = self._container("client"), self._container("stranger")
-        self.counters = {name: launch(host, name, "counter", COUNTER) for name in ("server", "stranger")}
+        self.counters = {name: self._launch(name, "counter", COUNTER) for name in ("server", "stranger")}
         self.streams = self._streams(machine)
-        self.control = launch(host, "client", "control", CONTROL)
+        self.control = self._launch("client", "control", CONTROL)
         self.allowed = self._sender("client", self.server_ip)
         self.denied = {
             "ingress": self._sender("stranger", self.server_ip),
@@ -152,19 +161,25 @@ class Flows:
         return found
 
     def _container(self, name: str, *options: str) -> str:
-        return self.host.container(name, "sleep", "infinity", labels={"app": name}, options=options)
+        return self._home(name).container(name, "sleep", "infinity", labels={"app": name}, options=options)
+
+    def _home(self, container: str) -> AgentHost:
+        return self._elsewhere.get(container, self.host)
+
+    def _launch(self, container: str, role: str, code: str, *arguments: str) -> Program:
+        return launch(self._home(container), container, role, code, *arguments)
 
     def _sender(self, container: str, address: str) -> Program:
-        return launch(self.host, container, f"sender-{address}", SENDER, address)
+        return self._launch(container, f"sender-{address}", SENDER, address)
 
     def _streams(self, machine: Machine | None) -> list[Program]:
         port = str(PORT)
-        ends = [launch(self.host, "server", "server", SERVER, "2" if machine else "1")]
+        ends = [self._launch("server", "server", SERVER, "2" if machine else "1")]
         targets = [self.server_ip, port]
         if machine is not None:
             ends.append(machine.start())
             targets += [machine.address, port]
-        return [*ends, launch(self.host, "client", "client", CLIENT, *targets)]
+        return [*ends, self._launch("client", "client", CLIENT, *targets)]
 
     def check(self) -> None:
         """Nothing was reset, nothing paused longer than the machine itself, nothing denied passed."""

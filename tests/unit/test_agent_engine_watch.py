@@ -207,6 +207,20 @@ def test_renamed(tmp_path: Path) -> None:
     run(tmp_path, story)
 
 
+def test_what_the_driver_has_identified_is_not_asked_for_again(tmp_path: Path) -> None:
+    async def story(host: DriverHost) -> None:
+        started = await host.start("web", app="web")
+        watch = EngineWatch(host.engine, host.manager, host.driver)
+        host.fake.asked.clear()
+        await watch.refresh()
+        assert host.fake.asked == ["/v1.40/containers/json"]
+        await host.stop("web")
+        await watch.refresh()
+        assert started.id not in host.driver.identified
+
+    run(tmp_path, story)
+
+
 def kill(container_id: str) -> bytes:
     return b'{"Action": "kill", "Actor": {"ID": "%s"}}\n' % container_id.encode()
 

@@ -9,7 +9,8 @@ import pytest
 
 from agent.configuration import docs_page, load_config, parse_arguments
 from agent.options import OPTIONS
-from core.options import OptionError, parse, render, sample
+from agent.programs import speaks_ipv6
+from core.options import OptionError, Type, parse, render, sample
 
 
 def test_names_are_unique_and_each_default_survives_its_own_text() -> None:
@@ -75,6 +76,11 @@ def test_arguments_in_all_their_forms() -> None:
         (["--trace-payloadlen", "129"], "at most 128"),
         (["--labels", "container:app container:(("], "labels"),
         (["--kvstore-lease-ttl", "10s"], "at least 30"),
+        (["--bpf-ct-timeout-regular-tcp", "4294967295"], "at most 31536000s"),
+        (["--bpf-ct-timeout-regular-any", "9" * 400], "bpf-ct-timeout-regular-any"),
+        (["--monitor-aggregation-interval", "366d"], "at most 31536000s"),
+        (["--conntrack-gc-interval", "500ms"], "0 or at least 1s"),
+        (["--conntrack-gc-interval", "25h"], "at most 86400s"),
         (["--config", "/nonexistent/file.yaml"], "/nonexistent/file.yaml"),
         (["--state-dir", "relative"], "absolute"),
     ],
@@ -82,3 +88,17 @@ def test_arguments_in_all_their_forms() -> None:
 def test_what_can_not_be_used_is_named(argv: list[str], named: str) -> None:
     with pytest.raises(OptionError, match=named):
         load_config(argv, {})
+
+
+def test_ipv6_is_not_had_from_a_kernel_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(["--enable-ipv6=true"], {})
+    assert speaks_ipv6(config) == Path("/proc/net/if_inet6").exists()
+    monkeypatch.setattr("agent.host.IF_INET6", tmp_path / "absent")
+    assert not speaks_ipv6(config)
+
+
+def test_every_duration_has_an_end() -> None:
+    """In the programs time is 32 bits of seconds, and what is added to it must not turn it over."""
+    durations = [option for option in OPTIONS if option.type is Type.DURATION]
+    assert len(durations) > 10
+    assert [each.name for each in durations if each.high is None or each.high > 366 * 86400] == []

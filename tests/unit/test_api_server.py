@@ -22,6 +22,7 @@ from agent.api.server import ApiServer
 from agent.api.wire import MAX_BODY
 from cli.client import UnixConnection
 from core import metrics
+from policy.language import MAX_STORED, stored_text
 from tests.support.agent_view import FakeAgent, Serving, serving
 
 RULE = '[{"endpointSelector": {"matchLabels": {"app": "web"}}, "ingress": [{}]}]'
@@ -47,8 +48,8 @@ def call(served: Serving, method: str, path: str, body: str | bytes | None = Non
 GETS = [
     "/v1/healthz", "/v1/config", "/v1/debuginfo", "/v1/cleanup", "/v1/endpoint", "/v1/endpoint/373",
     "/v1/endpoint/container-name:c373", "/v1/endpoint/373/log", "/v1/endpoint/373/healthz", "/v1/identity",
-    "/v1/identity/13465", "/v1/ip", "/v1/cluster/nodes", "/v1/network", "/v1/policy", "/v1/policy/selectors",
-    "/v1/map", "/v1/map/cilium_lxc",
+    "/v1/identity/13465", "/v1/ip", "/v1/cluster/nodes", "/v1/health", "/v1/network", "/v1/policy",
+    "/v1/policy/selectors", "/v1/map", "/v1/map/cilium_lxc",
 ]  # fmt: skip
 
 
@@ -105,6 +106,20 @@ def test_errors_have_a_code_and_name_the_thing(
     assert (found, set(answer)) == (status, {"error", "hint"})
     assert named in answer["error"], answer
     assert call(agent, "GET", "/v1/healthz")[0] == 200
+
+
+@pytest.mark.parametrize("filling", ['"', "é", "\U0001f600", "x"], ids=["quotes", "é", "emoji", "letters"])
+def test_the_largest_policy_fits_into_a_request(agent: Serving, filling: str) -> None:
+    """However much its characters take inside JSON inside JSON."""
+    whole = {"kind": "CiliumNetworkPolicy", "spec": json.loads(RULE)[0]}
+
+    def noted(note: str) -> dict[str, object]:
+        return {**whole, "metadata": {"name": "large", "annotations": {"note": note}}}
+
+    room = MAX_STORED - len(stored_text(noted("")))
+    largest = stored_text(noted(filling * (room // len(stored_text(filling)[1:-1].encode()))))
+    status, answer = call(agent, "PUT", "/v1/policy/large", json.dumps({"text": largest}))
+    assert (status, answer["name"]) == (200, "large"), answer
 
 
 def test_a_body_beyond_the_limit_is_refused(agent: Serving) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from agent.api import models
 from cli.commands.status import NOT_KNOWN, duration, identities, ipam, node
@@ -50,6 +51,8 @@ def test_status_brief_verbose_and_json(agent: Serving) -> None:
 def test_status_says_what_is_not_known_yet() -> None:
     assert node({"name": ""}) == NOT_KNOWN
     assert ipam({"pool": ""}) == NOT_KNOWN
+    lacking = {"pool": "10.0.0.0/24", "used": 1, "available": 2, "lacking": "no IPv6: …"}
+    assert ipam(lacking) == "IPv4: 1/3 allocated from 10.0.0.0/24 (no IPv6: …)"
     assert identities({"identity-range": ""}) == NOT_KNOWN
 
 
@@ -215,8 +218,45 @@ def test_policy_delete_by_labels_of_this_host(agent: Serving) -> None:
 def test_policy_wait(agent: Serving) -> None:
     assert run("policy", "wait", "3", socket=agent.path).stdout.startswith("Every endpoint is at revision 3")
     assert json.loads(run("policy", "wait", "3", "-o", "json", socket=agent.path).stdout) == {"revision": 3}
+    agent.view.revision = 4
     late = run("policy", "wait", "4", "--max-wait-time", "0", socket=agent.path)
     assert (late.returncode, "endpoint 373" in late.stderr) == (1, True)
+
+
+def test_policy_wait_is_for_a_revision_that_there_is(agent: Serving) -> None:
+    """Also where no endpoint could be late."""
+    agent.view.known.clear()
+    assert run("policy", "wait", "3", socket=agent.path).returncode == 0
+    late = run("policy", "wait", "4", "--max-wait-time", "0.2", "--sleep-time", "0.1", socket=agent.path)
+    assert (late.returncode, late.stdout) == (1, "")
+    assert "the agent is at revision 3, it has no 4 yet" in late.stderr
+
+
+def enforcing(number: int, revision: int, error: str = "") -> models.Endpoint:
+    """Return an endpoint that enforces a revision, and why it enforces no later one."""
+    made = make_endpoint(number)
+    policy = structs.replace(made.status.policy, policy_revision=revision, error=error)
+    return structs.replace(made, status=structs.replace(made.status, policy=policy))
+
+
+def test_policy_wait_gives_up_an_endpoint_in_error_earlier(agent: Serving) -> None:
+    """An endpoint that is only late is waited for."""
+    words = ("policy", "wait", "4", "--fail-wait-time", "0", "--sleep-time", "0.1")
+    agent.view.revision = 4
+    agent.view.known = {7: enforcing(7, 3), 9: enforcing(9, 3, "needs 20000 entries\x1b[31m")}
+    late = run(*words, socket=agent.path)
+    assert late.returncode == 1
+    assert "2 endpoints not at revision 4 yet, endpoint 9 first: needs 20000 entries" in late.stderr
+    assert "\x1b" not in late.stderr
+    agent.view.known = {7: enforcing(7, 3)}
+    with subprocess.Popen(command(*words, socket=agent.path), cwd=ROOT, stdout=subprocess.PIPE) as waiting:
+        try:
+            with pytest.raises(subprocess.TimeoutExpired):
+                waiting.wait(1)
+            agent.view.known = {7: enforcing(7, 4)}
+            assert waiting.wait(30) == 0
+        finally:
+            waiting.kill()
 
 
 def test_policy_trace_says_the_verdict_by_its_exit_code(agent: Serving) -> None:

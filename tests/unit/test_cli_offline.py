@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 
 from agent.options import OPTIONS
+from policy.language import MAX_STORED
 from tests.support.cli import run
 
 GOOD = """
@@ -38,7 +39,40 @@ def test_validate_good_files_directories_and_standard_input(tmp_path: Path) -> N
         assert (result.stdout, result.returncode) == ("All policy elements are valid.\n", 0)
     assert run("policy", "validate", "-f", "-", stdin=GOOD).returncode == 0
     printed = json.loads(run("policy", "validate", "-f", "-", "-o", "json", stdin=GOOD).stdout)
-    assert printed[0]["metadata"]["name"] == "allow-web"
+    assert printed["policies"][0]["metadata"]["name"] == "allow-web"
+    assert printed["warnings"] == []
+    shown, _, said = run("policy", "validate", "-f", "-", "--print", stdin=GOOD).stdout.rpartition("]")
+    assert json.loads(f"{shown}]") == printed["policies"]
+    assert said.strip() == "All policy elements are valid."
+
+
+def test_validate_warns_of_what_is_hardly_meant() -> None:
+    """It is valid all the same: a script that looks at the exit code goes on."""
+    doubtful = GOOD.replace("[{matchLabels: {app: web}}]", "null\n    toPorts: [{ports: [{port: 80}]}]")
+    result = run("policy", "validate", "-f", "-", stdin=doubtful)
+    assert (result.stdout, result.returncode) == ("All policy elements are valid.\n", 0)
+    assert result.stderr.startswith("Warning: standard input, line 8: spec.ingress[0].fromEndpoints: null ")
+    (warning,) = json.loads(run("policy", "validate", "-f", "-", "-o", "json", stdin=doubtful).stdout)[
+        "warnings"
+    ]
+    assert (warning["line"], warning["path"]) == (8, "spec.ingress[0].fromEndpoints")
+
+
+def test_validate_refuses_what_could_not_be_applied(tmp_path: Path) -> None:
+    """A policy that is larger than etcd's requests, by name, with its size, the limit and what to do."""
+    rule = {"endpointSelector": {"matchLabels": {"app": "web"}}, "ingress": [{}]}
+    large = {
+        "kind": "CiliumNetworkPolicy",
+        "metadata": {"name": "large", "annotations": {"note": "x" * MAX_STORED}},
+        "spec": rule,
+    }
+    (tmp_path / "large.json").write_text(json.dumps(large))
+    for command in (["validate"], ["apply", "--etcd-config", "/none"], ["apply", "--local"]):
+        result = run("policy", *command, "-f", str(tmp_path / "large.json"))
+        assert result.returncode == 1
+        assert "large.json: policy large takes 15" in result.stderr
+        assert str(MAX_STORED) in result.stderr
+        assert "split its rules into several policies" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A full list as a follower delivers it, for tests of sinks that need no etcd."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kvstore.watcher import Sink
+
+
+def deliver_list(sink: Sink, items: Mapping[str, bytes], revision: int) -> None:
+    """Hand a sink everything under its prefix, one record at a time."""
+    sink.begin_list()
+    for item in items.items():
+        sink.take([item])
+    sink.listed(revision)
