@@ -29,8 +29,8 @@ from policy.model import Policy
 
 # So many prefixes of policies get their identities before anybody else may run.
 PREFIXES_AT_ONCE = 16
-# So many identities are handed to the engine before anybody else may run: some ten milliseconds.
-IDENTITIES_AT_ONCE = 1000
+# So many identities are handed to the engine before anybody else may run: some milliseconds.
+IDENTITIES_AT_ONCE = 500
 
 
 class Derivations:

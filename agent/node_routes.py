@@ -14,6 +14,9 @@ from core.reconciler import Reconciler
 from datapath.maps import TunnelMap
 from datapath.noderoutes import NodeRoute, NodeRoutes
 
+# Pools written before anybody else may run: some milliseconds.
+POOLS_AT_ONCE = 512
+
 
 class Way(Protocol):
     """How this host's own packets get to a pool."""
@@ -116,7 +119,10 @@ class TunnelMapTarget:
 def reconcilers(
     pools: PoolTable, routes: NodeRouteTarget, tunnel: TunnelMapTarget
 ) -> tuple[Reconciler[str, NodePool], Reconciler[str, NodePool]]:
-    return Reconciler("node-routes", pools, routes), Reconciler("tunnel-map", pools, tunnel)
+    return (
+        Reconciler("node-routes", pools, routes, batch=POOLS_AT_ONCE),
+        Reconciler("tunnel-map", pools, tunnel, batch=POOLS_AT_ONCE),
+    )
 
 
 async def _each(

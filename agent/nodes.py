@@ -33,8 +33,8 @@ Network = IPv4Network | IPv6Network
 
 # Where other machines reach a node, and its address among its own endpoints, which is behind the tunnel.
 OUTER_TYPES, INNER_TYPE = frozenset({"InternalIP", "ExternalIP"}), "CiliumInternalIP"
-# Records looked at before anybody else may run: some ten milliseconds.
-NODES_AT_ONCE = 100
+# Records looked at before anybody else may run: some milliseconds.
+NODES_AT_ONCE = 50
 # Entries written to a source likewise.
 WRITTEN_AT_ONCE = 2000
 # The shortest prefix that a pool may have, by family: a typing error must not attract everything.

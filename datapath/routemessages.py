@@ -32,7 +32,7 @@ _PATIENCE_S = 10.0
 _NEWROUTE, _GETROUTE = 24, 26
 _ERROR, _DONE = 2, 3
 _REQUEST, _ACK, _DUMP, _REPLACE = 0x1, 0x4, 0x300, 0x500  # NLM_F_…; a replacement may be new
-_DST, _OIF, _PREFSRC, _ENCAP_TYPE, _ENCAP = 1, 4, 7, 21, 22  # RTA_…
+_DST, _OIF, _PRIORITY, _PREFSRC, _ENCAP_TYPE, _ENCAP = 1, 4, 6, 7, 21, 22  # RTA_…
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port
 _RTMSG = struct.Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, protocol, scope, type, flags
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
@@ -57,6 +57,7 @@ class Wanted(NamedTuple):
     scope: int
     oif: int
     source: str
+    metric: int
     encap_type: int
     encap: bytes
 
@@ -187,6 +188,7 @@ def _encoded(route: Wanted) -> bytes:
     if route.source:
         parts.append(_attribute(_PREFSRC, pack_ip(route.source)))
     parts += [
+        _attribute(_PRIORITY, _INT.pack(route.metric)),
         _attribute(_ENCAP_TYPE, route.encap_type.to_bytes(2, sys.byteorder)),
         _attribute(_ENCAP, route.encap),
     ]

@@ -54,8 +54,8 @@ from kvstore.watch import HANG_S, IDLE_S, WatchBatch, WatchStream, events_after
 
 # A new watch asks for progress after this much quiet, seconds: then it has caught up with the past.
 SETTLE_S = 1.0
-# Keys of a page that are unpacked before anybody else may run: some milliseconds.
-UNPACKED_AT_ONCE = 2500
+# Keys of a page that are unpacked before anybody else may run: a millisecond.
+UNPACKED_AT_ONCE = 2000
 # Transactions of one write_many under way at once: leaves room for everybody else's requests.
 WRITES_AT_ONCE = 16
 

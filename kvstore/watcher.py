@@ -37,7 +37,7 @@ Item = tuple[str, bytes]
 Preparation = Callable[[Sequence[Item]], Awaitable[None]]
 
 # For so long, in seconds, the sink takes records before anybody else may run.
-SLICE_S = 0.005
+SLICE_S = 0.004
 DELETED_AT_ONCE = 1000
 
 _followers: weakref.WeakSet[Follower] = weakref.WeakSet()

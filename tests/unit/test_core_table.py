@@ -8,7 +8,7 @@ import asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.table import Table
+from core.table import Source, Table
 
 
 def two_sources() -> Table[str, int]:
@@ -125,3 +125,85 @@ def test_a_subscriber_that_follows_every_change_holds_the_table(
                 copy[changed] = current
     assert copy == dict(table.items())
     assert len(table) == len(copy)
+
+
+# --- many at once
+
+
+class Tables:
+    """The same changes one by one and many at once."""
+
+    def __init__(self) -> None:
+        self.one, self.many = two_sources(), two_sources()
+        self.seen = [each.subscribe() for each in (self.one, self.many)]
+
+    def agree(self) -> None:
+        for name in ("first", "second"):
+            assert dict(self.one.source(name).entries()) == dict(self.many.source(name).entries())
+            assert self.one.source(name).missing == self.many.source(name).missing
+        assert self.one.revision == self.many.revision
+        assert self.seen[0].take() == self.seen[1].take()
+        assert sorted(self.many.keys()) == sorted(dict(self.many.items()))
+        assert len(self.many) == len(dict(self.many.items()))
+        every = [*"abcd"]
+        assert dict(self.many.get_many(every)) == {
+            key: value for key in every if (value := self.one.get(key)) is not None
+        }
+
+
+ROUNDS = st.lists(
+    st.tuples(
+        st.sampled_from(["first", "second"]),
+        st.dictionaries(st.sampled_from("abcd"), st.integers(0, 2), max_size=4),
+        st.booleans(),
+    )
+)
+
+
+@given(ROUNDS)
+def test_many_at_once_are_what_they_are_one_by_one(rounds: list[tuple[str, dict[str, int], bool]]) -> None:
+    tables = Tables()
+    for now, (source, items, is_list) in enumerate(rounds):
+        one, many = tables.one.source(source), tables.many.source(source)
+        if is_list:
+            _relist_plainly(one, items, grace=2, now=now)
+            listing = many.listing()
+            for item in items.items():
+                listing.add([item])
+            listing.end(grace=2, now=now)
+        else:
+            for key, value in items.items():
+                one.upsert(key, value)
+            many.upsert_many(list(items.items()))
+        assert sorted(one.expire(now)) == sorted(many.expire(now))
+        tables.agree()
+
+
+def _relist_plainly(source: Source[str, int], items: dict[str, int], *, grace: float, now: float) -> None:
+    """The obvious way: compare the keys, write all, remember what was lacking."""
+    absent = [key for key in source.entries() if key not in items]
+    for key, value in items.items():
+        source.upsert(key, value)
+    for key in absent:
+        source.missing.setdefault(key, now + grace)
+
+
+def test_a_list_that_breaks_off_makes_nothing_missing() -> None:
+    source = two_sources().source("first")
+    source.upsert_many([("a", 1), ("b", 2)])
+    source.listing().add([("a", 3), ("c", 4)])
+    listing = source.listing()
+    listing.add([("a", 5), ("b", 2)])
+    assert listing.end(grace=60, now=0) == 1
+    assert dict(source.entries()) == {"a": 5, "b": 2, "c": 4}
+    assert list(source.missing) == ["c"]
+
+
+def test_a_listed_record_that_can_not_be_used_is_not_missing() -> None:
+    source = two_sources().source("first")
+    source.upsert_many([("a", 1), ("b", 2)])
+    listing = source.listing()
+    listing.keep("a")
+    listing.keep("unknown")
+    assert listing.end(grace=60, now=0) == 1
+    assert (list(source.missing), dict(source.entries())) == (["b"], {"a": 1, "b": 2})
