@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import selectors
 import time
+from collections.abc import Callable
 
 from core import metrics
 
@@ -24,17 +25,18 @@ NOTICED_S = 0.01
 class PauseWatch(selectors.DefaultSelector):
     """A selector that knows how long its loop was away.  Belongs to the loop's thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         super().__init__()
         self.longest = 0.0
-        self._since = time.perf_counter()
+        self._clock = clock
+        self._since = clock()
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        asked = time.perf_counter()
+        asked = self._clock()
         if asked - self._since > NOTICED_S:
             self._noticed(asked - self._since)
         ready = super().select(timeout)
-        now = time.perf_counter()
+        now = self._clock()
         # What it overslept counts as well: another thread held the interpreter, or nobody had a CPU for us.
         late = 0.0 if timeout is None else now - asked - max(timeout, 0.0)
         self._since = now - max(late, 0.0)

@@ -71,6 +71,15 @@ static __always_inline bool is_tcp(struct __sk_buff *ctx)
 	return flow_get(ctx, proto) == IPPROTO_TCP;
 }
 
+/* ct_may_answer: a bare SYN answers nothing, and of the messages of ICMP that are no errors only an echo reply
+ * does.  All others have no ports, or the same as another message: who sends one begins something. */
+static __always_inline bool ct_may_answer(struct __sk_buff *ctx)
+{
+	if (unlikely(flow_get(ctx, proto) == ICMP_PROTOCOL))
+		return flow_get(ctx, icmp_type) == ICMP_ECHOREPLY;
+	return !flow_opens_tcp(ctx);
+}
+
 enum related {
 	NOT_RELATED = 0,
 	RELATED = 1,
@@ -85,6 +94,9 @@ SEPARATE int ct_related(struct __sk_buff *ctx, __u32 direction)
 	const struct ct_entry *entry;
 
 	if (!l3_embedded(ctx, &inner))
+		return NOT_RELATED;
+	/* An endpoint is no router: it tells of packets that it got itself. */
+	if (direction == EGRESS && !l3_is_own(&inner.ends.destination))
 		return NOT_RELATED;
 	key.daddr = l3_key(&inner.ends.source);
 	key.saddr = l3_key(&inner.ends.destination);
@@ -128,13 +140,14 @@ static __always_inline void ct_turn(struct __sk_buff *ctx, struct ct_tuple *key)
 /* ct_find_either looks a packet up in its own direction and as a reply; flow.reply says which it was. */
 static __always_inline struct ct_entry *ct_find_either(struct __sk_buff *ctx, struct ct_tuple *key)
 {
+	bool may_answer = ct_may_answer(ctx);
 	struct ct_entry *entry;
 
 	flow_set(ctx, reply, 0);
-	if (!flow_opens_tcp(ctx) && bpf_ntohs(key->sport) < bpf_ntohs(key->dport))
+	if (may_answer && bpf_ntohs(key->sport) < bpf_ntohs(key->dport))
 		ct_turn(ctx, key);
 	entry = ct_find(ctx, key, is_tcp(ctx));
-	if (entry || flow_opens_tcp(ctx))
+	if (entry || !may_answer)
 		return entry;
 	ct_turn(ctx, key);
 	return ct_find(ctx, key, is_tcp(ctx));
@@ -167,7 +180,7 @@ static __always_inline bool ct_is_reply(struct __sk_buff *ctx, enum direction di
 	struct ct_tuple key __attribute__((aligned(8)));
 	struct addresses ends;
 
-	if (flow_opens_tcp(ctx) || l3_addresses(ctx, &ends) < 0)
+	if (!ct_may_answer(ctx) || l3_addresses(ctx, &ends) < 0)
 		return false;
 	ct_key(ctx, &ends, dir, &key);
 	ct_reverse(&key);
@@ -232,13 +245,6 @@ static __always_inline void ct_update(struct __sk_buff *ctx, struct ct_entry *en
 	ct_report(ctx, entry, dir);
 }
 
-static __always_inline __u32 ct_first_timeout(struct __sk_buff *ctx)
-{
-	if (!is_tcp(ctx))
-		return config.timeout_any;
-	return flow_get(ctx, tcp_flags) & TCP_SYN ? config.timeout_tcp_syn : config.timeout_tcp;
-}
-
 static __always_inline void ct_first_packet(struct __sk_buff *ctx, struct ct_entry *entry, __u32 direction)
 {
 	__u8 flags = flow_get(ctx, tcp_flags) & REPORT_FLAGS;
@@ -268,9 +274,9 @@ SEPARATE int ct_create(struct __sk_buff *ctx, __u32 direction, __u32 opener)
 		return -DROP_INVALID;
 	ct_key(ctx, &ends, direction, &key);
 	ct_first_packet(ctx, &entry, direction);
-	entry.seen_non_syn = !(flow_get(ctx, tcp_flags) & TCP_SYN);
+	ct_follow(ctx, &entry, direction);
 	entry.from_stack = !!(flow_get(ctx, traits) & FLOW_VIA_STACK);
-	entry.lifetime = flow_get(ctx, now) + ct_first_timeout(ctx);
+	entry.lifetime = flow_get(ctx, now) + ct_timeout(ctx, &entry);
 	if (is_tcp(ctx)) {
 		failed = bpf_map_update_elem(&CT_TCP, &key, &entry, BPF_ANY);
 		opaque(failed); /* as in ct_find */

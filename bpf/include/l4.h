@@ -93,6 +93,9 @@ static __always_inline int l4_recall(struct __sk_buff *ctx, const struct frag_id
 	const struct frag_l4ports *ports;
 
 	if (!config.track_fragments) {
+		flow_set(ctx, sport, 0);
+		flow_set(ctx, dport, 0);
+		flow_set(ctx, icmp_type, 0);
 		flow_set(ctx, traits, FLOW_PORTLESS);
 		return 0;
 	}

@@ -92,3 +92,30 @@ async def test_a_prune_holds_up_nobody_and_leaves_what_came_meanwhile(pins: Path
         target = ipcache.IpcacheMapTarget(watched, Nobody())
         assert await target.prune(table) == len(stale)
         assert {prefix for prefix, _ in watched.items()} == {"10.9.0.1/32", "10.9.0.7/32", "0.0.0.0/0"}
+
+
+async def test_many_entries_are_written_aside_and_a_bad_one_stops_no_other(pins: Path) -> None:
+    number = 3 * ipcache.WRITTEN_AT_ONCE
+    records = {f"10.8.{index >> 8}.{index & 255}/32": ipcache.Record(300 + index) for index in range(number)}
+    with IpcacheMap.open(CATALOGUE.ipcache, pins).handle as handle:
+        opened = IpcacheMap(handle)
+        target = ipcache.IpcacheMapTarget(opened, Nobody())
+        failed = await target.update([*records.items(), ("10.9.0.1/33", ipcache.Record(300))])
+        assert list(failed) == ["10.9.0.1/33"]
+        found = {prefix: entry.identity for prefix, entry in opened.items()}
+        assert found == {prefix: record.identity for prefix, record in records.items()}
+        assert sorted(opened.keys()) == sorted(records)
+
+
+async def test_a_map_that_this_process_made_is_read_from_the_second_prune_on(pins: Path) -> None:
+    """Nobody else has written to it before the first; later somebody may have."""
+    table = ipcache.new_table()
+    with IpcacheMap.open(CATALOGUE.ipcache, pins).handle as handle:
+        opened = IpcacheMap(handle)
+        target = ipcache.reconciler(table, opened, Nobody()).operations
+        opened.upsert([("10.8.0.1/32", IpcacheEntry(300))])
+        assert [await target.prune(table) for _ in range(2)] == [0, 1]
+    with IpcacheMap.open(CATALOGUE.ipcache, pins).handle as handle:
+        opened = IpcacheMap(handle)
+        opened.upsert([("10.8.0.1/32", IpcacheEntry(300))])
+        assert await ipcache.reconciler(table, opened, Nobody()).operations.prune(table) == 1

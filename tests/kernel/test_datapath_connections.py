@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from datapath import testrun
 from datapath.constants import DatapathOptions
 from datapath.layouts import CT_BITS
 from datapath.records import CtKey
@@ -28,7 +30,7 @@ from tests.support.frames import ACK, FIN, RST, SYN
 
 NO_MASQUERADE = 0x0008_0000
 FROM_STACK = 1 << CT_BITS.index("from_stack")
-BOTH_CLOSING = 0b11
+BOTH_CLOSING, TX_CLOSING = 0b11, 0b10
 
 # A frame between addresses of whichever family is tested.
 Framed = Callable[[Net], bytes]
@@ -100,6 +102,23 @@ def test_a_reset_closes_both_ways_and_a_syn_opens_anew(host: Lab, net: Net) -> N
     assert (entry.bits & BOTH_CLOSING, entry.tx_packets) == (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("flags", "closing", "timeout"),
+    [
+        (RST, BOTH_CLOSING, DatapathOptions().timeout_tcp_fin),
+        (FIN | ACK, TX_CLOSING, DatapathOptions().timeout_tcp),
+    ],
+)
+def test_a_connection_first_seen_at_its_end_is_closing(
+    host: Lab, net: Net, flags: int, closing: int, timeout: int
+) -> None:
+    host.allow_all(1)
+    host.send(1, frames.tcp(net.a, net.outside, 4000, 80, flags))
+    (entry,) = host.connections().values()
+    assert entry.bits & BOTH_CLOSING == closing
+    assert entry.lifetime - int(time.monotonic()) == pytest.approx(timeout, abs=2)
+
+
 def test_a_rule_taken_back_ends_the_connection(host: Lab, net: Net) -> None:
     key = host.allow(1, EGRESS, VM_IDENTITY)
     assert host.send(1, frames.tcp(net.a, net.vm, 4000, 80, SYN)).verdict == ACT_OK
@@ -153,6 +172,17 @@ def test_an_echo_reply_belongs_to_its_request(host: Lab, net: Net) -> None:
     assert host.send(1, frames.echo(net.a, net.b, 7)).verdict == ACT_REDIRECT
     assert host.send(2, frames.echo(net.b, net.a, 8, reply=True)).verdict == ACT_SHOT
     assert host.send(2, frames.echo(net.b, net.a, 7, reply=True)).verdict == ACT_REDIRECT
+
+
+def test_nothing_but_an_echo_reply_answers_an_echo(host: Lab, net: Net) -> None:
+    """An identifier of 0 looks like none; and an echo is no answer to a reply that nobody asked for."""
+    host.allow(1, EGRESS)
+    host.send(1, frames.echo(net.a, net.outside, 0))
+    host.send(1, frames.echo(net.a, net.outside, 7, reply=True))
+    other = frames.packet(net.outside, net.a, net.icmp, frames.icmp_message(13 if net.family == 4 else 139))
+    for unasked in (frames.echo(net.outside, net.a, 0), frames.echo(net.outside, net.a, 7), other):
+        assert host.receive(unasked).verdict == ACT_SHOT
+    assert host.receive(frames.echo(net.outside, net.a, 0, reply=True)).verdict == ACT_REDIRECT
 
 
 def test_an_error_about_a_packet_of_a_connection_passes_from_anybody(host: Lab, net: Net) -> None:
@@ -218,6 +248,14 @@ def test_an_endpoint_may_answer_with_an_error(host: Lab, net: Net) -> None:
     assert all(key.protocol == frames.UDP for key in host.connections())
 
 
+def test_an_endpoint_tells_nobody_of_packets_that_another_got(host: Lab, net: Net) -> None:
+    host.allow(2, INGRESS)
+    about = frames.tcp(net.outside, net.b, 4000, 80)
+    assert host.receive(about).verdict == ACT_REDIRECT
+    assert host.send(1, frames.icmp_error(net.a, net.outside, about)).verdict == ACT_SHOT
+    assert host.send(2, frames.icmp_error(net.b, net.outside, about)).verdict == ACT_OK
+
+
 # --- fragments
 
 
@@ -258,6 +296,18 @@ def test_without_tracking_fragments_match_no_port(net: Net) -> None:
         assert host.send(1, later).verdict == ACT_SHOT
         host.allow(1, EGRESS, WORLD)
         assert host.send(1, later).verdict == ACT_OK
+
+
+def test_untracked_fragments_have_no_port_whatever_lies_in_the_control_block(net: Net) -> None:
+    """Ports are kept in word 2 of skb->cb, where the kernel left something: here those of a connection."""
+    with lab(1, options=DatapathOptions(track_fragments=False)) as host:
+        host.allow(1, INGRESS)
+        assert host.receive(frames.udp(net.outside, net.a, 53, 4000)).verdict == ACT_REDIRECT
+        datagram = frames.udp_datagram(4000, 53, bytes(32))
+        _, later = frames.fragments(net.a, net.outside, frames.UDP, datagram)
+        (ports,) = struct.unpack("=I", struct.pack(">HH", 4000, 53))
+        outcome = testrun.run(host.programs_of(net.family)[1]["from_endpoint"], later, cb=(0, 0, ports, 0, 0))
+        assert outcome.verdict == ACT_SHOT
 
 
 def test_a_spoofed_fragment_leaves_no_trace(host: Lab, net: Net) -> None:

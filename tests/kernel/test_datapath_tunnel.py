@@ -250,6 +250,42 @@ def test_routes_are_replaced_pruned_and_nobody_elses() -> None:
     on_host(work)
 
 
+def test_many_routes_are_written_at_once_and_what_is_refused_is_named() -> None:
+    """More than go into one message to the kernel; one of them would leave by an address that nobody has."""
+    wanted = [NodeRoute(f"10.60.{number}.0/24", f"10.9.0.{number}") for number in range(1, 200)]
+    wanted.append(NodeRoute("10.61.0.0/24", "10.9.0.7", "192.0.2.1"))
+    wanted += [NodeRoute(f"fd00:60:{number}::/64", "10.9.0.8") for number in range(1, 20)]
+
+    async def work(netns: Netns, netlink: Netlink) -> None:
+        tunnel, routes = await made(netlink), NodeRoutes(netlink)
+        refused = await routes.upsert_all_tunnelled(wanted, tunnel.index)
+        assert list(refused) == ["10.61.0.0/24"]
+        assert "10.9.0.7" in str(refused["10.61.0.0/24"])
+        assert await routes.ours() == {each.prefix for each in wanted} - set(refused)
+        shown = netns.run("ip", "route", "show", "dev", DEVICE)
+        for each in wanted[:199]:
+            assert f"{each.prefix}  encap ip id 1 src 0.0.0.0 dst {each.host} " in shown
+        again = [NodeRoute(each.prefix, "10.9.0.250") for each in wanted[:199]]
+        assert await routes.upsert_all_tunnelled(again, tunnel.index) == {}
+        shown = netns.run("ip", "route", "show", "dev", DEVICE)
+        assert shown.count("dst 10.9.0.250 ") == shown.count("proto") == len(again)
+        assert await routes.prune(each.prefix for each in wanted[:9]) == 190 + 19
+
+    on_host(work)
+
+
+def test_a_device_that_is_gone_is_said_for_each_route() -> None:
+    async def work(netns: Netns, netlink: Netlink) -> None:
+        routes = NodeRoutes(netlink)
+        wanted = [NodeRoute(prefix, "10.9.0.2") for prefix in ("10.50.2.0/24", "fd00:50:2::/64")]
+        refused = await routes.upsert_all_tunnelled(wanted, 4242)
+        assert list(refused) == [each.prefix for each in wanted]
+        with pytest.raises(RouteError, match=r"pool 10\.50\.2\.0/24 of host 10\.9\.0\.2: No such device"):
+            await routes.upsert_tunnelled(wanted[0], 4242)
+
+    on_host(work)
+
+
 def test_a_host_behind_a_router_is_no_neighbour() -> None:
     async def work(netns: Netns, netlink: Netlink) -> None:
         netns.run("ip", "link", "add", "wire", "type", "bridge")

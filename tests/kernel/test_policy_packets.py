@@ -2,7 +2,7 @@
 """From the text of a policy to what the programs do with a packet, through real policy maps.
 
 Every example of docs/policy.md, and random policies against their plain meaning (policy_reference.py of
-tests/support): 350 sets of them for each family, in all some 1 400 policies, 2 800 rules and 16 800 packets.
+tests/support): 250 sets of them for each family, in all some 1 000 policies, 2 000 rules and 12 000 packets.
 Endpoint 1 of a lab is the endpoint; the peer is an address beyond the host that cilium_ipcache knows.
 """
 
@@ -145,7 +145,7 @@ def test_packets_of_an_example(host: Lab, net: Net, example: Example) -> None:
 
 @pytest.mark.timeout(300)
 @settings(
-    max_examples=350,
+    max_examples=250,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

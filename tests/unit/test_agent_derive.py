@@ -16,7 +16,7 @@ from typing import Any, cast
 import pytest
 
 from agent import ipcache, tasks
-from agent.derive import PREFIXES_AT_ONCE, Derivations
+from agent.derive import IDENTITIES_AT_ONCE, PREFIXES_AT_ONCE, Derivations
 from agent.endpoint import Endpoint, macs_of
 from agent.parts import Parts
 from agent.policies import DIRECTORY, KVSTORE, PolicyTable, new_policies
@@ -124,7 +124,7 @@ class Host:
             self.identities.table, self.policies, self.local, self.addresses, self.maps
         )
         self.reconciler: Reconciler[str, ipcache.Record] = Reconciler(
-            "ipcache", self.addresses, AddressTarget(self.kernel, self.maps.reconciler)
+            "ipcache", self.addresses, AddressTarget(self.kernel, self.derivations)
         )
         self.endpoints: Reconciler[int, Endpoint] = Reconciler(
             "endpoints", Table("endpoints", ("agent",)), Nothing()
@@ -376,3 +376,23 @@ def test_a_policy_that_went_while_the_task_was_dead() -> None:
         assert dict(host.maps.engine.policies) == {}
 
     asyncio.run(story())
+
+
+def test_an_address_waits_for_every_identity_of_before() -> None:
+    """More come at once than are taken in one go, and the address is that of the last one."""
+    last = 1000 + 2 * IDENTITIES_AT_ONCE
+
+    async def story(host: Host) -> None:
+        await host.endpoint()
+        host.put(FROM_CLIENT)
+        host.in_sync()
+        await host.idle()
+        host.kernel.expected = {last}
+        others = [(number, Labels.parse(f"container:copy={number};")) for number in range(1000, last)]
+        host.identities.source.upsert_many([*others, (last, CLIENT)])
+        host.addresses.source(ipcache.KVSTORE_SOURCE).upsert(CLIENT_IP, ipcache.Record(last))
+        await host.reconciler.wait_idle()
+        assert host.kernel.addresses[CLIENT_IP] == last
+        assert last in host.kernel.allowed()
+
+    run(story)

@@ -156,3 +156,27 @@ def test_union_and_empty() -> None:
 def test_every_permutation_is_one_identity() -> None:
     parts = ["container:c=3", "k8s:a=1", "reserved:b"]
     assert len({Labels.of(order) for order in itertools.permutations(parts)}) == 1
+
+
+texts_in_any_order = st.lists(
+    st.sampled_from(["container:a=1", "container:b=", "k8s:b=2", "container:a", "$init", "a:b=c:d=e"]),
+    max_size=5,
+).map(lambda parts: "".join(f"{part};" for part in parts))
+
+
+@given(texts_in_any_order)
+def test_a_text_means_what_its_labels_do_one_by_one(text: str) -> None:
+    """In order or not, canonical or not: a set that is read whole is the one that is built of its labels."""
+    parts = text[:-1].split(";") if text else []
+    try:
+        expected = Labels([parse_label(part) for part in parts])
+        sources = all(":" in part.partition("=")[0] for part in parts)
+    except LabelError:
+        sources = False
+    if not sources:
+        with pytest.raises(LabelError):
+            Labels.parse(text)
+        return
+    found = Labels.parse(text)
+    assert (found, found.serialized, list(found)) == (expected, expected.serialized, list(expected))
+    assert hash(found) == hash(expected)

@@ -299,6 +299,55 @@ def test_parsers_return_or_raise_record_error(value: bytes) -> None:
         assert outcome(parse, key, value) in ("parsed", key)
 
 
+_ADDRESSES = ["10.0.0.1", "10.0.0.2", "fd00::1", "fd00::2", "10.0.0.0/24", "10.0.0.01", "FD00::1", "nonsense"]
+_HOSTS = ["", "", "192.0.2.1", "fd00::9", "host"]
+
+
+@st.composite
+def ip_items(draw: st.DrawFn) -> list[tuple[str, bytes]]:
+    """Records as they may stand side by side: nearly alike, or one of them bad in some way."""
+    alike = draw(st.booleans())
+    pool = _ADDRESSES[:2] if alike else _ADDRESSES
+    spaces = ["default"] if alike else ["default", "east", "", "a/b"]
+    items = []
+    for address in draw(st.lists(st.sampled_from(pool), min_size=1, max_size=4)):
+        spoken = draw(st.sampled_from([address, address, "10.0.0.9"])) if not alike else address
+        record = {"IP": spoken.partition("/")[0], "ID": 300, "HostIP": draw(st.sampled_from(_HOSTS))}
+        if "/" in address:
+            record["Mask"] = "////AA=="
+        value = json.dumps(record | draw(st.sampled_from([{}, {"Mask": None}, {"Key": 7}, {"Mask": ""}])))
+        items.append((f"{schema.IPS}{draw(st.sampled_from(spaces))}/{address}", value.encode()))
+    if not alike and draw(st.booleans()):
+        items[-1] = (items[-1][0], draw(st.sampled_from([b"", b"[]", b"{}", b" " * 70_000])))
+    return items
+
+
+@settings(max_examples=300, deadline=None)
+@given(items=ip_items())
+def test_records_read_together_are_what_they_are_one_by_one(items: list[tuple[str, bytes]]) -> None:
+    plain = schema.parse_plain_ips(items)
+    if plain is not None:
+        assert [(plain.space, record) for record in plain.records] == [
+            schema.parse_ip_entry(*item) for item in items
+        ]
+        assert {record.prefix.count(":") > 0 for record in plain.records} == {plain.length == 128}
+
+
+@pytest.mark.parametrize(
+    ("addresses", "length"), [(("10.0.0.1", "10.0.0.2"), 32), (("fd00::1", "fd00::2"), 128)]
+)
+def test_records_that_are_alike_are_read_together(addresses: tuple[str, ...], length: int) -> None:
+    items = [
+        (schema.ip_key("default", each), schema.encode_ip(schema.ip_record(each, 300, host_ip="192.0.2.1")))
+        for each in addresses
+    ]
+    plain = schema.parse_plain_ips(items)
+    assert plain is not None
+    assert (plain.space, plain.length) == ("default", length)
+    assert [record.ip for record in plain.records] == list(addresses)
+    assert schema.parse_plain_ips([*items, (schema.ip_key("east", "10.0.0.3"), items[0][1])]) is None
+
+
 @settings(max_examples=300, deadline=None)
 @given(key=st.text(max_size=40), base=st.sampled_from([prefix.prefix for prefix in schema.PREFIXES]))
 def test_parsers_survive_any_key(key: str, base: str) -> None:
