@@ -9,6 +9,8 @@ datapath_ingress_ns
 datapath_new_flow_ns
     The first packet of 25 000 flows between the same endpoints, a fresh port each (bench/next_flow.c, some
     10 ns of it); entries deleted between rounds.
+datapath_new_entries_ns
+    What no program can save of that: the flow's two entries written into the same map, and nothing else.
 datapath_deny_ns
     A packet that the sender's policy denies.
 datapath_empty_ns
@@ -78,8 +80,8 @@ def ingress(host: Lab) -> float:
     return repeated(host.programs[2]["policy_ingress"], frame, ACT_REDIRECT, handed_over(40_000, 80))
 
 
-def new_flows(host: Lab, next_flow: int) -> float:
-    outcome = testrun.run(next_flow, frames.tcp(A, B, 10_000, 80), repeat=FLOWS)
+def new_flows(host: Lab, program: int) -> float:
+    outcome = testrun.run(program, frames.tcp(A, B, 10_000, 80), repeat=FLOWS)
     assert outcome.verdict == ACT_REDIRECT
     opened = [key for key, _ in host.ct["cilium_ct4_global"].items() if key.source_port < 40_000]
     assert len(opened) == 2 * FLOWS
@@ -103,8 +105,9 @@ def empty() -> float:
 
 
 @contextlib.contextmanager
-def next_flow(host: Lab) -> Iterator[int]:
-    """Yield the program that hands endpoint 1's program one new flow after the other."""
+def flows(host: Lab) -> Iterator[tuple[int, int]]:
+    """Yield the program that hands endpoint 1's program one new flow after the other, and the one that only
+    makes their entries."""
     with tempfile.TemporaryDirectory() as directory:
         built = Path(directory) / "next_flow.o"
         subprocess.run(
@@ -114,7 +117,7 @@ def next_flow(host: Lab) -> Iterator[int]:
         constants = EndpointConstants(NEXT, 0, 0, ip_address(A), "02:00:00:00:00:01")
         install_policy(host.call_policy[4], NEXT, host.programs[1]["from_endpoint"])
         with Template.read(built).load(constants, host.fds) as programs:
-            yield programs["next_flow"]
+            yield programs["next_flow"], programs["next_entries"]
 
 
 def prepare(host: Lab) -> None:
@@ -129,12 +132,13 @@ def main() -> None:
     """Print the figures, all samples of one after the other's."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     harness.load()
-    with lab(1, 2, catalogue=MapCatalogue()) as host, next_flow(host) as flows:
+    with lab(1, 2, catalogue=MapCatalogue()) as host, flows(host) as (next_flow, next_entries):
         prepare(host)
         figures: dict[str, Callable[[], float]] = {
             "datapath_local_ns": lambda: local(host),
             "datapath_ingress_ns": lambda: ingress(host),
-            "datapath_new_flow_ns": lambda: new_flows(host, flows),
+            "datapath_new_flow_ns": lambda: new_flows(host, next_flow),
+            "datapath_new_entries_ns": lambda: new_flows(host, next_entries),
             "datapath_deny_ns": lambda: deny(host),
             "datapath_empty_ns": empty,
         }

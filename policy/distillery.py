@@ -2,7 +2,7 @@
 """One resolved policy for all endpoints with equal labels, and what changed in it since it was published.
 
 A `SharedPolicy` holds the wanted map (`state`) and, for every key that differs from what the endpoints
-were last told, the old entry (`_undo`).  A rule that comes or goes marks it stale and it is resolved
+were last told, the old entry (`_undo`); nothing of that before they were told anything (`_untold`).  A rule that comes or goes marks it stale and it is resolved
 again when it is next looked at; an identity that comes or goes changes its own entries only.
 
 A policy that needs more entries than a map holds is not spelt out: `state` stays what was last published (but
@@ -30,7 +30,7 @@ from policy.model import (
 )
 from policy.narrowing import Narrowing
 from policy.repository import INIT_LABEL, InstalledClause, InstalledRule, Repository
-from policy.resolve import DirectionRules, policy_keys
+from policy.resolve import DirectionRules, Entries, policy_keys
 from policy.selector_cache import CachedSelector, SelectorCache
 
 MapState = dict[PolicyKey, PolicyEntry]
@@ -69,6 +69,7 @@ class SharedPolicy:
         self._keys: set[str] = set()
         self._uses: dict[CachedSelector, list[tuple[DirectionRules, Transport, bool]]] | None = None
         self._undo: dict[PolicyKey, PolicyEntry | None] = {}
+        self._untold = True
 
     @property
     def overflows(self) -> bool:
@@ -98,10 +99,7 @@ class SharedPolicy:
         if self.overflows:
             self._keep_published()
             return
-        state: MapState = {}
-        for direction, entries in resolved:
-            state.update(dict.fromkeys(policy_keys(entries, direction), entries.entry))
-        self._replace(state)
+        self._replace(_spelt_out(resolved))
 
     def _clauses(self, rules: list[InstalledRule]) -> list[Iterable[InstalledClause]]:
         """Return by direction what the rules say for these endpoints."""
@@ -208,12 +206,11 @@ class SharedPolicy:
 
     def _replace(self, state: MapState) -> None:
         old, self.state = self.state, state
+        if self._untold:
+            return
         undo = self._undo
         for key in old.keys() - state.keys():
             undo.setdefault(key, old[key])
-        if not old and not undo:
-            self._undo = dict.fromkeys(state)
-            return
         for key, entry in state.items():
             was = old.get(key)
             if was != entry:
@@ -224,11 +221,12 @@ class SharedPolicy:
         self._undo = {}
 
     def _note(self, key: PolicyKey) -> None:
-        self._undo.setdefault(key, self.state.get(key))
+        if not self._untold:
+            self._undo.setdefault(key, self.state.get(key))
 
     def published(self) -> MapState:
         """Return (in a new dict) the state that the endpoints were last told."""
-        state = dict(self.state)
+        state = {} if self._untold else dict(self.state)
         for key, entry in self._undo.items():
             if entry is None:
                 state.pop(key, None)
@@ -238,6 +236,9 @@ class SharedPolicy:
 
     def publish(self) -> MapChange:
         """Return what changed since the last call, and count it as told."""
+        if self._untold:
+            self._untold = False
+            return MapChange(dict(self.state))
         change = MapChange()
         state = self.state
         for key, old in self._undo.items():
@@ -249,6 +250,18 @@ class SharedPolicy:
                 change.upserts[key] = entry
         self._undo = {}
         return change
+
+
+def _spelt_out(resolved: Iterable[tuple[Direction, Entries]]) -> MapState:
+    """Return the map that these entries are, none of which says the same twice."""
+    state: MapState = {}
+    for direction, entries in resolved:
+        spelt = dict.fromkeys(policy_keys(entries, direction), entries.entry)
+        if state:
+            state.update(spelt)
+        else:  # most policies have one large part: it is not copied
+            state = spelt
+    return state
 
 
 def difference(old: MapState, new: MapState) -> MapChange:

@@ -65,17 +65,6 @@ class TransportRules:
         self.allows_everybody = False
         self.denies_everybody = False
 
-    def add(self, deny: bool, peers: tuple[CachedSelector, ...] | None) -> None:
-        if peers is None:
-            if deny:
-                self.denies_everybody = True
-            else:
-                self.allows_everybody = True
-        elif deny:
-            self.denied.update(peers)
-        else:
-            self.allowed.update(peers)
-
 
 class DirectionRules:
     """What all clauses of one direction that are for an endpoint say, by transport."""
@@ -90,7 +79,12 @@ class DirectionRules:
                 rules = self.transports.get(transport)
                 if rules is None:
                     rules = self.transports[transport] = TransportRules()
-                rules.add(deny, peers)
+                if peers is not None:
+                    (rules.denied if deny else rules.allowed).update(peers)
+                elif deny:
+                    rules.denies_everybody = True
+                else:
+                    rules.allows_everybody = True
         self.denies_all = everywhere.denies_everybody
         self.allows_all = everywhere.allows_everybody
         # Transports with an entry (any, t): those that deny everybody, and those that let everybody in.
