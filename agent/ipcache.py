@@ -31,8 +31,9 @@ CIDR_SOURCE = "cidr"  # prefixes that policies name
 BUILTIN_SOURCE = "builtin"  # 0.0.0.0/0 and ::/0 are the world
 SOURCES = (HOST_SOURCE, LOCAL_SOURCE, NODES_SOURCE, KVSTORE_SOURCE, CIDR_SOURCE, BUILTIN_SOURCE)
 
-# So many entries are written before anybody else may run, some two milliseconds; more are in a thread.
-WRITTEN_AT_ONCE = 512
+# So many entries are written before anybody else may run: three milliseconds.  In a thread it would take
+# longer: half of it is Python's, and the two would wait for each other.
+WRITTEN_AT_ONCE = 1024
 # Prefixes deleted before anybody else may run: a few milliseconds.
 PRUNED_AT_ONCE = 1024
 LOOKED_AT_ONCE = 16_384  # the same of entries that are only compared
@@ -94,10 +95,7 @@ class IpcacheMapTarget:
 
     async def update(self, items: Sequence[tuple[str, Record]]) -> Mapping[str, Exception]:
         await self._before.wait_idle()
-        entries = [(prefix, self._entry(record)) for prefix, record in items]
-        if len(entries) <= WRITTEN_AT_ONCE:
-            return dict(self._map.upsert(entries))
-        return dict(await asyncio.to_thread(self._map.upsert, entries))
+        return dict(self._map.upsert([(prefix, self._entry(record)) for prefix, record in items]))
 
     async def delete(self, keys: Sequence[str]) -> Mapping[str, Exception]:
         try:
@@ -137,7 +135,7 @@ def reconciler(
 ) -> Reconciler[str, Record]:
     """Return the map's reconciler; `hosts` are those that packets are encapsulated to, as of each write."""
     target = IpcacheMapTarget(ipcache, before, hosts, is_ours=ipcache.handle.is_new)
-    return Reconciler("ipcache", table, target)
+    return Reconciler("ipcache", table, target, batch=WRITTEN_AT_ONCE)
 
 
 async def behind(table: IpTable, hosts: Container[str]) -> list[str]:

@@ -150,7 +150,7 @@ def restore(host: RecordedLab, before: State) -> None:
     for handle in host.written():
         wanted = before[handle.name]
         handle.delete_many(list(dict(handle.items()).keys() - wanted.keys()))
-        handle.update_many(list(wanted.items()))
+        handle.update_many(list(wanted), list(wanted.values()))
 
 
 def visible(host: RecordedLab) -> dict[str, Any]:

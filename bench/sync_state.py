@@ -350,9 +350,10 @@ def floors(host: SyncHost, fleet: Fleet) -> None:
 def bare_map_s(fleet: Fleet) -> float:
     """Return how long ready bytes take into such a map."""
     entries = sorted(packed(fleet.address(each), fleet.identity(each)) for each in range(fleet.addresses))
+    keys, values = zip(*entries, strict=True)
     scratch = scratch_map()
     began = time.monotonic()
-    failed = scratch.handle.update_many(entries)
+    failed = scratch.handle.update_many(keys, values)
     taken = time.monotonic() - began
     scratch.close()
     if failed:

@@ -61,16 +61,25 @@ class Source(Generic[K, V]):
 
     def upsert_many(self, items: Collection[tuple[K, V]]) -> None:
         """Insert or replace many records, in their order."""
-        entries, changed = self._entries, []
-        for key, value in items:
-            if entries.get(key) != value:
-                entries[key] = value
-                changed.append(key)
+        changed = self._merged(items)
         if self.missing:
             for key, _ in items:
                 self.missing.pop(key, None)
         if changed:
             self._table._changed_many(changed, self.rank)
+
+    def _merged(self, items: Collection[tuple[K, V]]) -> list[K]:
+        """Put records in and return the keys of those that are new or different."""
+        entries, keys = self._entries, [key for key, _ in items]
+        if entries.keys().isdisjoint(keys):  # as in a first list
+            entries.update(items)
+            return keys
+        changed = []
+        for key, value in items:
+            if entries.get(key) != value:
+                entries[key] = value
+                changed.append(key)
+        return changed
 
     def delete(self, key: K) -> None:
         """Remove one record because its source said so.  Removing what is not there is no change."""

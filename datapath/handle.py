@@ -91,34 +91,37 @@ class MapHandle:
 
     # --- many
 
-    def update_many(self, entries: Sequence[Entry]) -> dict[int, DatapathError]:
-        """Write all entries; return the errors by position in `entries` (empty: all written)."""
+    def update_many(self, keys: Sequence[bytes], values: Sequence[bytes]) -> dict[int, DatapathError]:
+        """Write all entries; return the errors by position in `keys` (empty: all written)."""
         failed: dict[int, DatapathError] = {}
-        for start in range(0, len(entries), CHUNK):
-            self._update_chunk(entries[start : start + CHUNK], start, failed)
+        for start in range(0, len(keys), CHUNK):
+            end = start + CHUNK
+            self._update_chunk(keys[start:end], values[start:end], start, failed)
         return failed
 
     def delete_many(self, keys: Sequence[bytes]) -> int:
         """Delete all keys; return how many were there.  Raises MapError."""
         return sum(self._delete_chunk(keys[start : start + CHUNK]) for start in range(0, len(keys), CHUNK))
 
-    def _update_chunk(self, chunk: Sequence[Entry], base: int, failed: dict[int, DatapathError]) -> None:
-        at = 0
-        while self._batches and at < len(chunk):
-            rest = chunk[at:]
-            keys, values = b"".join([key for key, _ in rest]), b"".join([value for _, value in rest])
-            done, error = syscall.map_update_batch(self.fd, keys, values, len(rest))
+    def _update_chunk(
+        self, keys: Sequence[bytes], values: Sequence[bytes], base: int, failed: dict[int, DatapathError]
+    ) -> None:
+        at, count = 0, len(keys)
+        while self._batches and at < count:
+            done, error = syscall.map_update_batch(
+                self.fd, b"".join(keys[at:]), b"".join(values[at:]), count - at
+            )
             at += done
             if self._lacks_batches(error):
                 break
             if error:  # entry `at` is the one refused: go on behind it
                 failed[base + at] = map_error(self.name, "update", error)
                 at += 1
-            if len(failed) > len(chunk) // 8:  # a full map refuses them all: no use in cutting again
+            if len(failed) > count // 8:  # a full map refuses them all: no use in cutting again
                 break
-        for position in range(at, len(chunk)):
+        for position in range(at, count):
             try:
-                self.update(*chunk[position])
+                self.update(keys[position], values[position])
             except MapError as refused:
                 failed[base + position] = refused
 

@@ -97,17 +97,17 @@ class TypedMap(ABC, Generic[K, V]):
         """Write all records in batches; return those that failed, with why (empty: all are in)."""
         wanted, failed = list(items), dict[K, DatapathError]()
         try:
-            entries = self._pack(wanted)
+            keys, values = self._pack(wanted)
         except _UNPACKABLE:
             wanted, failed = self._packable(wanted)
-            entries = self._pack(wanted)
-        for position, refused in self.handle.update_many(entries).items():
+            keys, values = self._pack(wanted)
+        for position, refused in self.handle.update_many(keys, values).items():
             failed[wanted[position][0]] = refused
         return failed
 
-    def _pack(self, items: Sequence[tuple[K, V]]) -> list[tuple[bytes, bytes]]:
-        pack_key, pack_value = self._pack_key, self._pack_value
-        return [(pack_key(key), pack_value(value)) for key, value in items]
+    def _pack(self, items: Sequence[tuple[K, V]]) -> tuple[list[bytes], list[bytes]]:
+        """Return keys and values as the kernel has them."""
+        return [self._pack_key(key) for key, _ in items], [self._pack_value(value) for _, value in items]
 
     def _packable(self, items: Sequence[tuple[K, V]]) -> tuple[list[tuple[K, V]], dict[K, DatapathError]]:
         """Return those records that can be packed, and why the others can not."""
@@ -224,17 +224,19 @@ class IpcacheMap(TypedMap[str, IpcacheEntry]):
     Bits of the address beyond the length are stored as given: normalise prefixes where they come in.
     """
 
-    def _pack(self, items: Sequence[tuple[str, IpcacheEntry]]) -> list[tuple[bytes, bytes]]:
+    def _pack(self, items: Sequence[tuple[str, IpcacheEntry]]) -> tuple[list[bytes], list[bytes]]:
         # Single IPv4 addresses, which nearly all of a hundred thousand are, without a call for each part.
-        return [
-            (
-                _SINGLE4 + inet_pton(AF_INET, key[:-3]) + _PADDING4
-                if key.endswith("/32") and ":" not in key
-                else self._pack_key(key),
-                _pack_remote(identity, _pack_host(tunnel_endpoint), encryption_key, b"\0\0\0"),
-            )
-            for key, (identity, tunnel_endpoint, encryption_key) in items
+        keys = [
+            _SINGLE4 + inet_pton(AF_INET, key[:-3]) + _PADDING4
+            if key.endswith("/32") and ":" not in key
+            else self._pack_key(key)
+            for key, _ in items
         ]
+        values = [
+            _pack_remote(identity, _pack_host(tunnel_endpoint), encryption_key, b"\0\0\0")
+            for _, (identity, tunnel_endpoint, encryption_key) in items
+        ]
+        return keys, values
 
     def _pack_key(self, key: str) -> bytes:
         family, data, bits = split_prefix(key)

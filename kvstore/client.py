@@ -50,7 +50,7 @@ from kvstore.ops import (
     write_batches,
 )
 from kvstore.transport import MAX_IN_FLIGHT, TIMEOUT_S, Peer, Transport, translate
-from kvstore.watch import HANG_S, IDLE_S, WatchBatch, WatchStream, events_after
+from kvstore.watch import HANG_S, IDLE_S, WatchBatch, WatchStream, changes_after
 
 # A new watch asks for progress after this much quiet, seconds: then it has caught up with the past.
 SETTLE_S = 1.0
@@ -356,9 +356,9 @@ def _batch(response: WatchResponse, revision: int) -> WatchBatch:
     Without, the header counts only in a notification of this very watch: the answer to a progress
     request (watch -1) may overtake events in etcd before 3.4.25 and 3.5.8.
     """
-    events = events_after(response, revision)
-    if events:
-        revision = max(revision, events[-1].kv.mod_revision)
+    changes = changes_after(response, revision)
+    if changes:
+        revision = max(revision, changes[-1].revision)
     elif not response.created and response.watch_id >= 0:
         revision = max(revision, response.header.revision)
-    return WatchBatch(revision, events, response.header.revision, response.created)
+    return WatchBatch(revision, changes, response.header.revision, response.created)

@@ -23,7 +23,6 @@ from kvstore.ops import KeyValue, created_is
 from kvstore.patience import Patience
 from kvstore.schema.keys import election_candidate_key, election_prefix
 from kvstore.session import Session
-from kvstore.watch import Kind
 
 
 class Election:
@@ -110,7 +109,7 @@ class Election:
         watch = self._client.watch(candidate.key, revision + 1, single=True)
         async with contextlib.aclosing(watch) as batches:
             async for batch in batches:
-                if any(event.kind is Kind.DELETE for event in batch.events):
+                if any(change.value is None for change in batch.changes):
                     return
 
     async def _set(self, leads: bool) -> None:

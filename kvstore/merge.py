@@ -11,18 +11,9 @@ Used by: kvstore.watcher.
 
 from __future__ import annotations
 
-import msgspec
-
-from kvstore.watch import Kind, WatchBatch
+from kvstore.watch import Change, WatchBatch
 
 NEWEST = (1 << 63) - 1  # the highest revision there can be
-
-
-class Change(msgspec.Struct, frozen=True, gc=False):
-    """The last thing that happened to a key in a batch; `value` None is a deletion."""
-
-    key: str
-    value: bytes | None
 
 
 class Cursor:
@@ -58,18 +49,15 @@ class Cursor:
         self.caught_up = False
 
     def changes(self, batch: WatchBatch, *, until: int = NEWEST) -> list[Change]:
-        """Return what a batch changes, up to the revision `until`: one change a key, by its last event.
+        """Return what a batch changes, up to the revision `until`: one change a key, the last one.
 
-        Events that were delivered before (a stream that was resumed repeats some) are dropped.
+        What was delivered before (a stream that was resumed repeats some) is dropped.
         """
-        last: dict[str, Change] = {}
-        after, deletion = self.revision, Kind.DELETE
-        for event in batch.events:
-            kv = event.kv
-            if after < kv.mod_revision <= until:
-                last.pop(kv.key, None)
-                last[kv.key] = Change(kv.key, None if event.kind is deletion else kv.value)
-        return list(last.values())
+        fresh = [each for each in batch.changes if self.revision < each.revision <= until]
+        last = {each.key: each for each in fresh}
+        if len(last) == len(fresh):
+            return fresh
+        return [each for each in fresh if last[each.key] is each]
 
     def passed(self, batch: WatchBatch) -> None:
         """What the batch changes has been delivered."""
@@ -87,6 +75,6 @@ class Cursor:
         passed, or after some quiet etcd had nothing more to say."""
         if batch.created:
             self._target = batch.head
-        quiet = not batch.events and not batch.created
+        quiet = not batch.changes and not batch.created
         if quiet or self.revision >= self._target:
             self.caught_up = True

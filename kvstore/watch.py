@@ -53,15 +53,23 @@ class Event(msgspec.Struct, frozen=True, gc=False):
     kv: KeyValue
 
 
+class Change(msgspec.Struct, frozen=True, gc=False):
+    """What became of a key at a revision; `value` None is a deletion."""
+
+    key: str
+    value: bytes | None
+    revision: int
+
+
 class WatchBatch(msgspec.Struct, frozen=True):
     """What one message brought.  `revision` is where to resume from (+ 1).
 
-    `events` is empty for the message that says the watch exists (`created`) and for signs of life.
-    `head` is the revision etcd itself was at; events up to it may still be under way.
+    `changes` is empty for the message that says the watch exists (`created`) and for signs of life.
+    `head` is the revision etcd itself was at; changes up to it may still be under way.
     """
 
     revision: int
-    events: list[Event]
+    changes: list[Change]
     head: int = 0
     created: bool = False
 
@@ -255,29 +263,21 @@ class _Watchdog:
             await question()
 
 
-_KINDS = {PbEvent.PUT: Kind.PUT, PbEvent.DELETE: Kind.DELETE}
-
-
 def event_from_wire(event: PbEvent) -> Event:
-    return Event(_KINDS[event.type], from_wire(event.kv))
+    return Event(Kind.DELETE if event.type == PbEvent.DELETE else Kind.PUT, from_wire(event.kv))
 
 
-def events_after(response: WatchResponse, revision: int) -> list[Event]:
-    """Return the events of a message that are younger than `revision`.
+def changes_after(response: WatchResponse, revision: int) -> list[Change]:
+    """Return what a message says of the time after `revision`, in its order.
 
-    `event_from_wire` written out: of 20 000 events a second the calls would take as long as the work.
+    No call for each part of each event: there may be tens of thousands of them a second.
     """
+    deletion = PbEvent.DELETE
     return [
-        Event(
-            _KINDS[event.type],
-            KeyValue(
-                kv.key.decode("utf-8", "surrogateescape"),
-                kv.value,
-                kv.mod_revision,
-                kv.create_revision,
-                kv.lease,
-                kv.version,
-            ),
+        Change(
+            kv.key.decode("utf-8", "surrogateescape"),
+            None if event.type == deletion else kv.value,
+            kv.mod_revision,
         )
         for event in response.events
         if (kv := event.kv).mod_revision > revision

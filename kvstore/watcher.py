@@ -29,9 +29,9 @@ from loguru import logger
 from core import metrics
 from kvstore.client import Client
 from kvstore.errors import Compacted, KvstoreError, PermissionDenied, RequestRefused
-from kvstore.merge import Change, Cursor
+from kvstore.merge import Cursor
 from kvstore.patience import Patience
-from kvstore.watch import WatchBatch
+from kvstore.watch import Change, WatchBatch
 
 Item = tuple[str, bytes]
 Preparation = Callable[[Sequence[Item]], Awaitable[None]]

@@ -2,8 +2,9 @@
 """One resolved policy for all endpoints with equal labels, and what changed in it since it was published.
 
 A `SharedPolicy` holds the wanted map (`state`) and, for every key that differs from what the endpoints
-were last told, the old entry (`_undo`); nothing of that before they were told anything (`_untold`).  A rule that comes or goes marks it stale and it is resolved
-again when it is next looked at; an identity that comes or goes changes its own entries only.
+were last told, the old entry (`_undo`); nothing of that before they were told anything (`_untold`).  A rule
+that comes or goes marks it stale and it is resolved again when it is next looked at; an identity that comes
+or goes changes its own entries only.
 
 A policy that needs more entries than a map holds is not spelt out: `state` stays what was last published (but
 for identities that are gone, which the engine takes out), `size` counts on, and once it fits again it is

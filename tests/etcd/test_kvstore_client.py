@@ -209,7 +209,10 @@ async def take(batches: AsyncIterator[WatchBatch], count: int) -> list[tuple[Kin
     events: list[tuple[Kind, str, bytes]] = []
     while len(events) < count:
         batch = await asyncio.wait_for(anext(batches), 20)
-        events += [(event.kind, event.kv.key, event.kv.value) for event in batch.events]
+        events += [
+            (Kind.DELETE if each.value is None else Kind.PUT, each.key, each.value or b"")
+            for each in batch.changes
+        ]
     return events
 
 
@@ -221,7 +224,7 @@ async def test_watch_delivers_from_a_past_revision_on(client: Client) -> None:
     async with aclosing(client.watch("k/", revision)) as batches:
         created = await anext(batches)
         assert created.created
-        assert not created.events
+        assert not created.changes
         assert await take(batches, 2) == [(Kind.PUT, "k/a", b"1"), (Kind.DELETE, "k/a", b"")]
         await client.put("k/b", "2")
         assert await take(batches, 1) == [(Kind.PUT, "k/b", b"2")]
@@ -274,7 +277,7 @@ async def test_watch_whose_progress_is_withheld_is_not_taken_for_a_hung_one(
     async with aclosing(client.watch("k/", revision + 1)) as batches:
         assert (await anext(batches)).created
         for _ in range(2):
-            assert (await asyncio.wait_for(anext(batches), 10)).events == []
+            assert (await asyncio.wait_for(anext(batches), 10)).changes == []
         await client.put("k/", "2")
         assert await take(batches, 1) == [(Kind.PUT, "k/", b"2")]
         await client.put("k/b", "3")

@@ -94,7 +94,7 @@ async def test_a_prune_holds_up_nobody_and_leaves_what_came_meanwhile(pins: Path
         assert {prefix for prefix, _ in watched.items()} == {"10.9.0.1/32", "10.9.0.7/32", "0.0.0.0/0"}
 
 
-async def test_many_entries_are_written_aside_and_a_bad_one_stops_no_other(pins: Path) -> None:
+async def test_many_entries_are_written_and_a_bad_one_stops_no_other(pins: Path) -> None:
     number = 3 * ipcache.WRITTEN_AT_ONCE
     records = {f"10.8.{index >> 8}.{index & 255}/32": ipcache.Record(300 + index) for index in range(number)}
     with IpcacheMap.open(CATALOGUE.ipcache, pins).handle as handle:

@@ -186,7 +186,7 @@ def test_many_entries_written_read_and_deleted(kind: MapType, batches: bool) -> 
         handle._batches = batches
         value = bytes(range(8)) * (handle.value_size // 8)
         keys = [number(index) for index in range(9_000)]
-        assert handle.update_many([(key, value) for key in keys]) == {}
+        assert handle.update_many(keys, [value] * len(keys)) == {}
         assert dict(handle.items()) == dict.fromkeys(keys, value)
         assert handle.count() == 9_000
         assert handle.delete_many([*keys[:5_000], number(777_777), *keys[5_000:]]) == 9_000
@@ -206,14 +206,14 @@ def test_an_invalid_entry_does_not_end_batches(pins: Path) -> None:
     value = ipcache._pack_value(IpcacheEntry(1))
     good = [(ipcache._pack_key(f"10.0.0.{index}"), value) for index in range(20)]
     bad = (number(999) + good[0][0][4:], value)  # a prefix longer than an address
-    assert list(ipcache.handle.update_many([bad, *good, bad])) == [0, 21]
+    assert list(ipcache.handle.update_many(*zip(bad, *good, bad, strict=True))) == [0, 21]
     assert ipcache.handle._batches
     assert ipcache.handle.count() == 20
 
 
 def test_a_full_map_says_which_entries_failed() -> None:
     with small(MapType.HASH, 100) as handle:
-        failed = handle.update_many([(number(index), bytes(8)) for index in range(150)])
+        failed = handle.update_many([number(index) for index in range(150)], [bytes(8)] * 150)
         assert sorted(failed) == list(range(100, 150))
         assert all(isinstance(error, MapFull) for error in failed.values())
         assert handle.count() == 100

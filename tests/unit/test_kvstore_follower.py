@@ -12,9 +12,8 @@ from typing import cast
 from core.table import Source, Table
 from kvstore.client import Client, Page
 from kvstore.errors import Compacted, KvstoreError, Unavailable
-from kvstore.ops import KeyValue
 from kvstore.sink import TableSink
-from kvstore.watch import Event, Kind, WatchBatch
+from kvstore.watch import Change, WatchBatch
 from kvstore.watcher import Follower
 from tests.support.eventually import eventually
 
@@ -53,16 +52,16 @@ def page(revision: int, *keys: str, first: bool = False) -> Page:
     return Page(revision, [(f"k/{key}", b"%d" % revision) for key in keys], first, CLUSTER)
 
 
-def put(revision: int, *keys: str) -> list[Event]:
-    return [Event(Kind.PUT, KeyValue(f"k/{key}", b"%d" % revision, revision, 1, 0, 1)) for key in keys]
+def put(revision: int, *keys: str) -> list[Change]:
+    return [Change(f"k/{key}", b"%d" % revision, revision) for key in keys]
 
 
-def deleted(revision: int, *keys: str) -> list[Event]:
-    return [Event(Kind.DELETE, KeyValue(f"k/{key}", b"", revision, 0, 0, 0)) for key in keys]
+def deleted(revision: int, *keys: str) -> list[Change]:
+    return [Change(f"k/{key}", None, revision) for key in keys]
 
 
-def batch(revision: int, events: list[Event], *, head: int = 0, created: bool = False) -> WatchBatch:
-    return WatchBatch(revision, events, head or revision, created)
+def batch(revision: int, changes: list[Change], *, head: int = 0, created: bool = False) -> WatchBatch:
+    return WatchBatch(revision, changes, head or revision, created)
 
 
 def table_sink() -> tuple[Source[str, bytes], TableSink[str, bytes]]:

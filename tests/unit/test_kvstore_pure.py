@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from core.table import Table
 from kvstore import errors, etcd_pb2, ops, schema
 from kvstore.config import EtcdConfig
-from kvstore.merge import Change, Cursor
+from kvstore.merge import Cursor
 from kvstore.ops import KeyValue, delete_op, put_op, range_end, span, write_batches
 from kvstore.ownkeys import OwnKeys
 from kvstore.sink import TableSink
 from kvstore.transport import translate
-from kvstore.watch import Event, Kind, WatchBatch
+from kvstore.watch import Change, WatchBatch
 from tests.support.lists import deliver_list
 from tests.support.require import require
 
@@ -185,13 +185,12 @@ def test_wire_errors_become_typed_and_name_key_and_peer(
 # --- merging
 
 
-def event(key: str, revision: int, value: str | None = "v") -> Event:
-    kind = Kind.DELETE if value is None else Kind.PUT
-    return Event(kind, KeyValue(key, (value or "").encode(), revision, 1, 0, 0 if value is None else 1))
+def event(key: str, revision: int, value: str | None = "v") -> Change:
+    return Change(key, None if value is None else value.encode(), revision)
 
 
-def batch(*events: Event, head: int = 0, created: bool = False, revision: int = 0) -> WatchBatch:
-    last = events[-1].kv.mod_revision if events else revision
+def batch(*events: Change, head: int = 0, created: bool = False, revision: int = 0) -> WatchBatch:
+    last = events[-1].revision if events else revision
     return WatchBatch(last, list(events), head, created)
 
 
@@ -199,7 +198,7 @@ def test_last_event_of_a_key_wins_and_repeated_ones_are_dropped() -> None:
     cursor = Cursor()
     cursor.listed(10)
     changes = cursor.merge(batch(event("a", 9), event("a", 11, "x"), event("b", 12), event("a", 13, None)))
-    assert changes == [Change("b", b"v"), Change("a", None)], "in the order of each key's last event"
+    assert changes == [Change("b", b"v", 12), Change("a", None, 13)], "in the order of each key's last event"
     assert cursor.revision == 13
     assert cursor.merge(batch(event("a", 13), event("b", 12))) == []
 
@@ -243,7 +242,7 @@ def test_merge_equals_applying_every_event_once(data: st.DataObject) -> None:
     events = [event(key, revision, value) for revision, (key, value) in enumerate(history, 2)]
     truth: dict[str, bytes] = {}
     for each in events:
-        _apply(truth, each.kv.key, None if each.kind is Kind.DELETE else each.kv.value)
+        _apply(truth, each.key, each.value)
     cursor, view = Cursor(1), dict[str, bytes]()
     position = 0
     while position < len(events):
