@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_network
@@ -68,6 +69,7 @@ from kvstore.election import Election
 from kvstore.pools import Wish
 from kvstore.session import Session
 from kvstore.sink import TableSink
+from kvstore.watch import Change
 from kvstore.watcher import Follower, Preparation, Sink
 from policy.engine import PolicyEngine
 from policy.model import EnforcementMode
@@ -217,7 +219,12 @@ def _overlay(config: Config, host: HostView, programs: HostPrograms, netlink: Ne
 
 def _store(ground: Ground) -> Store:
     client = Client(_etcd_config(ground.config))
-    session = Session(client, ttl=int(ground.config["kvstore-lease-ttl"]), lease=ground.node.lease)
+    session = Session(
+        client,
+        ttl=int(ground.config["kvstore-lease-ttl"]),
+        lease=ground.node.lease,
+        elsewhere=(schema.IPS, schema.IDENTITY_VALUES),
+    )
     role_session = Session(client, ttl=ROLE_TTL_S, name=ground.node.name)
     registration = Registration(
         client,
@@ -266,7 +273,15 @@ async def _knowledge(ground: Ground, store: Store, view: remembered.View) -> Kno
             _resuming(client, schema.IDENTITY_IDS, identities, view.identities_at, ground.gates),
             _resuming(client, schema.POLICIES, keys, view.policies_at, ground.gates, prepare=keys.prepare),
             Follower(client, schema.NODES, node_sink, gate=relist),
-            _resuming(client, schema.IPS, ip_sink, ground.node.addresses_at, ground.gates, partial=True),
+            _resuming(
+                client,
+                schema.IPS,
+                ip_sink,
+                ground.node.addresses_at,
+                ground.gates,
+                partial=True,
+                observer=store.session.seen,
+            ),
         ],
     )
 
@@ -280,6 +295,7 @@ def _resuming(
     *,
     partial: bool = False,
     prepare: Preparation | None = None,
+    observer: Callable[[Sequence[Change]], None] | None = None,
 ) -> Follower:
     """Return a follower that goes on where the restored view stands."""
     return Follower(
@@ -291,6 +307,7 @@ def _resuming(
         partial=partial,
         gate=gates.relist,
         prepare=prepare,
+        observer=observer,
     )
 
 

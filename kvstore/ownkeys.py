@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from core.backoff import Backoff
 from kvstore.ops import KeyValue
+from kvstore.watch import Change
 
 # Seconds.  The first restoration is immediate, the further ones back off; calm for longer forgives.
 FIGHT_BASE_S, FIGHT_CAP_S, CALM_S = 1.0, 60.0, 300.0
@@ -195,6 +196,17 @@ class OwnKeys:
             return False
         self._restore(found.key, own, time.monotonic() if now is None else now)
         return True
+
+    def seen(self, changes: Iterable[Change], now: float | None = None) -> list[Change]:
+        """Take what was seen of keys where their leases are not; returns what somebody did to own keys."""
+        at, own = time.monotonic() if now is None else now, self._own
+        found = []
+        for change in [each for each in changes if each.key in own]:
+            mine = own[change.key]
+            if 0 < mine.revision < change.revision and change.value != mine.value:
+                self._restore(change.key, mine, at)
+                found.append(change)
+        return found
 
     def verify(
         self, keys: Iterable[str], found: Mapping[str, KeyValue], lease: int, revision: int

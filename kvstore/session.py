@@ -9,8 +9,9 @@
 `own` and `disown` return at once, also when etcd is away; `written` waits.  A key that somebody deletes or
 overwrites comes back; a key of somebody else is never touched, not even when we disowned it before.
 
-Every own key has an exact watch of its own, all on one stream: etcd then sends this host nothing but
-what happens to its own keys.
+An own key has an exact watch of its own, all on one stream: etcd then sends this host nothing but what
+happens to its own keys.  But not those under prefixes that are looked after `elsewhere`, of which a fleet has
+millions: what is followed anyway comes by `seen`, and all of them are read now and then.
 
 An agent's lease lasts a day, so that its keys survive its restarts and long outages; a role that must
 change hands quickly (kvstore.election) uses a session of its own with a short one.
@@ -40,9 +41,8 @@ from kvstore.errors import (
 from kvstore.keywatches import KeyWatches
 from kvstore.ops import (
     MAX_TXN_OPS,
-    Compare,
     KeyValue,
-    Op,
+    Nested,
     delete_op,
     get_op,
     lease_is,
@@ -54,13 +54,15 @@ from kvstore.ops import (
 )
 from kvstore.ownkeys import Leaving, OwnKeys
 from kvstore.patience import Patience
-from kvstore.watch import Event, Kind, event_from_wire
+from kvstore.watch import Change, Event, Kind, event_from_wire
 
 # Seconds.  A day: keys outlive an agent's upgrade and a long outage of etcd.
 DEFAULT_TTL_S = 24 * 3600
 # A lease is renewed at a third of its time, and at least this often: renewal is also how the loss of a
 # long lease is noticed.
 LONGEST_KEEPALIVE_S = 60.0
+# Own keys without a watch are read so often.
+LOOK_ELSEWHERE_S = 300.0
 
 
 def keepalive_s(ttl: float) -> float:
@@ -77,17 +79,25 @@ ADOPT_CALM_S, ADOPT_LATEST_S = 0.5, 2.0
 class Session:
     """See the module's text.  `lease` is the number of a lease from before (a checkpoint's), or 0.
 
-    Owner of all state: the event loop; `run` must be running for anything to reach etcd.
+    `elsewhere` are prefixes whose own keys are not watched.  Owner of all state: the event loop; `run` must
+    be running for anything to reach etcd.
     """
 
     def __init__(
-        self, client: Client, *, ttl: int = DEFAULT_TTL_S, lease: int = 0, name: str = "agent"
+        self,
+        client: Client,
+        *,
+        ttl: int = DEFAULT_TTL_S,
+        lease: int = 0,
+        name: str = "agent",
+        elsewhere: tuple[str, ...] = (),
     ) -> None:
         self.ttl = ttl
         self.lease_id = lease
         self.name = name
         self.error = ""
         self._client = client
+        self._elsewhere = elsewhere
         self._keys = OwnKeys()
         self._proven_at = 0.0
         self._changed = asyncio.Event()
@@ -133,6 +143,11 @@ class Session:
             return
         self._adopting_since = 0.0
         self._changed.set()
+
+    def seen(self, changes: Sequence[Change]) -> None:
+        """Take what somebody else follows of the keys that are looked after elsewhere."""
+        for change in self._keys.seen(changes):
+            self._lost(change.key, deleted=change.value is None)
 
     async def disown(self, key: str) -> None:
         """No longer want `key`: it is deleted if it is still ours.  Returns at once; see `settled`."""
@@ -195,15 +210,14 @@ class Session:
             self.lease_id = await self._client.lease_grant(self.ttl)
             self._proven_at = time.monotonic()
             logger.info("{}: lease {:016x} for {} s", self.name, self.lease_id, self.ttl)
-        wrong = await self._verify()
+        wrong = await self._verify(list(self._keys.values()))
         if wrong:
             logger.info("{}: {} own keys to write", self.name, len(wrong))
         self.error = ""
         await self._notify()
 
-    async def _verify(self) -> list[str]:
-        """Read every own key; the keys that are not in etcd as wanted become dirty, and only they."""
-        keys = list(self._keys.values())
+    async def _verify(self, keys: Sequence[str]) -> list[str]:
+        """Read own keys; those that are not in etcd as wanted become dirty, and only they."""
         wrong: list[str] = []
         for start in range(0, len(keys), MAX_TXN_OPS):
             chunk = keys[start : start + MAX_TXN_OPS]
@@ -223,12 +237,23 @@ class Session:
         """Keep alive, write and watch; raises the first trouble of any of the three."""
         async with self._client.watch_stream(f"own keys of {self.name}") as stream:
             watches = KeyWatches(stream)
-            await _first_failure(self._keep_alive(), self._write(watches), self._watch(watches))
+            await _first_failure(
+                self._keep_alive(), self._write(watches), self._watch(watches), self._look_elsewhere()
+            )
 
     async def _keep_alive(self) -> None:
         while True:
             await asyncio.sleep(jittered(keepalive_s(self.ttl)))
             await self._keep_alive_once()
+
+    async def _look_elsewhere(self) -> None:
+        """Read the keys that nobody watches for us, now and then."""
+        while True:
+            await asyncio.sleep(jittered(LOOK_ELSEWHERE_S))
+            keys = [key for key in self._keys.watchable() if key.startswith(self._elsewhere)]
+            for key in await self._verify(keys):
+                logger.warning("own key {} was not in etcd as it should be", key)
+                self._changed.set()
 
     async def _keep_alive_once(self) -> None:
         asked = time.monotonic()
@@ -245,15 +270,18 @@ class Session:
     # --- writing
 
     async def _write(self, watches: KeyWatches) -> None:
-        await watches.follow(self._keys.watchable())
+        await watches.follow(self._own_watches(self._keys.watchable()))
         while True:
             self._changed.clear()
-            await watches.follow(self._keys.take_turned())
+            await watches.follow(self._own_watches(self._keys.take_turned()))
             await self._write_due()
             await self._delete_leaving()
-            await watches.follow(self._keys.take_turned())
+            await watches.follow(self._own_watches(self._keys.take_turned()))
             await self._notify()
             await self._pause()
+
+    def _own_watches(self, keys: Mapping[str, int]) -> dict[str, int]:
+        return {key: at for key, at in keys.items() if not key.startswith(self._elsewhere)}
 
     async def _write_due(self) -> None:
         while due := self._keys.due(MAX_TXN_OPS):
@@ -281,21 +309,35 @@ class Session:
 
     async def _delete_leaving(self) -> None:
         """Delete what was disowned or abandoned if it is still ours; what etcd refuses is tried again."""
-        while due := self._keys.leaving():
-            for key, leaving in due.items():
-                # Wanted again while the one before was deleted: then there is nothing to delete any more.
-                if key not in self._keys:
-                    await self._delete_one(key, leaving)
+        while due := list(self._keys.leaving().items()):
+            for start in range(0, len(due), MAX_TXN_OPS):
+                # Wanted again while others were deleted: then there is nothing to delete any more.
+                chunk = [each for each in due[start : start + MAX_TXN_OPS] if each[0] not in self._keys]
+                if chunk:
+                    await self._delete(chunk)
 
-    async def _delete_one(self, key: str, leaving: Leaving) -> None:
+    async def _delete(self, leaving: Sequence[tuple[str, Leaving]]) -> None:
+        """Delete keys in one transaction, each on its own condition; what is refused is tried key by key."""
+        txns = [_deletion(key, each, self.lease_id) for key, each in leaving]
         try:
-            await self._client.txn(*_deletion(key, leaving, self.lease_id))
+            if len(txns) == 1:
+                await self._client.txn(txns[0].compares, txns[0].success, txns[0].failure)
+            else:
+                await self._client.txn((), txns)
         except (PermissionDenied, RequestRefused) as error:
-            self._keys.not_left(leaving, str(error))
-            pause = leaving.not_before - time.monotonic()
-            logger.error("key {} stays although unwanted, tried again in {:.0f} s: {}", key, pause, error)
+            if len(leaving) == 1:
+                self._stays(*leaving[0], error)
+                return
+            for one in leaving:
+                await self._delete([one])
             return
-        self._keys.left(key, leaving)
+        for key, each in leaving:
+            self._keys.left(key, each)
+
+    def _stays(self, key: str, leaving: Leaving, error: KvstoreError) -> None:
+        self._keys.not_left(leaving, str(error))
+        pause = leaving.not_before - time.monotonic()
+        logger.error("key {} stays although unwanted, tried again in {:.0f} s: {}", key, pause, error)
 
     async def _pause(self) -> None:
         """Wait for a change, or until a delayed write is due."""
@@ -322,19 +364,22 @@ class Session:
                     self._observe(event)
 
     def _observe(self, event: Event) -> None:
-        key, deleted = event.kv.key, event.kind is Kind.DELETE
+        deleted = event.kind is Kind.DELETE
         if self._keys.observed(event.kv, deleted=deleted, lease=self.lease_id):
-            metrics.KVSTORE_OWN_KEYS_RESTORED.inc()
-            logger.warning("own key {} was {} by somebody", key, "deleted" if deleted else "changed")
-            self._changed.set()
+            self._lost(event.kv.key, deleted=deleted)
+
+    def _lost(self, key: str, *, deleted: bool) -> None:
+        metrics.KVSTORE_OWN_KEYS_RESTORED.inc()
+        logger.warning("own key {} was {} by somebody", key, "deleted" if deleted else "changed")
+        self._changed.set()
 
 
-def _deletion(key: str, leaving: Leaving, lease: int) -> tuple[list[Compare], list[Op], list[Op]]:
+def _deletion(key: str, leaving: Leaving, lease: int) -> Nested:
     """Return the transaction that deletes a key if it is ours."""
     if leaving.revision:
-        return [mod_is(key, leaving.revision)], [delete_op(key)], []
+        return txn_op([mod_is(key, leaving.revision)], [delete_op(key)])
     otherwise = [] if leaving.value is None else [txn_op([value_is(key, leaving.value)], [delete_op(key)])]
-    return [lease_is(key, lease)], [delete_op(key)], [*otherwise]
+    return txn_op([lease_is(key, lease)], [delete_op(key)], otherwise)
 
 
 async def _first_failure(*mains: Coroutine[Any, Any, None]) -> None:

@@ -76,8 +76,9 @@ class Follower:
 
     `resume_revision` (and the cluster it came from) are a checkpoint's: the sink then already holds the
     view of that revision.  With `partial` it holds only some of that view: it is listed all the same, and
-    the history since then tells what of it was deleted.  `gate` is awaited before every full list, `prepare`
-    with each part before the sink takes it: what takes long can be done in a thread there.
+    the history since then tells what of it was deleted.  `observer` is told of every change that etcd tells
+    of (not of lists), before the sink.  `gate` is awaited before every full list, `prepare` with each part
+    before the sink takes it: what takes long can be done in a thread there.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Follower:
         partial: bool = False,
         gate: Callable[[], Awaitable[None]] | None = None,
         prepare: Preparation | None = None,
+        observer: Callable[[Sequence[Change]], None] | None = None,
     ) -> None:
         self.prefix = prefix
         self.state = State.LISTING
@@ -103,6 +105,7 @@ class Follower:
         self._sink = sink
         self._gate = gate
         self._prepare = prepare
+        self._observer = observer
         self._told_in_sync = False
         self._pace = _Pace()
         self._patience = Patience(f"view of {prefix}")
@@ -211,6 +214,8 @@ class Follower:
         and only its deletion.  A deletion that came before that write is then none of it.
         """
         changes = self.cursor.changes(batch)
+        if self._observer is not None:
+            self._observer(changes)
         written = [(each.key, each.value) for each in changes if each.value is not None]
         await self._take(written)
         if len(written) < len(changes):

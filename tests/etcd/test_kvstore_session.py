@@ -5,16 +5,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from core import metrics
+from core.table import Table
 from kvstore import schema
 from kvstore.client import Client
 from kvstore.election import Election
+from kvstore.ops import Compare, Op, TxnResult
 from kvstore.session import Session
+from kvstore.sink import TableSink
+from kvstore.watch import WatchStream
+from kvstore.watcher import Follower, State
 from tests.support.etcd import EtcdServer
 from tests.support.eventually import eventually
 
@@ -27,7 +33,7 @@ async def client(etcd: EtcdServer) -> AsyncIterator[Client]:
 
 
 @contextlib.asynccontextmanager
-async def running(*parts: Session | Election) -> AsyncIterator[None]:
+async def running(*parts: Session | Election | Follower) -> AsyncIterator[None]:
     tasks = [asyncio.create_task(part.run()) for part in parts]
     try:
         yield
@@ -36,6 +42,14 @@ async def running(*parts: Session | Election) -> AsyncIterator[None]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def pair(key: str, value: bytes) -> tuple[str, bytes]:
+    return key, value
+
+
+def same(key: str) -> str:
+    return key
 
 
 def holds(client: Client, session: Session, key: str, value: bytes) -> Callable[[], Awaitable[bool]]:
@@ -115,6 +129,63 @@ async def test_disowned_key_is_deleted_unless_somebody_else_has_it(client: Clien
         found = await client.get("k/moved")
         assert found is not None
         assert found.lease == other
+
+
+async def test_keys_looked_after_elsewhere_have_no_watch_and_come_back_all_the_same(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One prefix is followed and told to the session; the other is read now and then."""
+    monkeypatch.setattr("kvstore.session.LOOK_ELSEWHERE_S", 1.0)
+    session = Session(client, elsewhere=("followed/", "read/"))
+    watched: list[str] = []
+    create = WatchStream.create
+
+    async def noted(stream: WatchStream, key: str, revision: int, **how: Any) -> None:
+        watched.append(key)
+        await create(stream, key, revision, **how)
+
+    monkeypatch.setattr(WatchStream, "create", noted)
+    sink = TableSink(Table[str, bytes]("t", ("s",)).source("s"), pair, same)
+    follower = Follower(client, "followed/", sink, observer=session.seen)
+    for key in ("followed/a", "followed/b", "read/a", "own/a"):
+        await session.own(key, "mine")
+    async with running(session, follower):
+        await asyncio.wait_for(session.settled(), 20)
+        await eventually(lambda: follower.state is State.WATCHING, "followed")
+        await client.delete("followed/a")
+        await client.put("followed/b", "theirs")
+        await client.put("read/a", "theirs")
+        for key in ("followed/a", "followed/b", "read/a"):
+            await eventually(holds(client, session, key, b"mine"), f"{key} is back")
+        assert session.errors == {}
+    assert set(watched) == {"followed/", "own/a"}
+
+
+async def test_many_keys_are_deleted_at_once_and_those_of_others_stay(client: Client) -> None:
+    session, number = Session(client, elsewhere=("k/",)), 300
+    for each in range(number):
+        await session.own(f"k/{each}", "mine")
+    async with running(session):
+        await asyncio.wait_for(session.settled(), 20)
+        other = await client.put("k/7", "theirs")
+        requests: list[int] = []
+        txn = client.txn
+
+        async def counted(
+            compares: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()
+        ) -> TxnResult:
+            requests.append(len(success))
+            return await txn(compares, success, failure)
+
+        client.txn = counted  # type: ignore[method-assign]
+        for each in range(number):
+            await session.disown(f"k/{each}")
+        await asyncio.wait_for(session.settled(), 20)
+        found = await client.list("k/")
+        assert [(item.key, item.value, item.mod_revision) for item in found.items] == [
+            ("k/7", b"theirs", other)
+        ]
+        assert max(requests) > 100
 
 
 async def test_lost_lease_is_replaced_and_all_keys_come_back(client: Client) -> None:

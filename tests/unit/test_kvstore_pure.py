@@ -305,6 +305,15 @@ def test_deleted_overwritten_and_stolen_keys_are_restored() -> None:
         assert keys.due(10, now=1000.0) == {"a": b"1"}
 
 
+def test_what_a_follower_sees_of_own_keys_restores_them() -> None:
+    keys = written(a=b"1", b=b"2", c=b"3")
+    deletion, theft = Change("a", None, 11), Change("b", b"x", 12)
+    changes = [deletion, theft, Change("c", b"3", 13), Change("c", b"x", 10), Change("z", None, 14)]
+    assert keys.seen(changes, now=1000.0) == [deletion, theft]
+    assert keys.due(10, now=1000.0) == {"a": b"1", "b": b"2"}
+    assert keys.seen([deletion], now=1000.0) == [], "it is on its way already"
+
+
 def test_own_writes_old_events_and_foreign_keys_are_no_news() -> None:
     keys = written(a=b"1")
     assert not keys.observed(kv("a", b"1", 11), deleted=False, lease=7)
