@@ -22,7 +22,7 @@ from loguru import logger
 
 from agent.api.wire import json_response
 from agent.health import Prober
-from agent.health_server import Allowance, HealthServer
+from agent.health_server import HealthServer
 from agent.probes import granted
 from agent.report_health import HealthCollector, health, summary
 from bench.agent_idle_cpu import cpu_seconds
@@ -43,9 +43,7 @@ def serve() -> None:
     """Answer at every address; without the limit on a flood, which a round of all nodes is."""
 
     async def run() -> None:
-        server = HealthServer(["0.0.0.0", "::"], PORT)
-        server._allowance = Allowance(UNLIMITED, UNLIMITED)
-        await server.run()
+        await HealthServer(["0.0.0.0", "::"], PORT, rate=UNLIMITED, burst=UNLIMITED).run()
 
     logger.remove()
     asyncio.run(run())

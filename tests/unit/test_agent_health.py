@@ -23,7 +23,8 @@ from agent.health import (
     addresses,
     first_within,
 )
-from agent.health_server import Allowance, HealthServer, answer_to
+from agent.health_server import HealthServer, answer_to
+from agent.listener import Allowance
 from agent.probes import ECHO_TRIES, Outcome, checksum, echo_request, replied
 from agent.report_health import SERIES_NODES_MAX, UNREACHABLE_SHOWN, HealthCollector, health, summary
 from core.backoff import cluster_interval

@@ -171,7 +171,7 @@ async def answering() -> AsyncIterator[Answering]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-    assert not server._open, "a connection is left"
+    assert not server.connections.open, "a connection is left"
 
 
 def can_connect(port: int) -> bool:
@@ -218,7 +218,7 @@ async def test_silent_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatc
     async with answering() as there:
         silent_ones = [await there.connect() for _ in range(30)]
         assert await there.ask(HELLO) == YES
-        assert len(there.server._open) <= 8
+        assert len(there.server.connections.open) <= 8
         for _, writer in silent_ones:
             writer.transport.abort()
 
