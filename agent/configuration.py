@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
+from agent.names_wire import why_no_domain
 from agent.options import CONFIG_DIR, OPTIONS
 from core.options import Config, OptionError, Type, load, render
 from identity.errors import FilterError
@@ -96,6 +97,8 @@ def check(config: Config) -> None:
         "with a tunnel pools are reached by it; set tunnel to disabled",
     )
     _check_address(config)
+    reason = why_no_domain(config["cluster-dns-domain"])
+    _require(config, "cluster-dns-domain", not reason, reason)
     interval = config["conntrack-gc-interval"]
     _require(config, "conntrack-gc-interval", interval == 0 or interval >= 1, "it must be 0 or at least 1s")
 

@@ -23,6 +23,7 @@ _KVSTORE = "Kvstore and cluster"
 _IDENTITY = "Identities"
 _ADDRESS = "Addresses and devices"
 _ENGINE = "Container engine"
+_NAMES = "Names"
 _POLICY = "Policy"
 _MAPS = "BPF maps and conntrack"
 _MONITOR = "Monitor"
@@ -318,6 +319,22 @@ OPTIONS: tuple[Option, ...] = (
         Path("/run/docker/plugins/holdfast.sock"),
         "Unix socket of the network driver; the file's name is the driver's name",
         section=_ENGINE,
+    ),
+    # --- names
+    Option(
+        "enable-cluster-dns",
+        Type.BOOL,
+        False,
+        "Answer <service>.<project>.<cluster-dns-domain> for the compose services of all hosts, "
+        "at port 53 of this host's address in its pool",
+        section=_NAMES,
+    ),
+    Option(
+        "cluster-dns-domain",
+        Type.TEXT,
+        "holdfast",
+        "Domain of these names, in lower case, the same on all hosts",
+        section=_NAMES,
     ),
     # --- policy
     Option(

@@ -37,6 +37,9 @@ from agent.health import Prober
 from agent.health_server import HealthServer
 from agent.host import HostView, look, node_name
 from agent.keeper import Keeper
+from agent.names import NameIndex
+from agent.names_server import NamesServer
+from agent.names_zone import Zone
 from agent.node_routes import Direct, NodeRouteTarget, Tunnelled, TunnelMapTarget, Way
 from agent.node_routes import reconcilers as node_reconcilers
 from agent.nodes import NodeFollower, NodePool, NodeTable, Own, PoolTable
@@ -166,7 +169,15 @@ class HealthSide:
 
 
 @dataclass(eq=False)
-class Parts(EngineSide, HealthSide, Enforcement, Knowledge, Store, Ground):
+class NamesSide:
+    """Names across hosts; None unless enable-cluster-dns."""
+
+    name_index: NameIndex | None = None
+    names_server: NamesServer | None = None
+
+
+@dataclass(eq=False)
+class Parts(EngineSide, HealthSide, NamesSide, Enforcement, Knowledge, Store, Ground):
     """Everything that was built; each part says in its own module who owns it."""
 
 
@@ -178,7 +189,8 @@ async def build(config: Config, events: EventPump, programs: HostPrograms, gates
     knowledge = await _knowledge(ground, store, view)
     enforcement = _enforcement(ground, store, knowledge)
     engine = _engine(ground, enforcement)
-    stages = (ground, store, knowledge, enforcement, engine, _health(ground, knowledge))
+    beside = (_health(ground, knowledge), _names(ground, knowledge))
+    stages = (ground, store, knowledge, enforcement, engine, *beside)
     return Parts(**{name: part for stage in stages for name, part in vars(stage).items()})
 
 
@@ -460,6 +472,14 @@ def _health(ground: Ground, known: Knowledge) -> HealthSide:
     own = f"{config['cluster-name']}/{ground.node.name}"
     prober = Prober(known.nodes, own, addresses, port=port, base=config["cluster-health-interval"])
     return HealthSide(prober, HealthServer(addresses, port))
+
+
+def _names(ground: Ground, known: Knowledge) -> NamesSide:
+    if not ground.config["enable-cluster-dns"]:
+        return NamesSide()
+    index = NameIndex(known.identities.table, known.addresses)
+    zone = Zone(ground.config["cluster-dns-domain"], index)
+    return NamesSide(index, NamesServer(zone, ground.pool.routers, ground.pool.networks))
 
 
 def _ipv6_range(config: Config, host: HostView) -> IPv6Network:

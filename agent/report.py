@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Records in etcd that status shows; a thousand of them have one cause more often than a thousand.
 IGNORED_SHOWN = 10
+NAMES_SHOWN = 3  # services that can have no name
 NO_IPV6 = "no IPv6: this host's kernel has none"
 OK, WARNING, FAILURE, DISABLED = "Ok", "Warning", "Failure", "Disabled"
 
@@ -73,6 +74,7 @@ def status(process: AgentProcess) -> models.Status:
             for key, error in itertools.islice(ignored_records(parts).items(), IGNORED_SHOWN)
         ],
         cluster_health=summary(parts.prober, parts.health_server),
+        cluster_dns=_names(parts),
     )
 
 
@@ -263,6 +265,26 @@ def ignored_records(parts: Parts) -> dict[str, str]:
     }
 
 
+def _names(parts: Parts) -> models.ClusterDns:
+    index, server = parts.name_index, parts.names_server
+    if index is None or server is None:
+        return models.ClusterDns(state=DISABLED, msg="enable-cluster-dns is false")
+    troubles = [f"not answered at {place}: {reason}" for place, reason in server.errors.items()]
+    if not index.complete:
+        troubles.append("not every name is known yet")
+    # Of one service several identities may speak.
+    unusable = sorted(set(index.names.unusable.values()))
+    return models.ClusterDns(
+        state=WARNING if troubles else OK,
+        msg="; ".join(troubles),
+        domain=server.zone.domain,
+        addresses=list(server.addresses),
+        names=len(index.names),
+        unusable=len(unusable),
+        unusable_names=[shorten(each) for each in unusable[:NAMES_SHOWN]],
+    )
+
+
 def _unmanaged(parts: Parts) -> list[models.Unmanaged]:
     if parts.engine_watch is None:
         return []
@@ -386,6 +408,10 @@ def set_gauges(process: AgentProcess) -> None:
     )
     for state in State:
         metrics.ENDPOINT_STATE.labels(state.value).set(states.get(state.value, 0))
+    index = process.parts.name_index
+    if index is not None:
+        metrics.DNS_NAMES.set(len(index.names))
+        metrics.DNS_UNUSABLE.set(len(index.names.unusable))
     for table in _tables(process.parts):
         metrics.KVSTORE_MISSING.labels(table.name).set(_missing(table))
 

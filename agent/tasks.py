@@ -104,6 +104,10 @@ def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
     if parts.prober is not None and parts.health_server is not None:
         tasks["health probes"] = parts.prober.run
         tasks["health answers"] = parts.health_server.run
+    if parts.name_index is not None and parts.names_server is not None:
+        tasks["names from identities"] = parts.name_index.follow_identities
+        tasks["names from addresses"] = parts.name_index.follow_addresses
+        tasks["names answers"] = parts.names_server.run
     return tasks
 
 

@@ -187,6 +187,18 @@ NODE_LATENCY = _described(
     (*_TARGET, "target_node_ip", "protocol", "address_type"),
 )
 
+# --- names across hosts (agent.names, agent.names_server)
+_section("Names across hosts")
+DNS_QUERIES = _counter(
+    "holdfast_dns_queries_total",
+    "Questions for names, by what became of them; limited: beyond what one address may ask",
+    ("outcome",),
+)
+DNS_NAMES = _gauge("holdfast_dns_names", "Names of the cluster that have an address")
+DNS_UNUSABLE = _gauge(
+    "holdfast_dns_unusable_names", "Identities whose service or project can be no label of DNS"
+)
+
 # --- read from the kernel's maps at each scrape (agent.collector)
 _section("Read from the kernel's maps at each scrape")
 DROP_COUNT = _described("counter", "cilium_drop_count_total", "Packets dropped", ("reason", "direction"))

@@ -125,6 +125,16 @@ class ClusterHealth(Component, frozen=True, kw_only=True):
     unreachable_nodes: list[UnreachableNode] = []  # the first of them
 
 
+class ClusterDns(Component, frozen=True, kw_only=True):
+    """Names across hosts in short; `state` is about this host's answers."""
+
+    domain: str = ""
+    addresses: list[str] = []  # where this host answers
+    names: int = 0  # that have an address
+    unusable: int = 0  # services whose labels make no name
+    unusable_names: list[str] = []  # the first of them
+
+
 class Status(Model, frozen=True, kw_only=True):
     """The answer of /v1/healthz and the whole of `holdfast status`."""
 
@@ -153,6 +163,7 @@ class Status(Model, frozen=True, kw_only=True):
     ignored_records: list[IgnoredRecord] = []  # the first of them
     maps: list[MapInfo] = []
     cluster_health: ClusterHealth = ClusterHealth(state="Disabled", msg="not started")
+    cluster_dns: ClusterDns = ClusterDns(state="Disabled", msg="not started")
 
 
 # --- configuration

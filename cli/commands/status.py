@@ -71,6 +71,7 @@ def lines(found: Json, verbose: bool) -> Iterator[str]:
     yield line("Identities", identities(found))
     yield line("Staleness", staleness(found["staleness"]))
     yield from cluster_health(found.get("cluster-health"))
+    yield from cluster_dns(found.get("cluster-dns"))
     if found["maps"]:
         yield line("BPF Maps", maps(found["maps"]))
     for wait in found["waits"]:
@@ -164,6 +165,20 @@ def cluster_health(found: Json | None) -> Iterator[str]:
         yield f"  {each['name']} {each['ip']}: {each['error']}"
     if found["unreachable"] > len(found["unreachable-nodes"]):
         yield "  … (holdfast health shows all)"
+
+
+def cluster_dns(found: Json | None) -> Iterator[str]:
+    """Say where names are answered, when they are."""
+    if found is None or found["state"] == "Disabled":
+        return
+    where = ", ".join(found["addresses"])
+    yield line("Cluster DNS", f"{plural(found['names'], 'name')} of {found['domain']}, answered at {where}")
+    if found["msg"]:
+        yield f"  {found['state']}: {found['msg']}"
+    if found["unusable"]:
+        more = " …" if found["unusable"] > len(found["unusable-names"]) else ""
+        services = plural(found["unusable"], "service")
+        yield f"  {services} can have no name: {', '.join(found['unusable-names'])}{more}"
 
 
 def maps(all_: list[Json]) -> str:

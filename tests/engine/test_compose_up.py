@@ -24,7 +24,7 @@ from tests.support.engine import (
     compose_command,
     project_images,
 )
-from tests.support.host import REPO, Hub, run
+from tests.support.host import REPO, Hub, run, wait_for
 
 SETUP = REPO / "compose" / "setup"
 UP_SECONDS = 300
@@ -103,6 +103,25 @@ def test_keys_are_readable_by_root_only(bare: DockerHost) -> None:
     assert len(keys) == 6
     for key in keys:
         assert stat.S_IMODE(key.stat().st_mode) == 0o600, key
+
+
+def test_names_are_answered_with_the_capabilities_it_has(bare: DockerHost) -> None:
+    """Port 53 takes one: of the process, which is in a container."""
+    option = bare.private("/etc/holdfast") / "config" / "enable-cluster-dns"
+    option.write_text("true")
+    (agent,) = bare.engine.containers("holdfast.role=agent")
+
+    def answered() -> bool:
+        shown = holdfast(bare, "status", check=False).stdout
+        return "names of holdfast, answered at" in shown and "not answered" not in shown
+
+    try:
+        bare.engine.docker("restart", agent)
+        wait_for(answered, "an agent that answers", seconds=60)
+    finally:
+        option.unlink()
+        bare.engine.docker("restart", agent)
+        wait_for(lambda: holdfast(bare, "status", check=False).returncode == 0, "the agent back", seconds=60)
 
 
 def test_again_changes_nothing(bare: DockerHost) -> None:

@@ -93,6 +93,7 @@ class FakeAgent:
         self.cluster_health = models.ClusterHealth(
             state="Ok", nodes=2, reachable=2, unreachable=0, interval=65.9, age=12.0
         )
+        self.cluster_dns = models.ClusterDns(state="Disabled", msg="enable-cluster-dns is false")
         self.found = make_health({"default/vm": {"10.99.0.2": ""}, "default/b": {"10.99.0.3": ""}})
 
     @property
@@ -125,6 +126,7 @@ class FakeAgent:
             unmanaged=[models.Unmanaged(name="old", reason="on docker's own bridge")],
             maps=[models.MapInfo(name="cilium_lxc", type="hash", entries=2, max_entries=65535)],
             cluster_health=self.cluster_health,
+            cluster_dns=self.cluster_dns,
         )
 
     def configuration(self) -> models.Configuration:

@@ -40,10 +40,10 @@ def test_only_keys_that_both_composes_know(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ROLES, ids=lambda path: path.parent.name)
-def test_agent_has_three_capabilities_and_no_privileged(path: Path) -> None:
+def test_agent_has_four_capabilities_and_no_privileged(path: Path) -> None:
     agent = load(path)["services"]["agent"]
     assert agent["cap_drop"] == ["ALL"]
-    assert agent["cap_add"] == ["NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE"]
+    assert agent["cap_add"] == ["NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE", "NET_BIND_SERVICE"]
     assert "privileged" not in agent
 
 
