@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import statistics
@@ -89,7 +90,7 @@ def test_override_starts_once_and_is_logged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", [state.FILE, cluster.FILE])
-@pytest.mark.parametrize("damage", [b"", b"{", b'{"version": 99}', os.urandom(64)])
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"version": 99}', random.Random(1).randbytes(64)])
 def test_damaged_file_is_kept_aside_and_reported(tmp_path: Path, file: str, damage: bytes) -> None:
     (tmp_path / file).write_bytes(damage)
     result = run(tmp_path)
