@@ -133,6 +133,10 @@ def _kvstore(parts: Parts) -> models.Component:
         return models.Component(
             state=WARNING, msg=f"etcd: {parts.session.error or 'no lease yet'}: {endpoints}"
         )
+    if refused := parts.session.errors:  # a right is missing, or etcd's database is full
+        key, reason = next(iter(refused.items()))
+        what = f"{len(refused)} of this host's keys" if len(refused) > 1 else key
+        return models.Component(state=FAILURE, msg=f"etcd takes no {what}: {reason}; {lease}: {endpoints}")
     return models.Component(
         state=OK,
         msg=f"etcd: {len(parts.client.config.endpoints)} configured, {lease}, has-quorum=true: {endpoints}",

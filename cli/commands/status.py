@@ -74,9 +74,7 @@ def lines(found: Json, verbose: bool) -> Iterator[str]:
     yield from cluster_dns(found.get("cluster-dns"))
     if found["maps"]:
         yield line("BPF Maps", maps(found["maps"]))
-    for wait in found["waits"]:
-        note = f": {wait['note']}" if wait["note"] else ""
-        yield line("Waiting", f"{duration(wait['seconds'])} for {wait['subject']} ({wait['purpose']}){note}")
+    yield from waits(found["waits"])
     for refused in found["policy-errors"]:
         yield line("Policy refused", f"{refused['name']} from {refused['origin']}: {refused['error']}")
     yield from ignored(found)
@@ -92,6 +90,19 @@ def line(label: str, text: str) -> str:
 
 def component(part: Json) -> str:
     return f"{part['state']:<4} {part['msg']}".rstrip()
+
+
+def waits(all_: list[Json]) -> Iterator[str]:
+    """What waits for the same is one line: how long the longest has waited, for what, and why."""
+    by_subject: dict[str, list[Json]] = {}
+    for each in all_:
+        by_subject.setdefault(each["subject"], []).append(each)
+    for subject, same in by_subject.items():
+        longest = max(same, key=lambda each: float(each["seconds"]))
+        more = f" and {len(same) - 1} more" if len(same) > 1 else ""
+        note = next((f": {each['note']}" for each in [longest, *same] if each["note"]), "")
+        text = f"{duration(longest['seconds'])} for {subject} ({longest['purpose']}{more}){note}"
+        yield line("Waiting", text)
 
 
 def node(this: Json) -> str:

@@ -6,6 +6,7 @@ One host of its own with the smallest pool there may be; its tests run in their 
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 
@@ -100,6 +101,38 @@ def test_pinned_map_of_another_layout_is_refused_and_nothing_stops(small: AgentH
     flows.wait_progress()
     flows.check_unbroken()
     flows.check_denied()
+
+
+def test_full_etcd_is_named_and_nothing_stops(small: AgentHost, flows: Flows) -> None:
+    """etcd takes no write: status says so, and what was lost meanwhile is written when there is room."""
+    record = f"cilium/state/nodes/v1/default/{small.name}"
+    small.stop_etcd()
+    small.start_etcd(quota=16 << 20)
+    wait_for(small.healthy, "healthy agent", seconds=60)
+    assert record in small.keys(record)
+    for number in range(20):
+        small.etcdctl("put", f"junk/{number}", stdin="x" * 1_200_000, check=False)
+    assert "NOSPACE" in small.etcdctl("alarm", "list")
+    small.etcdctl("del", record)
+    wait_for(lambda: "space exceeded" in kvstore(small, "Failure"), "trouble in status", seconds=60)
+    assert record in kvstore(small, "Failure")
+    assert "space exceeded" in small.cli("status", check=False).stdout
+    flows.wait_progress()
+    revision = json.loads(small.etcdctl("get", "junk/0", "-w", "json"))["header"]["revision"]
+    small.etcdctl("del", "--prefix", "junk/")
+    small.etcdctl("compact", str(revision))
+    small.etcdctl("defrag")
+    small.etcdctl("alarm", "disarm")
+    wait_for(lambda: record in small.keys(record), "record again", seconds=90)
+    wait_for(small.healthy, "healthy agent", seconds=60)
+    flows.check_unbroken()
+    flows.check_denied()
+
+
+def kvstore(host: AgentHost, state: str) -> str:
+    """Return what status says of etcd in this state; nothing in another, or while it does not answer."""
+    status = host.api("/v1/healthz", check=False)
+    return str(status["kvstore"]["msg"]) if status and status["kvstore"]["state"] == state else ""
 
 
 def trouble(host: AgentHost) -> str:

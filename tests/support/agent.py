@@ -39,8 +39,11 @@ class AgentHost(DockerHost):
 
     # --- etcd
 
-    def start_etcd(self, *, shared: bool = False) -> None:
-        """Start etcd on the host's loopback, `shared` on the hub as well, and wait until it answers."""
+    def start_etcd(self, *, shared: bool = False, quota: int = 0) -> None:
+        """Start etcd on the host's loopback, `shared` on the hub as well, and wait until it answers.
+
+        `quota`: bytes that its database may have, 0 for what etcd finds right.
+        """
         url = f"http://127.0.0.1:{ETCD_PORT}"
         if shared:
             url += f",http://{self.address}:{ETCD_PORT}"
@@ -49,7 +52,7 @@ class AgentHost(DockerHost):
             *("--data-dir", str(self.directory / "etcd-data")),
             *("--listen-client-urls", url, "--advertise-client-urls", url),
             *("--listen-peer-urls", "http://127.0.0.1:2380", "--unsafe-no-fsync"),
-            *("--logger", "zap"),
+            *("--logger", "zap", "--quota-backend-bytes", str(quota)),
         )
         wait_for(self._etcd_answers, "etcd's answer")
 

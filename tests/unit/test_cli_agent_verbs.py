@@ -16,7 +16,7 @@ import pytest
 from msgspec import structs
 
 from agent.api import models
-from cli.commands.status import NOT_KNOWN, duration, identities, ipam, node
+from cli.commands.status import NOT_KNOWN, duration, identities, ipam, node, waits
 from tests.support.agent_view import FakeAgent, Serving, make_endpoint, serving
 from tests.support.cli import ROOT, command, run
 from tests.support.fake_engine import FakeEngine
@@ -54,6 +54,20 @@ def test_status_says_what_is_not_known_yet() -> None:
     lacking = {"pool": "10.0.0.0/24", "used": 1, "available": 2, "lacking": "no IPv6: …"}
     assert ipam(lacking) == "IPv4: 1/3 allocated from 10.0.0.0/24 (no IPv6: …)"
     assert identities({"identity-range": ""}) == NOT_KNOWN
+
+
+def test_what_waits_for_the_same_is_one_line_of_status() -> None:
+    gone = "etcd at 10.0.0.1:2379 is unavailable"
+    found = [
+        {"subject": "etcd", "purpose": "view of nodes", "seconds": 61.0, "note": ""},
+        {"subject": "etcd", "purpose": "session of h1", "seconds": 60.0, "note": gone},
+        {"subject": "docker", "purpose": "first list", "seconds": 5.0, "note": ""},
+        {"subject": "etcd", "purpose": "identity of app=a", "seconds": 3.0, "note": "other"},
+    ]
+    assert [each.split(None, 1)[1] for each in waits(found)] == [
+        f"1m1s for etcd (view of nodes and 2 more): {gone}",
+        "5s for docker (first list)",
+    ]
 
 
 def test_status_of_a_failed_part_is_an_exit_code(agent: Serving) -> None:
