@@ -2,7 +2,8 @@
 """Keeps what belongs to the host itself: forwarding, the router's address, the pool's route, the programs
 on the devices that face other machines, and the host's own addresses as identity `host`.
 
-It looks at the host every few seconds, because addresses and devices come and go without telling us.
+It looks at the host every few seconds, because addresses and devices come and go without telling us.  When
+those that other hosts know this one by are gone for good, the agent has to begin anew under others (`moved`).
 What a former life or a former configuration left bears our marks, and is taken away.
 """
 
@@ -25,6 +26,8 @@ from datapath.routes import Routes
 from datapath.sysctl import Sysctls, host_settings, keep_router_advertisements
 
 LOOK_S = 5.0
+# So often in a row an address of the host must be missing: a network that is restarted gives it back.
+MISSED_LOOKS = 6
 _NO_MAC = "00:00:00:00:00:00"
 
 
@@ -68,9 +71,14 @@ class Keeper:
         configured_devices: tuple[str, ...],
         pools: tuple[str, ...],
         routers: tuple[str, ...],
+        known_by: frozenset[IPv4Address | IPv6Address] = frozenset(),
     ) -> None:
+        """`known_by`: the addresses in this node's record, but for those that the configuration demands."""
         self.view = view
         self.error = ""
+        self.moved = asyncio.Event()
+        self._known_by = known_by
+        self._missed = 0
         self._addresses = addresses
         self._devices = devices
         self._routes = routes
@@ -102,10 +110,23 @@ class Keeper:
         for pool in self._pools:
             await self._routes.add_unreachable(pool)
         await self._between.ensure()
-        self.view = await asyncio.to_thread(look, self.view.node_ip, self._configured)
+        await self._look()
         self._tell_addresses()
         await self._attach()
         await self._release()
+
+    async def _look(self) -> None:
+        self.view = await asyncio.to_thread(look, self.view.node_ip, self._configured)
+        gone = self._known_by - self.view.addresses
+        self._missed = self._missed + 1 if gone else 0
+        if self._missed < MISSED_LOOKS:
+            return
+        # Raises while the host has no other: then there is nothing to begin anew with.
+        now = await asyncio.to_thread(look, None, self._configured)
+        if not self.moved.is_set():
+            was = ", ".join(map(str, sorted(gone, key=str)))
+            logger.warning("this host is known by {}, which it has no more, but {}", was, now.node_ip)
+        self.moved.set()
 
     def _let_forward(self, sysctls: Sysctls) -> None:
         for name in keep_router_advertisements(sysctls) if self._ipv6 else ():

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The agent's life: configuration, API, maps and programs, everything else, and an orderly end.
 
-Only a configuration that can not be used ends the process by itself.  Whatever the host lacks (a map of
-another layout, no address, a kernel that refuses a program) is said in status and in the log, and tried
-again; what is pinned and attached enforces meanwhile.
+Only a configuration that can not be used ends the process by itself; on a host that has another address now
+it begins anew, as the same process.  Whatever the host lacks (a map of another layout, no address, a kernel
+that refuses a program) is said in status and in the log, and tried again; what is pinned and attached
+enforces meanwhile.
 
     python -m agent [--option value …]
 
@@ -43,6 +44,8 @@ from core.waiting import waiting
 from prestart.handover import Handover
 
 EXIT_CONFIG = 2
+# Seconds that etcd has to take back what is no longer so.
+WITHDRAW_S = 5.0
 # Objects made before a look at the new ones; such looks before one at what was left, and at everything.
 GC_THRESHOLDS = (20_000, 20, 50)
 
@@ -61,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.info("configuration {} read", config.hash[:12])
     _spare_the_collector()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(run(config))
+        moved = runner.run(run(config))
+    if moved:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     return 0
 
 
@@ -76,31 +81,56 @@ def _spare_the_collector() -> None:
     gc.set_threshold(*GC_THRESHOLDS)
 
 
-async def run(config: Config) -> None:
-    """Run until a signal; the kernel's state stays in force afterwards."""
-    ended = asyncio.Event()
-    loop = asyncio.get_running_loop()
+async def run(config: Config) -> bool:
+    """Run until a signal, or until the host is no longer known by its addresses, which returns True.
+
+    The kernel's state stays in force afterwards.
+    """
+    ended, asked, moved = asyncio.Event(), asyncio.Event(), False
+
+    def ask() -> None:
+        asked.set()
+        ended.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
+        asyncio.get_running_loop().add_signal_handler(number, ask)
     supervisor = Supervisor()
     events = EventPump(_queue_size(config))
     process = AgentProcess(config, supervisor, events.hub)
     server = ApiServer(process, config["socket-path"], config["prometheus-serve-addr"])
-    starting = asyncio.create_task(_start(process, server, config, events), name="start")
+    starting = asyncio.create_task(_start(process, server, config, events, ended), name="start")
     try:
         await ended.wait()
-        logger.info("asked to stop; what is in the kernel stays in force")
+        moved = not asked.is_set()
+        logger.info("{}; what is in the kernel stays in force", "moved" if moved else "asked to stop")
         if process.parts is not None and process.parts.engine_watch is not None:
             await process.parts.engine_watch.last_calls()
     finally:
         starting.cancel()
         await asyncio.wait({starting})
         await supervisor.stop()
+        if moved and process.parts is not None:
+            await _withdraw(process.parts)
         await _close(process.parts, events)
+    return moved
 
 
-async def _start(process: AgentProcess, server: ApiServer, config: Config, events: EventPump) -> None:
-    """Serve the API, then build and start the parts."""
+async def _withdraw(parts: Parts) -> None:
+    """Take back what this host has said of itself: it is wrong, and who reads it sends to nobody.
+
+    The session runs no more, so nothing comes back.
+    """
+    try:
+        async with asyncio.timeout(WITHDRAW_S):
+            await parts.session.revoke()
+    except (HoldfastError, TimeoutError) as error:
+        logger.warning("what was said under the former address stays until its lease is given up: {}", error)
+
+
+async def _start(
+    process: AgentProcess, server: ApiServer, config: Config, events: EventPump, ended: asyncio.Event
+) -> None:
+    """Serve the API, then build and start the parts; set `ended` when they have to begin anew."""
     await _alone(config["socket-path"])
     process.supervisor.start("api", server.run)
     programs = await _patiently(process, lambda: asyncio.to_thread(HostPrograms.open, config))
@@ -113,6 +143,8 @@ async def _start(process: AgentProcess, server: ApiServer, config: Config, event
         return parts
 
     process.parts = await _patiently(process, build_and_start)
+    await process.parts.keeper.moved.wait()
+    ended.set()
 
 
 async def _patiently(process: AgentProcess, step: Callable[[], Awaitable[T]]) -> T:

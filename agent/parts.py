@@ -18,7 +18,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from pathlib import Path
 
 from agent import ipcache, publish, remembered, sinks
@@ -451,7 +451,18 @@ def _keeper(ground: Ground, known: Knowledge) -> Keeper:
         configured_devices=ground.config["devices"],
         pools=ground.pool.networks,
         routers=ground.pool.routers,
+        known_by=_chosen_addresses(ground),
     )
+
+
+def _chosen_addresses(ground: Ground) -> frozenset[IPv4Address | IPv6Address]:
+    """Return the addresses that this node is known by and that nobody demanded."""
+    chosen: set[IPv4Address | IPv6Address] = set()
+    if ground.config["ipv4-node"] is None:
+        chosen.add(ground.host.node_ip)
+    if ground.host.node_ip6 is not None and ground.config["ipv6-node"] is None:
+        chosen.add(ground.host.node_ip6)
+    return frozenset(chosen)
 
 
 def _engine(ground: Ground, enforcement: Enforcement) -> EngineSide:

@@ -130,22 +130,42 @@ def test_a_host_that_left_for_longer_than_its_lease(pair: Pair) -> None:
     pair.flows.check_denied()
 
 
+def readdress(host: FleetHost, old: str, new: str) -> None:
+    """Take an address from a host and give it another, as DHCP may."""
+    for line in (
+        f"addr del {old}/24 dev eth0",
+        f"addr add {new}/24 dev eth0",
+        "route replace default via 10.77.0.254",
+    ):
+        run(["ip", "-n", host.netns, *line.split()])
+
+
 def test_a_host_with_another_address_leaves_nothing_of_the_old_one(pair: Pair) -> None:
     old = pair.two.address
     before = len(pair.traces(old))
     pair.two.stop_agent()
-    for line in (
-        f"addr del {old}/24 dev eth0",
-        f"addr add {NEW_ADDRESS}/24 dev eth0",
-        "route replace default via 10.77.0.254",
-    ):
-        run(["ip", "-n", pair.two.netns, *line.split()])
+    readdress(pair.two, old, NEW_ADDRESS)
     pair.two.launch_agent(**pair.options)
     with contextlib.suppress(AssertionError):
         wait_for(lambda: "in use at" in pair.two.cli("status", check=False).stdout, "its wait", seconds=20)
     wait_for(pair.two.healthy, "registered under the new address", seconds=120)
     wait_for(lambda: len(pair.traces(NEW_ADDRESS)) == before, "all of it under the new address", seconds=60)
     assert not pair.traces(old)
+    pair.flows.wait_progress(200)
+    pair.flows.check_unbroken()
+    pair.flows.check_denied()
+
+
+def test_an_agent_whose_host_gets_another_address_begins_anew_by_itself(pair: Pair) -> None:
+    """It is the same process; the old address is given back, to the one that had it first."""
+    assert pair.two.agent is not None
+    pid, before = pair.two.agent.pid, len(pair.traces(NEW_ADDRESS))
+    readdress(pair.two, NEW_ADDRESS, pair.two.address)
+    wait_for(lambda: len(pair.traces(pair.two.address)) == before, "all of it under the new one", seconds=120)
+    wait_for(pair.two.healthy, "healthy agent", seconds=60)
+    assert not pair.traces(NEW_ADDRESS)
+    assert pair.two.agent.running
+    assert pair.two.agent.pid == pid
     pair.flows.wait_progress(200)
     pair.flows.check_unbroken()
     pair.flows.check_denied()
