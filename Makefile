@@ -12,6 +12,8 @@ CI ?= 1
 # make test TESTS="tests/unit -k labels"
 TESTS ?= tests
 CHAOS ?=
+# Two files of tests at a time: most of them wait for timers and engines.  One at a time: make test PARALLEL=
+PARALLEL ?= --numprocesses=2 --dist=loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help up down certs member join demo test chaos lint format bench bpf venv image clean
@@ -39,7 +41,7 @@ demo: ## two containers and a VM: one flow allowed, one denied, and why
 
 test: venv bpf ## every test, on the real kernel, etcd and docker
 	@$(SETUP)/packages.sh @test @engine
-	$(SUDO) env CI=$(CI) CHAOS=$(CHAOS) $(PYTHON) -m pytest $(TESTS)
+	$(SUDO) env CI=$(CI) CHAOS=$(CHAOS) $(PYTHON) -m pytest $(PARALLEL) $(TESTS)
 
 chaos: ## all scenarios of failure, those that `make test` leaves out too
 	@$(MAKE) --no-print-directory test TESTS=tests/chaos CHAOS=all

@@ -12,13 +12,15 @@ The fixtures are in `tests.support.engine_fixtures`.  Needs root and the package
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tests.support.host import REPO, Host, Process, run, wait_for
@@ -223,24 +225,36 @@ def _build_workload(engine: Engine) -> None:
 def _cached(name: str, build: Callable[[Engine], object], base: Path | None = None) -> Path:
     """Return the cached directory of that name, filled by `build` in a host of its own when it is missing."""
     target = CACHE / "images" / name
-    if not target.exists():
-        partial = target.with_name(f".{name}.{os.getpid()}")
-        shutil.rmtree(partial, ignore_errors=True)  # of a test before this one that failed in here
-        partial.mkdir(parents=True)
-        target.parent.chmod(0o700)  # there are files with setuid in images
-        with DockerHost("hfb", uplink=True, images=base) as host:
-            build(host.engine)
-            host.engine.docker("image", "prune", "--force", timeout=BUILD_SECONDS)  # the stages of the build
-            driver = host.engine.docker("info", "--format", "{{.Driver}}").stdout.strip()
-            host.engine.stop()
-            for part in ("image", driver):
-                _copy(host.engine.data / part, partial, link=part != "image")
-        _drop_older(target)
-        if target.exists():  # by a concurrent run
-            shutil.rmtree(partial)
-        else:
-            partial.rename(target)
+    with _one_at_a_time():
+        _fill(target, build, base)
     return target
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Have other processes that run tests wait: what one builds, all need."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "images.lock", "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fill(target: Path, build: Callable[[Engine], object], base: Path | None) -> None:
+    if target.exists():
+        return
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a test before this one that failed in here
+    partial.mkdir(parents=True)
+    target.parent.chmod(0o700)  # there are files with setuid in images
+    with DockerHost("hfb", uplink=True, images=base) as host:
+        build(host.engine)
+        host.engine.docker("image", "prune", "--force", timeout=BUILD_SECONDS)  # the stages of the build
+        driver = host.engine.docker("info", "--format", "{{.Driver}}").stdout.strip()
+        host.engine.stop()
+        for part in ("image", driver):
+            _copy(host.engine.data / part, partial, link=part != "image")
+    _drop_older(target)
+    partial.rename(target)
 
 
 def _copy(source: Path, target: Path, *, link: bool) -> None:
