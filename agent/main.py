@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import signal
 import sys
@@ -37,7 +36,7 @@ from agent.tasks import node_now, start
 from core import log, metrics
 from core.backoff import Backoff
 from core.errors import HoldfastError
-from core.loop import new_event_loop
+from core.loop import new_event_loop, spare_the_collector
 from core.options import Config
 from core.supervisor import Supervisor
 from core.waiting import waiting
@@ -46,8 +45,6 @@ from prestart.handover import Handover
 EXIT_CONFIG = 2
 # Seconds that etcd has to take back what is no longer so.
 WITHDRAW_S = 5.0
-# Objects made before a look at the new ones; such looks before one at what was left, and at everything.
-GC_THRESHOLDS = (20_000, 20, 50)
 
 T = TypeVar("T")
 
@@ -62,23 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_logging(config)
     metrics.CONFIG_HASH.set(int(config.hash[:13], 16))
     logger.info("configuration {} read", config.hash[:12])
-    _spare_the_collector()
+    spare_the_collector()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         moved = runner.run(run(config))
     if moved:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     return 0
-
-
-def _spare_the_collector() -> None:
-    """Have the garbage collector look less often, and never again at what the imports made.
-
-    A fleet's state is hundreds of thousands of objects that are no garbage and refer to nothing in turn: by
-    default a quarter of the time in which they come in goes into looking at them again and again.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
 
 
 async def run(config: Config) -> bool:

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 
 from loguru import logger
 
+from core.loop import spare_the_collector
 from identity.allocator import Allocator
 from identity.cache import IdentityCache
 from identity.labels import CONTAINER, Label, Labels
@@ -280,6 +281,7 @@ def main(endpoint: str, *given: str) -> None:
     os.nice(10)  # etcd of a fleet has a machine of its own; here it is not to wait for its clients
     logger.remove()
     logger.add(sys.stderr, level="ERROR")
+    spare_the_collector()  # as an agent does
     agents, entries, identities, first, end = map(int, given)
     group = Group(EtcdConfig((endpoint,)), Plan(agents, entries, identities), range(first, end))
     asyncio.run(group.serve())
