@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several hosts on one switch, each with its own engine and agent; the first one has the etcd of all.
+"""Several hosts on one switch, each with its own engine and agent; the first one has the etcd of all, unless
+the test brings one.
 
 fleet.hosts[0] … [n - 1]     10.77.0.1 …, fd77::1 …; pools 10.50.<n>.0/24
 """
@@ -97,8 +98,8 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def new_fleet(size: int) -> Iterator[Fleet]:
-    """Make hosts and their etcd; agents are started by the test."""
+def new_fleet(size: int, *, etcd: bool = True) -> Iterator[Fleet]:
+    """Make hosts and, unless told otherwise, their etcd; agents are started by the test."""
     with contextlib.ExitStack() as stack:
         hub = stack.enter_context(Hub())
         hosts: list[FleetHost] = []
@@ -107,5 +108,6 @@ def new_fleet(size: int) -> Iterator[Fleet]:
             host.address = hub.join(host)
             hosts.append(host)
             host.etcd_address = hosts[0].address
-        hosts[0].start_etcd(shared=True)
+        if etcd:
+            hosts[0].start_etcd(shared=True)
         yield Fleet(hub, hosts)
