@@ -2,9 +2,10 @@
 """Probes the nodes of the cluster, this one among them, and keeps what became of each node's last probe.
 
     nodes table ──▶ Schedule (who is due) ──▶ agent.probes (TCP, HTTP, ICMP) ──▶ Results
+                                                                   who answered ──▶ agent.path_mtu
 
-What is found is shown (`holdfast health`, a line of `status`, metrics) and changes nothing else.  A node is
-probed once a period, which grows with the logarithm of the cluster's size; the nodes are spread over the
+What is found here is shown (`holdfast health`, a line of `status`, metrics) and changes nothing else.  A node
+is probed once a period, which grows with the logarithm of the cluster's size; the nodes are spread over the
 period, and so are the agents that a new node is probed by.  Run as a supervised task.
 """
 
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import msgspec
 
 from agent import probes
+from agent.path_mtu import PathProber
 from agent.probes import Outcome, family_of
 from core import metrics
 from core.backoff import cluster_interval, jittered
@@ -217,8 +219,10 @@ class Prober:
         *,
         port: int,
         base: float,
+        sizes: PathProber | None = None,
     ) -> None:
         self.own = own
+        self.sizes = sizes
         self.schedule = Schedule(base)
         self.results = Results()
         self.icmp: dict[int, socket.SocketKind | None] = {}
@@ -242,12 +246,14 @@ class Prober:
         """Probe whoever is due until cancelled."""
         self.icmp = {family: probes.granted(family) for family in self._families}
         changes = self._nodes.subscribe()
+        complete = False
         try:
             # What left while this task was down has no change that would say so.
             self._heed([*self.schedule, self.own])
             async with asyncio.TaskGroup() as group:
                 while True:
                     self._heed(changes.take(BATCH))
+                    complete = complete or self._complete()
                     await asyncio.sleep(0)  # also while more of them wait
                     for name in self.schedule.take(time.monotonic()):
                         await self._slots.acquire()
@@ -256,6 +262,12 @@ class Prober:
                     await _changed(changes, self.schedule.wait(time.monotonic()))
         finally:
             self._nodes.unsubscribe(changes)
+
+    def _complete(self) -> bool:
+        """Once all nodes are known, end what a former life found of others; return whether they are."""
+        if self.sizes is not None and self._nodes.in_sync:
+            self.sizes.keep_only({ip for name, _ in self._nodes.items() for ip in self.addresses(name)})
+        return self._nodes.in_sync
 
     async def probe_all(self) -> None:
         """Probe every node now.  Who asks while a round is under way waits for the next one."""
@@ -281,6 +293,8 @@ class Prober:
             if moved or (name != self.own and name not in self._nodes):
                 self.schedule.leave(name)
                 self.results.forget(name)
+                if self.sizes is not None:
+                    self.sizes.forget(name)
         there = [name for name in names if self._is_there(name)]
         self.schedule.join(there, time.monotonic(), nodes=len(self._nodes))
 
@@ -301,6 +315,8 @@ class Prober:
             found = NodeHealth(paths, time.time())
             self.results.put(name, found)
             self._observe(found)
+            if self.sizes is not None and name != self.own:
+                self.sizes.answered(name, [path.ip for path in paths if not path.http.error])
 
     async def _path(self, ip: str) -> Path:
         kind = self.icmp.get(family_of(ip))

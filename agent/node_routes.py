@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The targets of other nodes' pools: cilium_tunnel_map, and this host's own routes to them."""
+"""The targets of what is known of other nodes: cilium_tunnel_map, holdfast_path_mtu, and routes."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from agent.nodes import NodePool, PoolTable
+from agent.path_mtu import PathMtus, carried_inside
 from core.errors import HoldfastError
 from core.reconciler import Reconciler
-from datapath.maps import TunnelMap
+from datapath.maps import PathMtuMap, TunnelMap
 from datapath.noderoutes import NodeRoute, NodeRoutes
 
 # Pools written before anybody else may run: some milliseconds.
@@ -32,13 +34,17 @@ class Way(Protocol):
 class Tunnelled:
     """By the VXLAN device; `index` asks for it when it is needed: it may have been made anew."""
 
-    def __init__(self, index: Callable[[], int], routers: Mapping[int, str]) -> None:
+    def __init__(self, index: Callable[[], int], routers: Mapping[int, str], mtus: PathMtus) -> None:
         self._index = index
         self._routers = routers
+        self._mtus = mtus
 
     def route(self, prefix: str, pool: NodePool) -> NodeRoute | None:
         router = self._routers.get(_version(prefix))
-        return NodeRoute(prefix, pool.host, router) if pool.host and router else None
+        if not pool.host or not router:
+            return None
+        mtu = self._mtus.get(pool.host)
+        return NodeRoute(prefix, pool.host, router, carried_inside(mtu, _version(prefix)) if mtu else 0)
 
     async def write(self, routes: NodeRoutes, wanted: Sequence[NodeRoute]) -> Mapping[str, Exception]:
         return await routes.upsert_all_tunnelled(wanted, self._index())
@@ -47,13 +53,15 @@ class Tunnelled:
 class Direct:
     """By the other host itself, a neighbour of this one."""
 
-    def __init__(self, families: Sequence[int]) -> None:
+    def __init__(self, families: Sequence[int], mtus: PathMtus) -> None:
         self._families = families
+        self._mtus = mtus
 
     def route(self, prefix: str, pool: NodePool) -> NodeRoute | None:
         version = _version(prefix)
         host = pool.host if version == 4 else pool.host6
-        return NodeRoute(prefix, host) if host and version in self._families else None
+        usable = host and version in self._families
+        return NodeRoute(prefix, host, mtu=self._mtus.get(host) or 0) if usable else None
 
     async def write(self, routes: NodeRoutes, wanted: Sequence[NodeRoute]) -> Mapping[str, Exception]:
         return await _each([(route.prefix, route) for route in wanted], partial(self._write, routes))
@@ -116,12 +124,60 @@ class TunnelMapTarget:
         return self._map.delete({*self._map.keys()} - keep)
 
 
+class PathMtuTarget:
+    """Operations over path MTUs: holdfast_path_mtu, which the programs and the agent's next life read."""
+
+    def __init__(self, written: PathMtuMap) -> None:
+        self._map = written
+
+    async def update(self, items: Sequence[tuple[str, int]]) -> Mapping[str, Exception]:
+        return self._map.upsert(items)
+
+    async def delete(self, keys: Sequence[str]) -> Mapping[str, Exception]:
+        self._map.delete(keys)
+        return {}
+
+    async def prune(self, table: PathMtus) -> int:
+        return self._map.delete({*self._map.keys()} - set(table.keys()))
+
+
+@dataclass(frozen=True)
+class NodeReconcilers:
+    """What is written of other hosts; `follow_mtus` runs beside them."""
+
+    routes: Reconciler[str, NodePool]
+    tunnel: Reconciler[str, NodePool]
+    mtus: Reconciler[str, int]
+
+    def __iter__(self) -> Iterator[Reconciler[str, Any]]:
+        yield from (self.routes, self.tunnel, self.mtus)
+
+    async def follow_mtus(self) -> None:
+        """Have the routes to a host written again when what arrives there has changed."""
+        changes = self.mtus.table.subscribe()
+        try:
+            while True:
+                await changes.wait()
+                hosts = set(changes.take())
+                concerned = [
+                    prefix for prefix, pool in self.routes.table.items() if hosts & {pool.host, pool.host6}
+                ]
+                self.routes.touch(concerned)
+        finally:
+            self.mtus.table.unsubscribe(changes)
+
+
 def reconcilers(
-    pools: PoolTable, routes: NodeRouteTarget, tunnel: TunnelMapTarget
-) -> tuple[Reconciler[str, NodePool], Reconciler[str, NodePool]]:
-    return (
+    pools: PoolTable,
+    mtus: PathMtus,
+    routes: NodeRouteTarget,
+    tunnel: TunnelMapTarget,
+    path_mtus: PathMtuTarget,
+) -> NodeReconcilers:
+    return NodeReconcilers(
         Reconciler("node-routes", pools, routes, batch=POOLS_AT_ONCE),
         Reconciler("tunnel-map", pools, tunnel, batch=POOLS_AT_ONCE),
+        Reconciler("path-mtu", mtus, path_mtus),
     )
 
 

@@ -8,6 +8,7 @@
     ip/v1/, nodes/v1/          ipcache, nodes       own-entries → ip/v1/ keys under our lease
                                                     firewall → nft, iptables
                                other hosts' pools   node-routes, tunnel-map
+    probes                     path MTUs            path-mtu, node-routes
 
 `build` goes through them in stages, each standing on the ones before; `agent.tasks` starts what runs.
 """
@@ -21,7 +22,7 @@ from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from pathlib import Path
 
-from agent import ipcache, publish, remembered, sinks
+from agent import ipcache, path_mtu, publish, remembered, sinks
 from agent.checkpoint import Checkpoint, Node, own_lease
 from agent.conntrack import Conntrack
 from agent.derive import Derivations
@@ -40,10 +41,19 @@ from agent.keeper import Keeper
 from agent.names import NameIndex
 from agent.names_server import NamesServer
 from agent.names_zone import Zone
-from agent.node_routes import Direct, NodeRouteTarget, Tunnelled, TunnelMapTarget, Way
+from agent.node_routes import (
+    Direct,
+    NodeReconcilers,
+    NodeRouteTarget,
+    PathMtuTarget,
+    Tunnelled,
+    TunnelMapTarget,
+    Way,
+)
 from agent.node_routes import reconcilers as node_reconcilers
-from agent.nodes import NodeFollower, NodePool, NodeTable, Own, PoolTable
+from agent.nodes import NodeFollower, NodeTable, Own, PoolTable
 from agent.overlay import Overlay
+from agent.path_mtu import PathMtus, PathProber
 from agent.plumbing import EndpointTarget, Place, PolicyMapStore
 from agent.policies import DocumentTable, PolicyNames, PolicyTable, Refusals, new_documents, new_policies
 from agent.policy_maps import PolicyMaps
@@ -127,6 +137,7 @@ class Knowledge:
     addresses: ipcache.IpTable
     nodes: NodeTable
     pools: PoolTable
+    path_mtus: PathMtus
     hosts: set[str]  # that packets are encapsulated to; agent.nodes owns it
     ip_sink: sinks.IpSink
     node_sink: TableSink[str, schema.NodeRecord]
@@ -145,7 +156,7 @@ class Enforcement:
     endpoints: EndpointManager
     reconcilers: dict[str, Reconciler[int, Endpoint]]
     node_follower: NodeFollower
-    node_reconcilers: tuple[Reconciler[str, NodePool], ...]
+    node_reconcilers: NodeReconcilers
     firewall: FirewallRules
     conntrack: Conntrack
     keeper: Keeper
@@ -165,6 +176,7 @@ class HealthSide:
     """Probes between nodes; None where cluster-health-port is 0."""
 
     prober: Prober | None = None
+    path_prober: PathProber | None = None
     health_server: HealthServer | None = None
 
 
@@ -278,6 +290,7 @@ async def _knowledge(ground: Ground, store: Store, view: remembered.View) -> Kno
         addresses,
         nodes,
         pools,
+        path_mtu.new_table(),
         hosts,
         ip_sink,
         node_sink,
@@ -374,17 +387,19 @@ def _node_follower(
     return NodeFollower(known.nodes, known.addresses, known.pools, own, hosts=hosts, moved=moved)
 
 
-def _node_reconcilers(ground: Ground, known: Knowledge) -> tuple[Reconciler[str, NodePool], ...]:
+def _node_reconcilers(ground: Ground, known: Knowledge) -> NodeReconcilers:
     way: Way | None = None
     if ground.overlay.enabled:
         routers = dict(zip((4, 6), ground.pool.routers, strict=False))
-        way = Tunnelled(lambda: ground.overlay.tunnel.index, routers)
+        way = Tunnelled(lambda: ground.overlay.tunnel.index, routers, known.path_mtus)
     elif ground.config["auto-direct-node-routes"]:
-        way = Direct((4, 6) if ground.pool.network6 else (4,))
+        way = Direct((4, 6) if ground.pool.network6 else (4,), known.path_mtus)
     return node_reconcilers(
         known.pools,
+        known.path_mtus,
         NodeRouteTarget(NodeRoutes(ground.netlink), way),
         TunnelMapTarget(ground.programs.maps.tunnel, enabled=ground.overlay.enabled),
+        PathMtuTarget(ground.programs.maps.path_mtu),
     )
 
 
@@ -479,10 +494,14 @@ def _health(ground: Ground, known: Knowledge) -> HealthSide:
     config, addresses = ground.config, ground.host.node_ips
     port = config["cluster-health-port"]
     if not port:
+        known.path_mtus.source(path_mtu.SOURCE).mark_in_sync()  # and empty: a former life's go
         return HealthSide()
     own = f"{config['cluster-name']}/{ground.node.name}"
-    prober = Prober(known.nodes, own, addresses, port=port, base=config["cluster-health-interval"])
-    return HealthSide(prober, HealthServer(addresses, port))
+    restored = ground.programs.maps.path_mtu.items()
+    sizes = PathProber(known.path_mtus, port=port, full=ground.host.mtu, restored=restored)
+    base = config["cluster-health-interval"]
+    prober = Prober(known.nodes, own, addresses, port=port, base=base, sizes=sizes)
+    return HealthSide(prober, sizes, HealthServer(addresses, port))
 
 
 def _names(ground: Ground, known: Knowledge) -> NamesSide:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One probe of one address: TCP and `GET /hello` as Cilium's prober asks, and an ICMP echo where that may be.
 
+Also `arrives`: whether a packet of a given length does.
+
 Sockets are used by hand: a probe costs a third of what an HTTP client takes, and never reads more of an
-answer than its first line, whatever the other side sends.  Nothing here raises for what the network or the
+answer than its head, whatever the other side sends.  Nothing here raises for what the network or the
 other side does: an `Outcome` says it.  Called by `agent.health`.
 """
 
@@ -24,10 +26,19 @@ TIMEOUT_S = 5.0
 # A lost echo request is nobody's fault; three are an answer.
 ECHO_TRIES = 3
 ECHO_WAIT_S = 1.0
-# Of an answer its first line is read, and no more of it than this.
-STATUS_LINE_MAX = 256
+# Of an answer its head is read, and no more of it than this.
+HEAD_MAX = 1024
+# A packet of full length counts as lost after this time: the kernel has sent it four or five times by then.
+ARRIVES_S = 2.0
 
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})\b")
+_HEAD_END = b"\r\n\r\n"
+# IP and TCP header without options, and TCP's time stamps.
+_HEADERS = {4: 40, 6: 60}
+_TIMESTAMPS = 12
+# Of struct tcp_info (linux/tcp.h): the options in use, and the bytes of a segment behind all headers.
+_TCP_INFO = struct.Struct("=5xB10xI")
+_TCPI_OPT_TIMESTAMPS = 1
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 _ICMP = {4: socket.IPPROTO_ICMP, 6: socket.IPPROTO_ICMPV6}
 _ECHO_REQUEST = {4: 8, 6: 128}
@@ -51,7 +62,7 @@ def family_of(ip: str) -> int:
 
 async def hello(ip: str, port: int) -> tuple[Outcome, Outcome]:
     """Connect and ask for /hello; return (connection, answer), both counted from the beginning."""
-    began, connected, line = time.perf_counter(), 0.0, b""
+    began, connected, head = time.perf_counter(), 0.0, b""
     try:
         with _socket(ip, socket.SOCK_STREAM) as sock:
             async with asyncio.timeout(TIMEOUT_S):
@@ -59,8 +70,8 @@ async def hello(ip: str, port: int) -> tuple[Outcome, Outcome]:
                 await loop.sock_connect(sock, (ip, port))
                 connected = time.perf_counter() - began
                 await loop.sock_sendall(sock, _request(ip, port))
-                line = await _first_line(loop, sock)
-        error = _refusal(line)
+                head = await _head(loop, sock)
+        error = _refusal(head.partition(b"\r\n")[0])
     except TimeoutError:
         error = f"no {'answer' if connected else 'connection'} within {TIMEOUT_S:g} s"
     except OSError as failure:
@@ -75,20 +86,23 @@ def _socket(ip: str, kind: socket.SocketKind, protocol: int = 0) -> socket.socke
     return made
 
 
-def _request(ip: str, port: int) -> bytes:
+def _request(ip: str, port: int, length: int = 0) -> bytes:
+    """Return the question, filled up to `length` bytes at least."""
     host = f"[{ip}]" if ":" in ip else ip
-    return f"GET /hello HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n".encode()
+    asked = f"GET /hello HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n"
+    fill = f"X-Fill: {'x' * length}\r\n" if length else ""
+    return f"{asked}{fill}\r\n".encode()
 
 
-async def _first_line(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> bytes:
-    """Return the answer up to its first line's end at least, if that comes before STATUS_LINE_MAX bytes."""
+async def _head(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> bytes:
+    """Return the answer up to its head's end at least, if that comes before HEAD_MAX bytes."""
     data = b""
-    while b"\n" not in data and len(data) < STATUS_LINE_MAX:
-        more = await loop.sock_recv(sock, STATUS_LINE_MAX - len(data))
+    while _HEAD_END not in data and len(data) < HEAD_MAX:
+        more = await loop.sock_recv(sock, HEAD_MAX - len(data))
         if not more:
             break
         data += more
-    return data.partition(b"\r\n")[0]
+    return data
 
 
 def _refusal(line: bytes) -> str:
@@ -103,6 +117,36 @@ def _refusal(line: bytes) -> str:
 
 def _reason(failure: OSError) -> str:
     return os.strerror(failure.errno) if failure.errno else type(failure).__name__
+
+
+# --- the length of packets
+
+
+async def arrives(ip: str, port: int, length: int) -> bool:
+    """Return whether a packet of `length` bytes, from the IP header on, gets to an address uncut.
+
+    A question longer than a segment is asked, and segments are as long as that.  Where less is sent after
+    all, because the other side or the way there is known to take less, the connection says so.
+    """
+    family = family_of(ip)
+    try:
+        with _socket(ip, socket.SOCK_STREAM) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, length - _HEADERS[family])
+            async with asyncio.timeout(ARRIVES_S):
+                loop = asyncio.get_running_loop()
+                await loop.sock_connect(sock, (ip, port))
+                await loop.sock_sendall(sock, _request(ip, port, length))
+                return bool(await _head(loop, sock)) and _sent_length(sock, family) >= length
+    except (TimeoutError, OSError):
+        return False
+
+
+def _sent_length(sock: socket.socket, family: int) -> int:
+    """Return the length of the full packets of a connection."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    options, segment = _TCP_INFO.unpack(info)
+    stamps = _TIMESTAMPS if options & _TCPI_OPT_TIMESTAMPS else 0
+    return int(segment) + stamps + _HEADERS[family]
 
 
 # --- ICMP

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from loguru import logger
 
@@ -33,7 +33,18 @@ from datapath.loader import (
     Programs,
     Template,
 )
-from datapath.maps import CtMap, EventsLost, IpcacheMap, LxcMap, MetricsMap, MonitorFlag, PolicyMap, TunnelMap
+from datapath.maps import (
+    CtMap,
+    EventsLost,
+    IpcacheMap,
+    LxcMap,
+    MetricsMap,
+    MonitorFlag,
+    PathMtuMap,
+    PolicyMap,
+    TunnelMap,
+    TypedMap,
+)
 from datapath.mapspec import MapCatalogue, open_or_create
 from datapath.netlink import Netlink
 from datapath.ring import EventRing
@@ -67,6 +78,7 @@ class HostMaps:
     ipcache: IpcacheMap
     metrics: MetricsMap
     tunnel: TunnelMap
+    path_mtu: PathMtuMap
     monitor: MonitorFlag
     lost: EventsLost
     ring: EventRing
@@ -86,6 +98,7 @@ class HostMaps:
                 ipcache=held(IpcacheMap.open(catalogue.ipcache, root)),
                 metrics=held(MetricsMap.open(catalogue.metrics, root)),
                 tunnel=held(TunnelMap.open(catalogue.tunnel, root)),
+                path_mtu=held(PathMtuMap.open(catalogue.path_mtu, root)),
                 monitor=held(MonitorFlag.open(catalogue.monitor, root)),
                 lost=held(EventsLost.open(catalogue.events_lost, root)),
                 ring=EventRing.create(),
@@ -105,20 +118,24 @@ class HostMaps:
 
     def close(self) -> None:
         """Close every descriptor; what is pinned stays."""
-        for each in (self.lxc, self.ipcache, self.metrics, self.tunnel, self.monitor, self.lost, self.ring):
+        for each in (*self._shared, self.tunnel):
             each.close()
+        self.ring.close()
         for maps in self.families.values():
             for own in maps:
                 own.close()
 
     def by_name(self) -> dict[str, int]:
         """Return descriptors by the names that the objects use."""
-        found = {
-            each.name: each.fd for each in (self.lxc, self.ipcache, self.metrics, self.monitor, self.lost)
-        }
+        found = {each.name: each.fd for each in self._shared}
         for maps in self.families.values():
             found |= {each.name: each.fd for each in maps}
         return found | self.ring.descriptors
+
+    @property
+    def _shared(self) -> tuple[TypedMap[Any, Any], ...]:
+        """Return the maps of both families that programs use."""
+        return (self.lxc, self.ipcache, self.metrics, self.path_mtu, self.monitor, self.lost)
 
     @property
     def conntrack(self) -> tuple[CtMap, ...]:

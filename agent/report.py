@@ -233,6 +233,7 @@ def _tables(parts: Parts) -> list[Table[Any, Any]]:
         parts.policies,
         parts.addresses,
         parts.nodes,
+        parts.path_mtus,
     ]
 
 

@@ -14,12 +14,21 @@ from agent.api import models
 from agent.api import models_health as wire
 from agent.health import UNKNOWN, NodeHealth, Path, Prober, State
 from agent.health_server import HealthServer
+from agent.path_mtu import PathProber
 from agent.probes import Outcome
 from agent.report_endpoints import when
-from core.metrics import NODE_HEALTH_STATUS, NODE_LATENCY, NODE_STATUS, UNREACHABLE_NODES, Description
+from core.metrics import (
+    NARROW_PATHS,
+    NODE_HEALTH_STATUS,
+    NODE_LATENCY,
+    NODE_MTU,
+    NODE_STATUS,
+    UNREACHABLE_NODES,
+    Description,
+)
 
-# Nodes that status names; whoever wants all asks for `holdfast health`.
-UNREACHABLE_SHOWN = 10
+# Nodes that status names, of each kind; whoever wants all asks for `holdfast health`.
+SHOWN = 10
 # A series a node and more: every agent has them of every other, so a large cluster gets the totals alone.
 SERIES_NODES_MAX = 100
 
@@ -28,11 +37,13 @@ def health(prober: Prober) -> wire.HealthStatus:
     """Return what is known of every node: this one first, then by name.  Safe in a thread."""
     names = sorted(prober.schedule, key=lambda name: (name != prober.own, name))
     found, now = dict(prober.results.nodes), time.time()
+    mtus = _mtus(prober.sizes)
     return wire.HealthStatus(
         local=wire.SelfStatus(name=prober.own),
         timestamp=_when(prober.results.last),
         interval=prober.schedule.period,
-        nodes=[_node(name, found.get(name, UNKNOWN), now) for name in names],
+        device_mtu=prober.sizes.full if prober.sizes is not None else 0,
+        nodes=[_node(name, found.get(name, UNKNOWN), now, mtus) for name in names],
     )
 
 
@@ -41,6 +52,7 @@ def summary(prober: Prober | None, server: HealthServer | None) -> models.Cluste
     if prober is None or server is None:
         return models.ClusterHealth(state="Disabled", msg="cluster-health-port is 0")
     results = prober.results
+    narrow = prober.sizes.lowered if prober.sizes is not None else {}
     failures = [f"{ip} port {server.port}: {reason}" for ip, reason in server.errors.items()]
     return models.ClusterHealth(
         state="Warning" if failures else "Ok",
@@ -50,10 +62,22 @@ def summary(prober: Prober | None, server: HealthServer | None) -> models.Cluste
         unreachable=len(results.unreachable),
         interval=prober.schedule.period,
         age=_age(results.last, time.time()),
-        unreachable_nodes=[
-            _unreachable(*each) for each in islice(results.unreachable.items(), UNREACHABLE_SHOWN)
-        ],
+        unreachable_nodes=[_unreachable(*each) for each in islice(results.unreachable.items(), SHOWN)],
+        narrow=len(narrow),
+        narrow_paths=_narrow(prober.sizes, narrow) if prober.sizes is not None else [],
     )
+
+
+def _narrow(sizes: PathProber, lowered: dict[str, int]) -> list[models.NarrowPath]:
+    return [
+        models.NarrowPath(name=sizes.names.get(ip, ""), ip=ip, mtu=mtu, device_mtu=sizes.full)
+        for ip, mtu in islice(lowered.items(), SHOWN)
+    ]
+
+
+def _mtus(sizes: PathProber | None) -> dict[str, int]:
+    """Return what arrives at each address that is known of."""
+    return sizes.found | sizes.lowered if sizes is not None else {}
 
 
 def _unreachable(name: str, found: NodeHealth) -> models.UnreachableNode:
@@ -70,8 +94,8 @@ def _age(moment: float, now: float) -> float:
     return max(0.0, now - moment) if moment else -1.0
 
 
-def _node(name: str, found: NodeHealth, now: float) -> wire.NodeStatus:
-    paths = [_path(each) for each in found.paths]
+def _node(name: str, found: NodeHealth, now: float, mtus: dict[str, int]) -> wire.NodeStatus:
+    paths = [_path(each, mtus.get(each.ip, 0)) for each in found.paths]
     return wire.NodeStatus(
         name=name,
         state=found.state.value,
@@ -81,9 +105,10 @@ def _node(name: str, found: NodeHealth, now: float) -> wire.NodeStatus:
     )
 
 
-def _path(path: Path) -> wire.PathStatus:
+def _path(path: Path, mtu: int) -> wire.PathStatus:
     icmp = None if path.icmp is None else _outcome(path.icmp)
-    return wire.PathStatus(ip=path.ip, icmp=icmp, tcp=_outcome(path.tcp), http=_outcome(path.http))
+    tcp, http = _outcome(path.tcp), _outcome(path.http)
+    return wire.PathStatus(ip=path.ip, icmp=icmp, tcp=tcp, http=http, mtu=mtu)
 
 
 def _outcome(outcome: Outcome) -> wire.ConnectivityStatus:
@@ -91,7 +116,7 @@ def _outcome(outcome: Outcome) -> wire.ConnectivityStatus:
 
 
 class HealthCollector(Collector):
-    """Cilium's gauges of connectivity, made at each scrape; safe in a thread, it looks at a copy."""
+    """Gauges of connectivity, made at each scrape; safe in a thread, it looks at copies."""
 
     def __init__(self, prober: Prober) -> None:
         self._prober = prober
@@ -109,18 +134,27 @@ class HealthCollector(Collector):
         )
         for state, number in states:
             totals.add_metric((*self._source, "node", state.value), number)
-        yield from (unreachable, totals)
+        yield from (unreachable, totals, self._narrow())
         if nodes <= SERIES_NODES_MAX:
             yield from self._each(dict(results.nodes))
 
+    def _narrow(self) -> GaugeMetricFamily:
+        narrow, sizes = _family(NARROW_PATHS), self._prober.sizes
+        narrow.add_metric((), len(sizes.lowered) if sizes is not None else 0)
+        return narrow
+
     def _each(self, found: dict[str, NodeHealth]) -> Iterable[GaugeMetricFamily]:
-        status, latency = _family(NODE_STATUS), _family(NODE_LATENCY)
+        status, latency, mtu = _family(NODE_STATUS), _family(NODE_LATENCY), _family(NODE_MTU)
+        mtus = _mtus(self._prober.sizes)
         for name, each in found.items():
             labels = (*self._source, *name.split("/", 1), self._type(name), "node")
             status.add_metric(labels, each.state is State.REACHABLE)
             for answer in each.answers():
                 latency.add_metric((*labels, *answer[:3]), answer.latency)
-        return status, latency
+            for path in each.paths:
+                if path.ip in mtus:
+                    mtu.add_metric((*labels, path.ip), mtus[path.ip])
+        return status, latency, mtu
 
     def _type(self, name: str) -> str:
         if name == self._prober.own:

@@ -9,7 +9,7 @@ from typing import Any
 
 from agent.api import models
 from agent.api.errors import NotFound
-from datapath.maps import CtMap, IpcacheMap, LxcMap, MetricsMap, PolicyMap, TunnelMap, TypedMap
+from datapath.maps import CtMap, IpcacheMap, LxcMap, MetricsMap, PathMtuMap, PolicyMap, TunnelMap, TypedMap
 from datapath.mapspec import open_pinned
 from datapath.uapi import MapType
 
@@ -20,6 +20,7 @@ TYPED: dict[str, type[TypedMap[Any, Any]]] = {
     "cilium_ipcache": IpcacheMap,
     "cilium_metrics": MetricsMap,
     "cilium_tunnel_map": TunnelMap,
+    "holdfast_path_mtu": PathMtuMap,
     "cilium_ct4_global": CtMap,
     "cilium_ct_any4_global": CtMap,
     "cilium_ct6_global": CtMap,

@@ -91,6 +91,7 @@ def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
     tasks["nodes"] = parts.node_follower.run
     for each in parts.node_reconcilers:
         tasks[f"reconciler {each.name}"] = each.run
+    tasks["path MTUs to routes"] = parts.node_reconcilers.follow_mtus
     if not parts.overlay.enabled:
         tasks["firewall pools"] = partial(parts.firewall.follow_pools, parts.pools, parts.endpoints.table)
     tasks["conntrack"] = parts.conntrack.run
@@ -108,6 +109,8 @@ def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
         tasks["names from identities"] = parts.name_index.follow_identities
         tasks["names from addresses"] = parts.name_index.follow_addresses
         tasks["names answers"] = parts.names_server.run
+    if parts.path_prober is not None:
+        tasks["path MTUs"] = parts.path_prober.run
     return tasks
 
 

@@ -10,6 +10,7 @@
  *              │                          conntrack IN, R's ingress policy
  *              │                          bpf_redirect_peer ──────────────────▶ eth0
  *              ├─ R is behind the tunnel ▶ the VXLAN device, E's identity in the tunnel's key ─▶ R's host
+ *              │                          or, too big for the way there: back to E, saying what is not
  *              └─ anything else ──────▶ the host's stack (routes, netfilter)
  *                                         └─ for an endpoint: R's to_endpoint (tc egress of its veth)
  *                                            tail call: R's policy_ingress, as above
@@ -21,6 +22,7 @@
 #include "deliver.h"
 #include "neighbour.h"
 #include "policy.h"
+#include "toobig.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -54,6 +56,13 @@ static __always_inline int encapsulate(struct __sk_buff *ctx, __be32 host, const
 		.tunnel_ttl = TUNNEL_TTL,
 	};
 
+	__u32 mtu = too_big_for(ctx, host);
+
+	if (unlikely(mtu)) {
+		count(DROP_FRAGMENTATION_NEEDED, EGRESS, ctx->len);
+		notify_drop(ctx, DROP_FRAGMENTATION_NEEDED, who);
+		return answer_too_big(ctx, mtu);
+	}
 	if (bpf_skb_set_tunnel_key(ctx, &key, sizeof(key), BPF_F_ZERO_CSUM_TX) < 0)
 		return -DROP_TUNNEL_KEY;
 	count(REASON_FORWARDED, EGRESS, ctx->len);

@@ -186,6 +186,18 @@ NODE_LATENCY = _described(
     "Latency of a node's last probe, of the protocols that were answered; in clusters of up to 100 nodes",
     (*_TARGET, "target_node_ip", "protocol", "address_type"),
 )
+NARROW_PATHS = _described(
+    "gauge",
+    "holdfast_narrow_paths",
+    "Addresses of nodes at which less arrives than this host's devices send",
+    (),
+)
+NODE_MTU = _described(
+    "gauge",
+    "holdfast_node_path_mtu_bytes",
+    "The longest packet, from the IP header on, that arrives at a node; in clusters of up to 100 nodes",
+    (*_TARGET, "target_node_ip"),
+)
 
 # --- names across hosts (agent.names, agent.names_server)
 _section("Names across hosts")

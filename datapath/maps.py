@@ -218,6 +218,16 @@ class TunnelMap(_ByAddress[str]):
         return self._unpack_key(data)
 
 
+class PathMtuMap(_ByAddress[int]):
+    """holdfast_path_mtu: another host's address → the longest packet, from its IP header on, that arrives."""
+
+    def _pack_value(self, value: int) -> bytes:
+        return value.to_bytes(4, sys.byteorder)
+
+    def _unpack_value(self, data: bytes) -> int:
+        return int.from_bytes(data, sys.byteorder)
+
+
 class IpcacheMap(TypedMap[str, IpcacheEntry]):
     """cilium_ipcache: prefix ("10.0.0.0/24"; a single address is its /32 or /128) → identity.
 

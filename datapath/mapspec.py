@@ -126,6 +126,11 @@ class MapCatalogue:
         return MapSpec(name, MapType.LRU_HASH, key, ports, self.fragments_max)
 
     @property
+    def path_mtu(self) -> MapSpec:
+        """Not Cilium's: hosts that less arrives at than this host's devices send; most have no entry."""
+        return MapSpec("holdfast_path_mtu", MapType.HASH, ENDPOINT_KEY, U32, 65_536, NO_PREALLOC)
+
+    @property
     def monitor(self) -> MapSpec:
         """Not Cilium's: one word that says whether programs emit events at all."""
         return MapSpec("holdfast_monitor", MapType.ARRAY, U32, U32, 1)
@@ -159,6 +164,7 @@ class MapCatalogue:
             self.ipcache,
             self.metrics,
             self.tunnel,
+            self.path_mtu,
             self.monitor,
             self.events_lost,
         ]

@@ -37,11 +37,15 @@ _ABSENT = frozenset({errno.ESRCH, errno.ENOENT, errno.ENODEV})
 
 @dataclass(frozen=True)
 class NodeRoute:
-    """The way to one pool: `host` is the other host's address, `source` this host's when it goes there."""
+    """The way to one pool: `host` is the other host's address, `source` this host's when it goes there.
+
+    `mtu` is what the way carries where that is less than the device says, else 0.
+    """
 
     prefix: str
     host: str
     source: str = ""
+    mtu: int = 0
 
 
 class NodeRoutes:
@@ -101,7 +105,9 @@ class NodeRoutes:
         return sum([await self.delete(prefix) for prefix in stale])
 
     async def _replace(self, route: NodeRoute, **way: object) -> None:
-        source = {"prefsrc": route.source} if route.source else {}
+        source: dict[str, object] = {"prefsrc": route.source} if route.source else {}
+        if route.mtu:
+            way["metrics"] = {"mtu": route.mtu}
         what = f"route to pool {route.prefix} of host {route.host}"
         await self._request(what, "replace", dst=route.prefix, proto=PROTOCOL, **way, **source)
 
@@ -116,7 +122,9 @@ class NodeRoutes:
 
 def _by(device: int, route: NodeRoute) -> Wanted:
     metric, way = metric_of(route.prefix), encapsulation(route.host)
-    return Wanted(route.prefix, PROTOCOL, _SCOPE_LINK, device, route.source, metric, _ENCAP_IP, way)
+    return Wanted(
+        route.prefix, PROTOCOL, _SCOPE_LINK, device, route.source, metric, _ENCAP_IP, way, route.mtu
+    )
 
 
 def metric_of(prefix: str) -> int:

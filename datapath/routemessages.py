@@ -32,7 +32,8 @@ _PATIENCE_S = 10.0
 _NEWROUTE, _GETROUTE = 24, 26
 _ERROR, _DONE = 2, 3
 _REQUEST, _ACK, _DUMP, _REPLACE = 0x1, 0x4, 0x300, 0x500  # NLM_F_…; a replacement may be new
-_DST, _OIF, _PRIORITY, _PREFSRC, _ENCAP_TYPE, _ENCAP = 1, 4, 6, 7, 21, 22  # RTA_…
+_DST, _OIF, _PRIORITY, _PREFSRC, _METRICS, _ENCAP_TYPE, _ENCAP = 1, 4, 6, 7, 8, 21, 22  # RTA_…
+_MTU = 2  # RTAX_MTU
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port
 _RTMSG = struct.Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, protocol, scope, type, flags
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
@@ -50,7 +51,7 @@ class Row(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """A route to write: by a device, with the attributes of a lightweight tunnel."""
+    """A route to write: by a device, with the attributes of a lightweight tunnel; `mtu` bytes at most."""
 
     prefix: str
     protocol: int
@@ -60,6 +61,7 @@ class Wanted(NamedTuple):
     metric: int
     encap_type: int
     encap: bytes
+    mtu: int = 0  # 0: the device's
 
 
 class RouteSocket:
@@ -187,6 +189,8 @@ def _encoded(route: Wanted) -> bytes:
     parts = [head, _attribute(_DST, pack_ip(address)), _attribute(_OIF, _INT.pack(route.oif))]
     if route.source:
         parts.append(_attribute(_PREFSRC, pack_ip(route.source)))
+    if route.mtu:
+        parts.append(_attribute(_METRICS, _attribute(_MTU, _INT.pack(route.mtu))))
     parts += [
         _attribute(_PRIORITY, _INT.pack(route.metric)),
         _attribute(_ENCAP_TYPE, route.encap_type.to_bytes(2, sys.byteorder)),

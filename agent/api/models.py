@@ -114,6 +114,15 @@ class UnreachableNode(Model, frozen=True, kw_only=True):
     error: str
 
 
+class NarrowPath(Model, frozen=True, kw_only=True):
+    """A way that carries less than this host's devices send; both in bytes from the IP header on."""
+
+    name: str  # of the node; empty until it has answered in this life of the agent
+    ip: str
+    mtu: int
+    device_mtu: int
+
+
 class ClusterHealth(Component, frozen=True, kw_only=True):
     """Probes between nodes in short; `state` is about this node's own side of them."""
 
@@ -123,6 +132,8 @@ class ClusterHealth(Component, frozen=True, kw_only=True):
     interval: float = 0.0  # seconds between two probes of a node
     age: float = -1.0  # seconds since the last probe of any node; -1: none yet
     unreachable_nodes: list[UnreachableNode] = []  # the first of them
+    narrow: int = 0  # ways that carry less than this host sends
+    narrow_paths: list[NarrowPath] = []  # the first of them
 
 
 class ClusterDns(Component, frozen=True, kw_only=True):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The JSON of probes between nodes: the shape is that of cilium-health's status, and so are the units.
 
-Beyond it: `tcp` beside `http`, and of each node its state and when it was probed.
+Beyond it: `tcp` beside `http`, what length of packets arrives, and of each node its state and when it was
+probed.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ class ConnectivityStatus(Model, frozen=True, kw_only=True):
 
 
 class PathStatus(Model, frozen=True, kw_only=True):
-    """One address; `icmp` is null where this agent may not send echo requests."""
+    """One address; `icmp` is null where this agent may not send echo requests.
+
+    `mtu` is the longest packet that arrives there, in bytes from the IP header on; 0: not known.
+    """
 
     ip: str
     icmp: ConnectivityStatus | None
     tcp: ConnectivityStatus
     http: ConnectivityStatus
+    mtu: int = 0
 
 
 class HostStatus(Model, frozen=True, kw_only=True):
@@ -50,4 +55,5 @@ class HealthStatus(Model, frozen=True, kw_only=True):
     local: SelfStatus
     timestamp: str  # of the last probe of any node; empty before the first
     interval: float  # seconds between two probes of a node
+    device_mtu: int = 0  # the longest packet that this host's devices send
     nodes: list[NodeStatus]

@@ -40,6 +40,9 @@ MAP(FRAGMENTS, BPF_MAP_TYPE_LRU_HASH, struct frag_id, struct frag_l4ports, 8192,
 /* Ingress policy programs by endpoint id: how a local packet reaches its receiver. */
 MAP(CALL_POLICY, BPF_MAP_TYPE_PROG_ARRAY, __u32, __u32, 65535, 0);
 
+/* What arrives at another host, from its IP header on, where that is less than this host's devices send. */
+MAP(holdfast_path_mtu, BPF_MAP_TYPE_HASH, struct endpoint_key, __u32, 65536, BPF_F_NO_PREALLOC);
+
 /* One word: not 0 while somebody reads events. */
 MAP(holdfast_monitor, BPF_MAP_TYPE_ARRAY, __u32, __u32, 1, 0);
 

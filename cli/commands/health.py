@@ -52,7 +52,7 @@ def print_succinct(found: Json) -> None:
     click.echo(
         f"Cluster health:   {reachable}/{len(nodes)} reachable   ({found['timestamp'] or 'no probe yet'})"
     )
-    rows = ((title(each, found), ips(each), each["state"], age(each)) for each in nodes)
+    rows = ((title(each, found), ips(each), state(each, found), age(each)) for each in nodes)
     print_table(("Name", "IP", "Node", "Probed"), rows)
 
 
@@ -63,11 +63,12 @@ def lines(found: Json, verbose: bool) -> Iterator[str]:
     for node in found["nodes"]:
         yield f"  {title(node, found)}: {age(node)}"
         first, others = node["host"]["primary-address"], node["host"]["secondary-addresses"]
+        full = found.get("device-mtu", 0)
         if first:
-            yield from path(first, "Host", "    ")
-        if verbose or any(map(failed, others)):
+            yield from path(first, "Host", "    ", full)
+        if verbose or any(failed(each) or narrow(each, full) for each in others):
             for each in others:
-                yield from path(each, "Secondary", "      ")
+                yield from path(each, "Secondary", "      ", full)
 
 
 def title(node: Json, found: Json) -> str:
@@ -87,11 +88,26 @@ def failed(address: Json) -> bool:
     return any(probe and probe["status"] for probe in (address["icmp"], address["http"]))
 
 
-def path(address: Json, kind: str, indent: str) -> Iterator[str]:
+def narrow(address: Json, full: int) -> bool:
+    """True when less arrives at an address than this host sends."""
+    return 0 < int(address.get("mtu", 0)) < full
+
+
+def state(node: Json, found: Json) -> str:
+    """Return the state of a node, and how long packets to it may be where that is less than usual."""
+    first, others = node["host"]["primary-address"], node["host"]["secondary-addresses"]
+    full = found.get("device-mtu", 0)
+    mtus = [each["mtu"] for each in (first, *others) if each and narrow(each, full)]
+    return f"{node['state']}, MTU {min(mtus)}" if mtus else str(node["state"])
+
+
+def path(address: Json, kind: str, indent: str, full: int) -> Iterator[str]:
     """Yield the lines of one address."""
     yield f"{indent}{kind} connectivity to {address['ip']}:"
     for name, probe in (("ICMP to stack", "icmp"), ("TCP to agent", "tcp"), ("HTTP to agent", "http")):
         yield f"{indent}  {name + ':':<{LABEL_WIDTH}}{outcome(address[probe])}"
+    if narrow(address, full):
+        yield f"{indent}  {'Packets:':<{LABEL_WIDTH}}up to {address['mtu']} bytes arrive, of {full}"
 
 
 def outcome(probe: Json | None) -> str:

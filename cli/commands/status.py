@@ -176,6 +176,15 @@ def cluster_health(found: Json | None) -> Iterator[str]:
         yield f"  {each['name']} {each['ip']}: {each['error']}"
     if found["unreachable"] > len(found["unreachable-nodes"]):
         yield "  … (holdfast health shows all)"
+    for each in found.get("narrow-paths", []):
+        yield f"  {each['name'] or 'node'} {each['ip']}: {narrow(each)}"
+    if found.get("narrow", 0) > len(found.get("narrow-paths", [])):
+        yield f"  … {found['narrow']} like this (holdfast health shows all)"
+
+
+def narrow(path: Json) -> str:
+    """Say what a way carries that carries less than this host sends."""
+    return f"only packets of up to {path['mtu']} bytes arrive, this host sends {path['device-mtu']}: lowered"
 
 
 def cluster_dns(found: Json | None) -> Iterator[str]:

@@ -70,6 +70,30 @@ class Netns:
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(make).result()
 
+    def narrow(self, device: str, size: int, *, but: str = "") -> None:
+        """Lose, in silence, what comes in by a device and is longer than `size`, counted from the IP header.
+
+        Whoever sends there has to send packets as the wire would carry them: `cut_on_the_wire`.  `but` is
+        what passes all the same, in nft's words.
+        """
+        hook = f"{{ type filter hook ingress device {device} priority 0; }}"
+        # Behind tc's ingress: a device with a program on it would be no wire.
+        self.run("nft", "add", "table", "netdev", "narrow")
+        self.run("nft", f"add chain netdev narrow {device} {hook}")
+        if but:
+            self.run("nft", f"add rule netdev narrow {device} {but} accept")
+        self.run("nft", f"add rule netdev narrow {device} meta length > {size} drop")
+
+    def widen(self) -> None:
+        """End what `narrow` began."""
+        self.run("nft", "delete", "table", "netdev", "narrow")
+
+    def cut_on_the_wire(self, device: str) -> None:
+        """Have a device cut large packets itself, as a card does, and not leave it to who receives them."""
+        offloads = ("tso", "gso", "tx-udp-segmentation", "tx-udp_tnl-segmentation")
+        words = [word for each in (*offloads, "tx-udp_tnl-csum-segmentation") for word in (each, "off")]
+        self.run("ethtool", "-K", device, *words)
+
     def close(self) -> None:
         os.close(self.fd)
 

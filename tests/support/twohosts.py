@@ -19,7 +19,7 @@ from typing import TypeVar
 from datapath.attach import Attacher, Hook, attach_endpoint
 from datapath.constants import DatapathOptions, EndpointConstants, netdev_constants
 from datapath.loader import ENDPOINT_OBJECTS, NETDEV_OBJECTS, OVERLAY_OBJECTS, POLICY_MAP
-from datapath.maps import IpcacheMap, LxcMap, MetricsMap, PolicyMap
+from datapath.maps import IpcacheMap, LxcMap, MetricsMap, PathMtuMap, PolicyMap
 from datapath.mapspec import create
 from datapath.namespace import inside
 from datapath.netlink import Netlink
@@ -141,6 +141,7 @@ class Side:
             self._stack.callback(handle.close)
         self.lxc, self.ipcache = LxcMap(handles["cilium_lxc"]), IpcacheMap(handles["cilium_ipcache"])
         self.metrics, self.policy = MetricsMap(handles["cilium_metrics"]), PolicyMap(policy)
+        self.path_mtus = PathMtuMap(handles["holdfast_path_mtu"])
         ring = self._stack.enter_context(EventRing.create(1 << 16))
         fds = {name: handle.fd for name, handle in handles.items()} | ring.descriptors
         self._tell_maps()

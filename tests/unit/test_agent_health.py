@@ -26,7 +26,7 @@ from agent.health import (
 from agent.health_server import HealthServer, answer_to
 from agent.listener import Allowance
 from agent.probes import ECHO_TRIES, Outcome, checksum, echo_request, replied
-from agent.report_health import SERIES_NODES_MAX, UNREACHABLE_SHOWN, HealthCollector, health, summary
+from agent.report_health import SERIES_NODES_MAX, SHOWN, HealthCollector, health, summary
 from core.backoff import cluster_interval
 from core.table import Table
 from kvstore.schema import NodeAddress, NodeRecord
@@ -207,7 +207,7 @@ def server() -> HealthServer:
 
 
 def test_the_line_of_status_counts_and_names_the_first() -> None:
-    many = {f"default/x{number}": RESULTS["default/b"] for number in range(UNREACHABLE_SHOWN + 5)}
+    many = {f"default/x{number}": RESULTS["default/b"] for number in range(SHOWN + 5)}
     found = summary(prober_of({**RESULTS, **many}, more=2), server())
     assert (found.state, found.nodes, found.reachable, found.unreachable) == (
         "Ok",
@@ -215,7 +215,7 @@ def test_the_line_of_status_counts_and_names_the_first() -> None:
         2,
         len(many) + 1,
     )
-    assert len(found.unreachable_nodes) == UNREACHABLE_SHOWN
+    assert len(found.unreachable_nodes) == SHOWN
     first = found.unreachable_nodes[0]
     assert (first.name, first.ip, first.error) == ("default/b", "10.0.0.2", "TCP: Connection refused")
     assert summary(None, None).state == "Disabled"
@@ -272,7 +272,8 @@ def test_a_large_cluster_has_totals_and_no_series_a_node() -> None:
     small = prober_of({f"default/x{number}": RESULTS["far/c"] for number in range(SERIES_NODES_MAX)})
     assert len(series(small)["cilium_node_connectivity_status"]) == SERIES_NODES_MAX
     small.schedule.join(["default/one-more"], 0.0)
-    assert series(small).keys() == {"cilium_unreachable_nodes", "cilium_node_health_connectivity_status"}
+    totals = {"cilium_unreachable_nodes", "cilium_node_health_connectivity_status", "holdfast_narrow_paths"}
+    assert series(small).keys() == totals
 
 
 # --- ICMP

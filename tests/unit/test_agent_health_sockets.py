@@ -195,7 +195,7 @@ async def test_hello_is_answered_to_our_prober_and_to_any_client() -> None:
         b"GET / HTTP/1.1\r\n\r\n",
         b"GET /metrics HTTP/1.1\r\n\r\n",
         b"DELETE /hello HTTP/1.1\r\n\r\n",
-        bytes(4096),
+        bytes(health_server.REQUEST_MAX),
     ],
 )
 async def test_anything_else_gets_404_and_no_word_more(request_: bytes) -> None:

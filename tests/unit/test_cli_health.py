@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
-from agent.api import models
+from agent.api import models, models_health
 from cli.commands.health import rtt
 from cli.commands.status import cluster_health
 from tests.support.agent_view import FakeAgent, Serving, make_health, serving
@@ -107,6 +107,32 @@ def test_status_has_a_line_and_unreachable_nodes_are_no_failure_of_this_agent(ag
         "  default/b 10.99.0.3: TCP: Connection refused",
         "  … (holdfast health shows all)",
     ]
+
+
+def test_a_way_that_carries_less_is_shown_with_its_node_and_what_it_carries(agent: Serving) -> None:
+    path = models.NarrowPath(name="default/b", ip="10.99.0.3", mtu=1400, device_mtu=1500)
+    shown = structs.replace(agent.view.cluster_health, narrow=11, narrow_paths=[path])
+    agent.view.cluster_health = shown
+    lines = run("status", socket=agent.path).stdout.partition("Cluster health:")[2].splitlines()
+    assert lines[1:3] == [
+        "  default/b 10.99.0.3: only packets of up to 1400 bytes arrive, this host sends 1500: lowered",
+        "  … 11 like this (holdfast health shows all)",
+    ]
+    agent.view.found = with_mtu(agent.view.found, 1400)
+    assert (
+        "      Packets:        up to 1400 bytes arrive, of 1500\n" in run("health", socket=agent.path).stdout
+    )
+    (line,) = run("health", "--succinct", socket=agent.path).stdout.splitlines()[-1:]
+    assert line.split()[:5] == ["default/b", "10.99.0.3", "reachable,", "MTU", "1400"]
+
+
+def with_mtu(found: models_health.HealthStatus, mtu: int) -> models_health.HealthStatus:
+    """Return the same with a last node that only so much arrives at."""
+    first, last = found.nodes
+    assert last.host.primary_address is not None
+    path = structs.replace(last.host.primary_address, mtu=mtu)
+    narrow = structs.replace(last, host=structs.replace(last.host, primary_address=path))
+    return structs.replace(found, nodes=[first, narrow], device_mtu=1500)
 
 
 def test_status_of_an_agent_without_probes() -> None:

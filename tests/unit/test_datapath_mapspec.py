@@ -12,7 +12,7 @@ from datapath.syscall import MapInfo
 from datapath.uapi import MapType
 
 DATA = Path(__file__).parents[1] / "data"
-OURS_ONLY = {"holdfast_monitor", "holdfast_events_lost"}
+OURS_ONLY = {"holdfast_path_mtu", "holdfast_monitor", "holdfast_events_lost"}
 
 
 def table(file: str) -> dict[str, tuple[str, int, int, int, int]]:
