@@ -23,8 +23,10 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import NamedTuple
 
 import msgspec
+from loguru import logger
 
 from agent import probes
+from agent.clocks import Clocks
 from agent.path_mtu import PathProber
 from agent.probes import Outcome, family_of
 from core import metrics
@@ -87,6 +89,11 @@ class NodeHealth(msgspec.Struct, frozen=True, gc=False):
         if not self.paths:
             return State.UNKNOWN
         return State.UNREACHABLE if any(path.error for path in self.paths) else State.REACHABLE
+
+    @property
+    def ahead(self) -> float | None:
+        """By how many seconds the node's clock is ahead of this host's; None when no answer said it."""
+        return next((path.http.ahead for path in self.paths if path.http.ahead is not None), None)
 
     def answers(self) -> Iterator[Answer]:
         """Yield the probes that were answered, of the protocols that Cilium has."""
@@ -223,6 +230,8 @@ class Prober:
     ) -> None:
         self.own = own
         self.sizes = sizes
+        self.clocks = Clocks()
+        self._own_clock_wrong = False
         self.schedule = Schedule(base)
         self.results = Results()
         self.icmp: dict[int, socket.SocketKind | None] = {}
@@ -293,6 +302,7 @@ class Prober:
             if moved or (name != self.own and name not in self._nodes):
                 self.schedule.leave(name)
                 self.results.forget(name)
+                self.clocks.forget(name)
                 if self.sizes is not None:
                     self.sizes.forget(name)
         there = [name for name in names if self._is_there(name)]
@@ -315,8 +325,20 @@ class Prober:
             found = NodeHealth(paths, time.time())
             self.results.put(name, found)
             self._observe(found)
+            if name != self.own:
+                self._compare_clock(name, found)
             if self.sizes is not None and name != self.own:
                 self.sizes.answered(name, [path.ip for path in paths if not path.http.error])
+
+    def _compare_clock(self, name: str, found: NodeHealth) -> None:
+        self.clocks.put(name, found.ahead)
+        verdict = self.clocks.verdict()
+        if bool(verdict.ahead) != self._own_clock_wrong:
+            self._own_clock_wrong = bool(verdict.ahead)
+            logger.warning(
+                "this host's clock is {:.0f} s ahead of most, and differs from {} of {} other nodes",
+                *(verdict.ahead, verdict.differing, verdict.others),
+            )
 
     async def _path(self, ip: str) -> Path:
         kind = self.icmp.get(family_of(ip))

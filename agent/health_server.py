@@ -2,10 +2,10 @@
 """Answers the health probes of other nodes: `GET /hello` at cluster-health-port of the node's addresses.
 
 A real cilium-health asks the same.  Whoever reaches the port is a stranger, so it gets nothing else: 200 or
-404, no body, no header that says who answers; a bounded request in a bounded time; and a flood costs this
-process a bounded part of a CPU, at the price of the others' probes.  An HTTP server for applications has no
-limit for the time that headers take, hence this one.  An address that can not be listened on is said in
-status and tried again.  Run as a supervised task.
+404 and what time it is, no body, no header that says who answers; a bounded request in a bounded time; and a
+flood costs this process a bounded part of a CPU, at the price of the others' probes.  An HTTP server for
+applications has no limit for the time that headers take, hence this one.  An address that can not be listened
+on is said in status and tried again.  Run as a supervised task.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from email.utils import formatdate
+from functools import partial
 
 from agent.listener import Allowance, Connections, Listening
 
@@ -31,18 +34,25 @@ BURST = 300.0
 
 _END = b"\r\n\r\n"
 _WANTED = b"GET /hello HTTP/1."
-_YES = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-_NO = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+_YES, _NO = b"HTTP/1.1 200 OK", b"HTTP/1.1 404 Not Found"
+_REST = b"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 class HealthServer:
     """Listens until cancelled."""
 
     def __init__(
-        self, addresses: Sequence[str], port: int, *, rate: float = RATE, burst: float = BURST
+        self,
+        addresses: Sequence[str],
+        port: int,
+        *,
+        rate: float = RATE,
+        burst: float = BURST,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.port = port
-        self.connections = Connections(_answer, CONNECTIONS_MAX, Allowance(rate, burst))
+        answer = partial(_answer, clock=clock)
+        self.connections = Connections(answer, CONNECTIONS_MAX, Allowance(rate, burst))
         self._addresses = tuple(addresses)
         self._listening = Listening("health probes", port)
 
@@ -65,7 +75,7 @@ class HealthServer:
             await self.connections.accept(sock)
 
 
-async def _answer(connection: socket.socket) -> None:
+async def _answer(connection: socket.socket, clock: Callable[[], float]) -> None:
     """Read one request and answer it; the caller closes."""
     loop = asyncio.get_running_loop()
     request = b""
@@ -75,9 +85,10 @@ async def _answer(connection: socket.socket) -> None:
                 request += await loop.sock_recv(connection, REQUEST_MAX - len(request))
                 if _END in request or len(request) in (0, REQUEST_MAX):
                     break
-            await loop.sock_sendall(connection, answer_to(request))
+            await loop.sock_sendall(connection, answer_to(request, clock()))
 
 
-def answer_to(request: bytes) -> bytes:
-    """Return the answer to a request's head.  Pure."""
-    return _YES if request.startswith(_WANTED) and _END in request else _NO
+def answer_to(request: bytes, now: float) -> bytes:
+    """Return the answer to a request's head; others compare their clocks with its date.  Pure."""
+    verdict = _YES if request.startswith(_WANTED) and _END in request else _NO
+    return verdict + b"\r\nDate: " + formatdate(now, usegmt=True).encode() + _REST

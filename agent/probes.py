@@ -16,6 +16,7 @@ import re
 import socket
 import struct
 import time
+from email.utils import parsedate_to_datetime
 
 import msgspec
 
@@ -31,6 +32,7 @@ HEAD_MAX = 1024
 # A packet of full length counts as lost after this time: the kernel has sent it four or five times by then.
 ARRIVES_S = 2.0
 
+_DATE = re.compile(rb"\r\nDate:[ \t]*([^\r\n]{1,40})\r\n", re.IGNORECASE)
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})\b")
 _HEAD_END = b"\r\n\r\n"
 # IP and TCP header without options, and TCP's time stamps.
@@ -47,10 +49,14 @@ _ECHO = struct.Struct("!BBHHH8s")  # type, code, checksum, id, sequence number, 
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
-    """What became of a probe: seconds there and back, or why there was no way back."""
+    """What became of a probe: seconds there and back, or why there was no way back.
+
+    `ahead`: by how many seconds the clock of who answered is ahead of this host's, where the answer says it.
+    """
 
     latency: float = 0.0
     error: str = ""
+    ahead: float | None = None
 
 
 def family_of(ip: str) -> int:
@@ -62,13 +68,14 @@ def family_of(ip: str) -> int:
 
 async def hello(ip: str, port: int) -> tuple[Outcome, Outcome]:
     """Connect and ask for /hello; return (connection, answer), both counted from the beginning."""
-    began, connected, head = time.perf_counter(), 0.0, b""
+    began, connected, head, asked_at = time.perf_counter(), 0.0, b"", 0.0
     try:
         with _socket(ip, socket.SOCK_STREAM) as sock:
             async with asyncio.timeout(TIMEOUT_S):
                 loop = asyncio.get_running_loop()
                 await loop.sock_connect(sock, (ip, port))
                 connected = time.perf_counter() - began
+                asked_at = time.time()
                 await loop.sock_sendall(sock, _request(ip, port))
                 head = await _head(loop, sock)
         error = _refusal(head.partition(b"\r\n")[0])
@@ -76,7 +83,10 @@ async def hello(ip: str, port: int) -> tuple[Outcome, Outcome]:
         error = f"no {'answer' if connected else 'connection'} within {TIMEOUT_S:g} s"
     except OSError as failure:
         error = _reason(failure)
-    answer = Outcome(error=error) if error else Outcome(time.perf_counter() - began)
+    if error:
+        answer = Outcome(error=error)
+    else:
+        answer = Outcome(time.perf_counter() - began, ahead=clock_ahead(head, asked_at, time.time()))
     return Outcome(connected) if connected else answer, answer
 
 
@@ -113,6 +123,21 @@ def _refusal(line: bytes) -> str:
     if match is None:
         return f"not an answer of HTTP: {shorten(line.decode('latin-1'), 40)}"
     return "" if match[1] == b"200" else f"HTTP status {match[1].decode()}"
+
+
+def clock_ahead(head: bytes, asked_at: float, answered_at: float) -> float | None:
+    """Return by how many seconds the clock that wrote an answer's date is ahead; None without a date.  Pure.
+
+    A date has no fraction of a second: half of one is what it lacks in the middle.
+    """
+    match = _DATE.search(head)
+    if match is None:
+        return None
+    try:
+        there = parsedate_to_datetime(match[1].decode("latin-1")).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return there + 0.5 - (asked_at + answered_at) / 2
 
 
 def _reason(failure: OSError) -> str:

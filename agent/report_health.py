@@ -12,18 +12,22 @@ from prometheus_client.registry import Collector
 
 from agent.api import models
 from agent.api import models_health as wire
+from agent.clocks import Verdict
 from agent.health import UNKNOWN, NodeHealth, Path, Prober, State
 from agent.health_server import HealthServer
 from agent.path_mtu import PathProber
 from agent.probes import Outcome
 from agent.report_endpoints import when
 from core.metrics import (
+    CLOCK_AHEAD,
     NARROW_PATHS,
+    NODE_CLOCK,
     NODE_HEALTH_STATUS,
     NODE_LATENCY,
     NODE_MTU,
     NODE_STATUS,
     UNREACHABLE_NODES,
+    WRONG_CLOCKS,
     Description,
 )
 
@@ -37,13 +41,16 @@ def health(prober: Prober) -> wire.HealthStatus:
     """Return what is known of every node: this one first, then by name.  Safe in a thread."""
     names = sorted(prober.schedule, key=lambda name: (name != prober.own, name))
     found, now = dict(prober.results.nodes), time.time()
-    mtus = _mtus(prober.sizes)
+    mtus, verdict = _mtus(prober.sizes), prober.clocks.verdict()
     return wire.HealthStatus(
         local=wire.SelfStatus(name=prober.own),
         timestamp=_when(prober.results.last),
         interval=prober.schedule.period,
         device_mtu=prober.sizes.full if prober.sizes is not None else 0,
-        nodes=[_node(name, found.get(name, UNKNOWN), now, mtus) for name in names],
+        clock=_clock(verdict),
+        nodes=[
+            _node(name, found.get(name, UNKNOWN), now, mtus, wrong=name in verdict.wrong) for name in names
+        ],
     )
 
 
@@ -65,6 +72,21 @@ def summary(prober: Prober | None, server: HealthServer | None) -> models.Cluste
         unreachable_nodes=[_unreachable(*each) for each in islice(results.unreachable.items(), SHOWN)],
         narrow=len(narrow),
         narrow_paths=_narrow(prober.sizes, narrow) if prober.sizes is not None else [],
+        clock=_clock(prober.clocks.verdict()),
+    )
+
+
+def _clock(verdict: Verdict) -> models.Clock:
+    named = [
+        models.WrongClock(name=name, ahead=round(ahead, 1))
+        for name, ahead in islice(verdict.wrong.items(), SHOWN)
+    ]
+    return models.Clock(
+        ahead=round(verdict.ahead, 1),
+        differing=verdict.differing,
+        others=verdict.others,
+        wrong=len(verdict.wrong),
+        wrong_nodes=named,
     )
 
 
@@ -94,7 +116,7 @@ def _age(moment: float, now: float) -> float:
     return max(0.0, now - moment) if moment else -1.0
 
 
-def _node(name: str, found: NodeHealth, now: float, mtus: dict[str, int]) -> wire.NodeStatus:
+def _node(name: str, found: NodeHealth, now: float, mtus: dict[str, int], *, wrong: bool) -> wire.NodeStatus:
     paths = [_path(each, mtus.get(each.ip, 0)) for each in found.paths]
     return wire.NodeStatus(
         name=name,
@@ -102,6 +124,8 @@ def _node(name: str, found: NodeHealth, now: float, mtus: dict[str, int]) -> wir
         host=wire.HostStatus(primary_address=next(iter(paths), None), secondary_addresses=paths[1:]),
         probed=_when(found.time),
         age=_age(found.time, now),
+        clock_ahead=None if found.ahead is None else round(found.ahead, 1),
+        clock_wrong=wrong,
     )
 
 
@@ -134,7 +158,7 @@ class HealthCollector(Collector):
         )
         for state, number in states:
             totals.add_metric((*self._source, "node", state.value), number)
-        yield from (unreachable, totals, self._narrow())
+        yield from (unreachable, totals, self._narrow(), *self._clocks())
         if nodes <= SERIES_NODES_MAX:
             yield from self._each(dict(results.nodes))
 
@@ -143,18 +167,27 @@ class HealthCollector(Collector):
         narrow.add_metric((), len(sizes.lowered) if sizes is not None else 0)
         return narrow
 
+    def _clocks(self) -> Iterable[GaugeMetricFamily]:
+        verdict, ahead, wrong = self._prober.clocks.verdict(), _family(CLOCK_AHEAD), _family(WRONG_CLOCKS)
+        ahead.add_metric((), verdict.ahead)
+        wrong.add_metric((), len(verdict.wrong))
+        return ahead, wrong
+
     def _each(self, found: dict[str, NodeHealth]) -> Iterable[GaugeMetricFamily]:
         status, latency, mtu = _family(NODE_STATUS), _family(NODE_LATENCY), _family(NODE_MTU)
+        clock = _family(NODE_CLOCK)
         mtus = _mtus(self._prober.sizes)
         for name, each in found.items():
             labels = (*self._source, *name.split("/", 1), self._type(name), "node")
             status.add_metric(labels, each.state is State.REACHABLE)
             for answer in each.answers():
                 latency.add_metric((*labels, *answer[:3]), answer.latency)
+            if each.ahead is not None:
+                clock.add_metric(labels, each.ahead)
             for path in each.paths:
                 if path.ip in mtus:
                     mtu.add_metric((*labels, path.ip), mtus[path.ip])
-        return status, latency, mtu
+        return status, latency, mtu, clock
 
     def _type(self, name: str) -> str:
         if name == self._prober.own:

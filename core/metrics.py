@@ -198,6 +198,21 @@ NODE_MTU = _described(
     "The longest packet, from the IP header on, that arrives at a node; in clusters of up to 100 nodes",
     (*_TARGET, "target_node_ip"),
 )
+CLOCK_AHEAD = _described(
+    "gauge",
+    "holdfast_clock_ahead_seconds",
+    "Seconds that this host's clock is ahead of most nodes' (negative: behind); 0 within ten seconds",
+    (),
+)
+WRONG_CLOCKS = _described(
+    "gauge", "holdfast_wrong_clocks", "Other nodes whose clocks differ from most by more than ten seconds", ()
+)
+NODE_CLOCK = _described(
+    "gauge",
+    "holdfast_node_clock_ahead_seconds",
+    "Seconds that a node's clock is ahead of this host's, to about a second; in clusters of up to 100 nodes",
+    _TARGET,
+)
 
 # --- names across hosts (agent.names, agent.names_server)
 _section("Names across hosts")

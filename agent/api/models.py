@@ -123,6 +123,23 @@ class NarrowPath(Model, frozen=True, kw_only=True):
     device_mtu: int
 
 
+class WrongClock(Model, frozen=True, kw_only=True):
+    """A node whose clock differs from most."""
+
+    name: str
+    ahead: float  # seconds; negative: behind
+
+
+class Clock(Model, frozen=True, kw_only=True):
+    """This host's clock among those of the nodes that answered; `ahead` is 0 when it agrees with most."""
+
+    ahead: float = 0.0  # seconds; negative: behind
+    differing: int = 0  # other nodes that differ from it
+    others: int = 0  # whose clocks are known
+    wrong: int = 0  # nodes whose clocks differ from most
+    wrong_nodes: list[WrongClock] = []  # the first of them
+
+
 class ClusterHealth(Component, frozen=True, kw_only=True):
     """Probes between nodes in short; `state` is about this node's own side of them."""
 
@@ -134,6 +151,7 @@ class ClusterHealth(Component, frozen=True, kw_only=True):
     unreachable_nodes: list[UnreachableNode] = []  # the first of them
     narrow: int = 0  # ways that carry less than this host sends
     narrow_paths: list[NarrowPath] = []  # the first of them
+    clock: Clock = Clock()
 
 
 class ClusterDns(Component, frozen=True, kw_only=True):

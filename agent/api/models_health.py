@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The JSON of probes between nodes: the shape is that of cilium-health's status, and so are the units.
 
-Beyond it: `tcp` beside `http`, what length of packets arrives, and of each node its state and when it was
-probed.
+Beyond it: `tcp` beside `http`, what length of packets arrives, what time it is there, and of each node its
+state and when it was probed.
 """
 
 from __future__ import annotations
 
-from agent.api.models import Model
+from agent.api.models import Clock, Model
 
 
 class ConnectivityStatus(Model, frozen=True, kw_only=True):
@@ -43,6 +43,8 @@ class NodeStatus(Model, frozen=True, kw_only=True):
     host: HostStatus
     probed: str = ""
     age: float = -1.0  # seconds since then; -1: never
+    clock_ahead: float | None = None  # seconds that its clock is ahead of this host's; null: not known
+    clock_wrong: bool = False  # it differs from most
 
 
 class SelfStatus(Model, frozen=True, kw_only=True):
@@ -56,4 +58,5 @@ class HealthStatus(Model, frozen=True, kw_only=True):
     timestamp: str  # of the last probe of any node; empty before the first
     interval: float  # seconds between two probes of a node
     device_mtu: int = 0  # the longest packet that this host's devices send
+    clock: Clock = Clock()
     nodes: list[NodeStatus]

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from cli.base import Settings, examples, output_option
-from cli.commands.status import duration
+from cli.commands.status import beside, duration, own_clock
 from cli.output import print_json, print_table, printable
 
 Json = dict[str, Any]
@@ -59,9 +59,13 @@ def print_succinct(found: Json) -> None:
 def lines(found: Json, verbose: bool) -> Iterator[str]:
     """Yield the lines of the long form: further addresses with --verbose, or when one has failed."""
     yield f"Probe time:   {found['timestamp'] or 'no probe yet'}"
+    if found.get("clock", {}).get("ahead"):
+        yield f"Clock:        {own_clock(found['clock'])}"
     yield "Nodes:"
     for node in found["nodes"]:
         yield f"  {title(node, found)}: {age(node)}"
+        if node.get("clock-wrong"):
+            yield f"    Clock: {beside(node['clock-ahead'])} this host's"
         first, others = node["host"]["primary-address"], node["host"]["secondary-addresses"]
         full = found.get("device-mtu", 0)
         if first:
@@ -94,11 +98,13 @@ def narrow(address: Json, full: int) -> bool:
 
 
 def state(node: Json, found: Json) -> str:
-    """Return the state of a node, and how long packets to it may be where that is less than usual."""
+    """Return the state of a node, how long packets to it may be if not as usual, and whether its clock is."""
     first, others = node["host"]["primary-address"], node["host"]["secondary-addresses"]
     full = found.get("device-mtu", 0)
     mtus = [each["mtu"] for each in (first, *others) if each and narrow(each, full)]
-    return f"{node['state']}, MTU {min(mtus)}" if mtus else str(node["state"])
+    more = [f"MTU {min(mtus)}"] if mtus else []
+    more += [f"clock {node['clock-ahead']:+g}s"] if node.get("clock-wrong") else []
+    return ", ".join([node["state"], *more])
 
 
 def path(address: Json, kind: str, indent: str, full: int) -> Iterator[str]:

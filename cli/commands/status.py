@@ -180,6 +180,29 @@ def cluster_health(found: Json | None) -> Iterator[str]:
         yield f"  {each['name'] or 'node'} {each['ip']}: {narrow(each)}"
     if found.get("narrow", 0) > len(found.get("narrow-paths", [])):
         yield f"  … {found['narrow']} like this (holdfast health shows all)"
+    yield from clocks(found.get("clock"))
+
+
+def clocks(found: Json | None) -> Iterator[str]:
+    """Say whose clock is wrong."""
+    if found is None:  # an older agent
+        return
+    if found["ahead"]:
+        yield f"  this host: its clock is {own_clock(found)}"
+    for each in found["wrong-nodes"]:
+        yield f"  {each['name']}: its clock is {beside(each['ahead'])} most"
+    if found["wrong"] > len(found["wrong-nodes"]):
+        yield f"  … {found['wrong']} clocks like this (holdfast health shows all)"
+
+
+def own_clock(found: Json) -> str:
+    nodes = f"{found['differing']} of {found['others']} other nodes"
+    return f"{beside(found['ahead'])} most, and differs from {nodes}"
+
+
+def beside(ahead: float) -> str:
+    """Return `30s ahead of` or `1m15s behind`."""
+    return f"{duration(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'}"
 
 
 def narrow(path: Json) -> str:

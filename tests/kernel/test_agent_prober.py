@@ -11,6 +11,7 @@ import contextlib
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -19,6 +20,7 @@ from agent import health as health_module
 from agent import probes
 from agent.health import Prober, State
 from agent.health_server import HealthServer
+from agent.report_health import health, summary
 from core.table import Table
 from kvstore.schema import NodeAddress, NodeRecord
 from tests.support.cli import ROOT
@@ -64,10 +66,11 @@ class Cluster:
         # By the first address of a server, and "prober".
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    def join(self, name: str, *ips: str, answers: bool = True) -> None:
+    def join(self, name: str, *ips: str, answers: bool = True, ahead: float = 0.0) -> None:
+        """Have a node join whose clock is `ahead` by so many seconds."""
         self.nodes.source("kvstore").upsert(f"default/{name}", record(name, *ips))
         if answers:
-            server = HealthServer(ips or ips_of(name), PORT)
+            server = HealthServer(ips or ips_of(name), PORT, clock=lambda: time.time() + ahead)
             self._tasks[(ips or ips_of(name))[0]] = asyncio.create_task(server.run())
 
     async def die(self, name: str) -> None:
@@ -151,6 +154,33 @@ async def test_a_node_that_comes_leaves_or_moves(netns: Netns) -> None:
             "the new address is probed",
         )
         await seen.are(a=REACHABLE, c=REACHABLE)
+
+
+async def test_a_clock_that_is_wrong_is_named(netns: Netns) -> None:
+    async with cluster(netns, "a", "b") as seen:
+        seen.join("c", ahead=3600.0)
+        await seen.are(a=REACHABLE, b=REACHABLE, c=REACHABLE)
+        found = seen.prober.clocks.verdict()
+        assert (found.ahead, found.differing, found.others) == (0.0, 1, 2)
+        assert found.wrong == {"default/c": pytest.approx(3600.0, abs=2.0)}
+        said = summary(seen.prober, HealthServer([], PORT)).clock
+        assert (said.ahead, said.wrong, said.wrong_nodes[0].name) == (0.0, 1, "default/c")
+        seen.leave("c")
+        await seen.are(a=REACHABLE, b=REACHABLE)
+        assert seen.prober.clocks.verdict().wrong == {}
+
+
+async def test_a_host_whose_own_clock_is_wrong_says_so(netns: Netns) -> None:
+    async with cluster(netns, "a") as seen:
+        for name in "bcd":
+            seen.join(name, ahead=30.0)
+        await seen.are(a=REACHABLE, b=REACHABLE, c=REACHABLE, d=REACHABLE)
+        found = seen.prober.clocks.verdict()
+        assert found.ahead == pytest.approx(-30.0, abs=2.0)
+        assert (found.differing, found.others, found.wrong) == (3, 3, {})
+        shown = {each.name: each for each in health(seen.prober).nodes}
+        assert shown["default/b"].clock_ahead == pytest.approx(30.0, abs=2.0)
+        assert not shown["default/b"].clock_wrong
 
 
 async def test_what_left_while_the_prober_was_down_is_forgotten(netns: Netns) -> None:

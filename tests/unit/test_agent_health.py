@@ -272,7 +272,8 @@ def test_a_large_cluster_has_totals_and_no_series_a_node() -> None:
     small = prober_of({f"default/x{number}": RESULTS["far/c"] for number in range(SERIES_NODES_MAX)})
     assert len(series(small)["cilium_node_connectivity_status"]) == SERIES_NODES_MAX
     small.schedule.join(["default/one-more"], 0.0)
-    totals = {"cilium_unreachable_nodes", "cilium_node_health_connectivity_status", "holdfast_narrow_paths"}
+    totals = {"cilium_unreachable_nodes", "cilium_node_health_connectivity_status"}
+    totals |= {"holdfast_narrow_paths", "holdfast_clock_ahead_seconds", "holdfast_wrong_clocks"}
     assert series(small).keys() == totals
 
 
@@ -315,11 +316,15 @@ def test_a_reply_says_which_request_it_is_to(family: int, reply: int) -> None:
     ],
 )
 def test_hello_is_all_that_is_answered(request_: bytes, code: int) -> None:
-    answer = answer_to(request_)
+    answer = answer_to(request_, 1_767_225_600.9)
     assert int(answer.split()[1]) == code
     head, end, body = answer.partition(b"\r\n\r\n")
     assert (end, body) == (b"\r\n\r\n", b"")
-    assert [line.partition(b":")[0] for line in head.split(b"\r\n")[1:]] == [b"Content-Length", b"Connection"]
+    assert head.split(b"\r\n")[1:] == [
+        b"Date: Thu, 01 Jan 2026 00:00:00 GMT",
+        b"Content-Length: 0",
+        b"Connection: close",
+    ]
 
 
 def test_a_flood_is_held_to_its_rate_and_a_burst_is_not_held() -> None:

@@ -126,6 +126,33 @@ def test_a_way_that_carries_less_is_shown_with_its_node_and_what_it_carries(agen
     assert line.split()[:5] == ["default/b", "10.99.0.3", "reachable,", "MTU", "1400"]
 
 
+def test_a_clock_that_is_wrong_is_shown_with_whose_it_is(agent: Serving) -> None:
+    wrong = models.WrongClock(name="default/b", ahead=75.4)
+    clock = models.Clock(differing=1, others=3, wrong=1, wrong_nodes=[wrong])
+    agent.view.cluster_health = structs.replace(agent.view.cluster_health, clock=clock)
+    agent.view.found = with_clock(agent.view.found, clock)
+    assert "  default/b: its clock is 1m15s ahead of most\n" in run("status", socket=agent.path).stdout
+    assert "    Clock: 1m15s ahead of this host's\n" in run("health", socket=agent.path).stdout
+    (line,) = run("health", "--succinct", socket=agent.path).stdout.splitlines()[-1:]
+    assert line.split()[:5] == ["default/b", "10.99.0.3", "reachable,", "clock", "+75.4s"]
+
+
+def test_a_host_whose_own_clock_is_wrong_says_so(agent: Serving) -> None:
+    clock = models.Clock(ahead=-30.2, differing=3, others=3)
+    agent.view.cluster_health = structs.replace(agent.view.cluster_health, clock=clock)
+    agent.view.found = structs.replace(agent.view.found, clock=clock)
+    said = "30s behind most, and differs from 3 of 3 other nodes\n"
+    assert f"  this host: its clock is {said}" in run("status", socket=agent.path).stdout
+    assert f"Clock:        {said}" in run("health", socket=agent.path).stdout
+
+
+def with_clock(found: models_health.HealthStatus, clock: models.Clock) -> models_health.HealthStatus:
+    """Return the same with a last node whose clock is wrong."""
+    first, last = found.nodes
+    wrong = structs.replace(last, clock_ahead=75.4, clock_wrong=True)
+    return structs.replace(found, nodes=[first, wrong], clock=clock)
+
+
 def with_mtu(found: models_health.HealthStatus, mtu: int) -> models_health.HealthStatus:
     """Return the same with a last node that only so much arrives at."""
     first, last = found.nodes
