@@ -47,12 +47,14 @@ class Clocks:
         self._differing.pop(node, None)
 
     def verdict(self) -> Verdict:
-        differing, others = len(self._differing), len(self.known)
-        if 2 * differing <= others:  # with this one, most agree
-            return Verdict(0.0, differing, others, dict(self._differing))
-        most = middle([0.0, *self.known.values()])
-        wrong = {node: ahead - most for node, ahead in self.known.items() if abs(ahead - most) > TOLERATED_S}
-        return Verdict(-most if abs(most) > TOLERATED_S else 0.0, differing, others, wrong)
+        """Compare all clocks.  Safe in a thread: it looks at copies."""
+        differing, others = dict(self._differing), len(self.known)
+        if 2 * len(differing) <= others:  # with this one, most agree
+            return Verdict(0.0, len(differing), others, differing)
+        known = dict(self.known)
+        most = middle([0.0, *known.values()])
+        wrong = {node: ahead - most for node, ahead in known.items() if abs(ahead - most) > TOLERATED_S}
+        return Verdict(-most if abs(most) > TOLERATED_S else 0.0, len(differing), others, wrong)
 
 
 def middle(values: list[float]) -> float:

@@ -144,7 +144,8 @@ OPTIONS: tuple[Option, ...] = (
         "cluster-health-port",
         Type.INT,
         4240,
-        "TCP port that nodes answer each other's health probes on, the same on all; 0: no answers, no probes",
+        "TCP port that nodes answer each other's health probes on, the same on all; 0: no answers, no probes"
+        " (of path MTUs and clocks neither)",
         low=0,
         high=65535,
         section=_KVSTORE,

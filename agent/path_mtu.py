@@ -143,7 +143,7 @@ class PathProber:
     async def _look(self, ip: str) -> None:
         fits, small = partial(arrives, ip, self._port), partial(self._small, ip)
         async with self._slots:
-            found = await measure(fits, small, self.full, self.lowered.get(ip, 0))
+            found = await measure(fits, small, self.full, self._source.entries().get(ip, 0))
         if found and ip in self.names:
             self.found[ip] = found
             self._note(ip, found)
@@ -153,7 +153,7 @@ class PathProber:
         return not http.error
 
     def _note(self, ip: str, found: int) -> None:
-        known, node = self.lowered.get(ip), self.names[ip]
+        known, node = self._source.entries().get(ip), self.names[ip]
         if found < self.full and found != known:
             logger.warning(
                 "node {} {}: packets of more than {} bytes do not arrive, this host sends {}: lowered",

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from tests.support.agent import AgentHost
-from tests.support.host import Hub, hub_ipv6, run, wait_for
+from tests.support.host import REPO, Hub, hub_ipv6, run, wait_for
 from tests.support.require import require_tools
 
 NAMES = ("a", "b", "c")
@@ -173,6 +174,46 @@ def test_a_port_that_is_taken_is_a_warning_and_traffic_and_agent_go_on(hosts: Ho
     other.stop()
     sees(a, **ALL)
     assert c.api("/v1/healthz")["cluster-health"]["state"] == "Ok"
+
+
+# What answers probes on a host whose clock is ahead: ADDRESS… SECONDS.
+AHEAD = """
+import asyncio, sys, time
+from agent.health_server import HealthServer
+*addresses, seconds = sys.argv[1:]
+asyncio.run(HealthServer(addresses, 4240, clock=lambda: time.time() + float(seconds)).run())
+"""
+
+
+@contextlib.contextmanager
+def clock_ahead(host: AgentHost, name: str, seconds: int) -> Iterator[None]:
+    """Have a host answer as if its clock were ahead; its agent is away meanwhile."""
+    host.stop_agent()
+    words = (host.address, hub_ipv6(host.address), str(seconds))
+    answering = host.popen(sys.executable, "-c", AHEAD, *words, environment={"PYTHONPATH": str(REPO)})
+    try:
+        yield
+    finally:
+        answering.stop()
+        start(host, name)
+
+
+def test_a_clock_that_is_wrong_is_named_and_by_its_own_host_too(hosts: Hosts) -> None:
+    """With one clock ahead it is that one; with both others ahead it is this host that is behind."""
+    a, b, c = hosts
+    sees(a, **ALL)
+    with clock_ahead(c, "c", 75):
+        named = re.compile(r"^  default/c: its clock is 1m1[456]s ahead of most$", re.MULTILINE)
+        wait_for(lambda: all(named.search(host.cli("status").stdout) for host in (a, b)), "its name")
+        with clock_ahead(b, "b", 75):
+            words = r"^  this host: its clock is 1m1[456]s behind most, and differs from 2 of 2 "
+            own = re.compile(words, re.MULTILINE)
+            wait_for(lambda: own.search(a.cli("status").stdout) is not None, "its own clock")
+            assert "default/c: its clock" not in a.cli("status").stdout
+            assert metric(a, "holdfast_clock_ahead_seconds")[""] == pytest.approx(-75, abs=3)
+    sees(a, **ALL)
+    wait_for(lambda: "its clock is" not in a.cli("status").stdout, "clocks that agree")
+    assert metric(a, "holdfast_wrong_clocks") == {"": 0.0}
 
 
 def test_a_node_that_has_left_is_forgotten_and_switched_off_is_said(hosts: Hosts) -> None:

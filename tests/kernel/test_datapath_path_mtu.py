@@ -79,6 +79,15 @@ def test_what_fits_passes_and_what_does_not_is_answered(sides: tuple[Side, Side]
     assert sides[0].dropped()[TOO_BIG] == 1
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_who_may_cut_his_packets_does_so_once_he_is_told(sides: tuple[Side, Side], family: int) -> None:
+    """The first is lost and answered, the next ones come in pieces that fit."""
+    tell(sides)
+    words = ["ping", "-n", "-c", "4", "-i", "0.2", "-W", "1", "-s", "4000", address(2, family)]
+    done = subprocess.run(sides[0].endpoint.command(words), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_ipv6_is_told_no_less_than_it_must_believe(sides: tuple[Side, Side]) -> None:
     tell(sides, 1300)
     one, two = sides[0].endpoint, address(2, 6)
