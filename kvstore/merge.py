@@ -53,10 +53,12 @@ class Cursor:
 
         What was delivered before (a stream that was resumed repeats some) is dropped.
         """
-        fresh = [each for each in batch.changes if self.revision < each.revision <= until]
-        last = {each.key: each for each in fresh}
-        if len(last) == len(fresh):
+        fresh = batch.changes
+        if fresh and not (self.revision < fresh[0].revision and fresh[-1].revision <= until):
+            fresh = [each for each in fresh if self.revision < each.revision <= until]
+        if len({each.key for each in fresh}) == len(fresh):
             return fresh
+        last = {each.key: each for each in fresh}
         return [each for each in fresh if last[each.key] is each]
 
     def passed(self, batch: WatchBatch) -> None:
