@@ -199,7 +199,7 @@ def test_a_restart_while_etcd_is_away(host: AgentHost, flows: Flows) -> None:
         (host.policies / "server.yaml").write_text(POLICY)
         wait_for(lambda: len(host.api("/v1/policy")["policies"]) == 1, "policy in force")
         host.start_etcd()
-    wait_for(host.healthy, "healthy agent")
+    wait_for(host.healthy, "healthy agent", seconds=90)  # etcd is asked every half minute by then
     flows.check()
 
 
