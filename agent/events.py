@@ -15,7 +15,8 @@ from agent.api.models import MonitorEvent
 from agent.api.monitor import LOST, MonitorHub
 from core import metrics
 from core.errors import HoldfastError
-from datapath.events import decode_many
+from datapath.errors import EventError
+from datapath.events import decode, heading
 from datapath.format import Described, describe
 from datapath.maps import EventsLost, MonitorFlag
 from datapath.ring import EventRing
@@ -66,15 +67,17 @@ class EventPump:
 
 
 def publish_records(records: list[bytes], hub: MonitorHub) -> None:
-    """Decode a batch, and say those events that somebody reads."""
-    events, unreadable = decode_many(records)
+    """Read a batch, and decode and say those events that somebody wants."""
+    now, unreadable = time.time(), 0
+    for record in records:
+        try:
+            readers = hub.readers(*heading(record))
+            if readers:
+                hub.hand(_shown(describe(decode(record)), now), readers)
+        except EventError:
+            unreadable += 1
     if unreadable:
         logger.warning("{} events of the data path could not be read", unreadable)
-    now = time.time()
-    for event in events:
-        readers = hub.readers(event.kind, *event.endpoints)
-        if readers:
-            hub.hand(_shown(describe(event), now), readers)
 
 
 def _shown(event: Described, now: float) -> MonitorEvent:

@@ -24,6 +24,10 @@ _TRACE = struct.Struct("=IIHBBI16s")
 _VERDICT = struct.Struct("=IiHBBI")
 _DROP_SIZE, _TRACE_SIZE, _VERDICT_SIZE = (_HEADER.size + body.size for body in (_DROP, _TRACE, _VERDICT))
 _NO_ADDRESS = bytes(16)
+# The little of it that filters ask for: type, source, version; and where the rest of that stands.
+_HEADING = struct.Struct("=BxH10xH")
+_DROP_RECEIVER, _TRACE_RECEIVER = (struct.Struct(f"={_HEADER.size + 8}x{size}") for size in "IH")
+_VERDICT_FLAGS = _HEADER.size + 11
 
 
 class Header(NamedTuple):
@@ -109,6 +113,28 @@ class VerdictEvent(NamedTuple):
 
 
 Event = DropEvent | TraceEvent | VerdictEvent
+
+
+def heading(data: bytes) -> tuple[str, int, int]:
+    """Return an event's kind, and its sender's and receiver's ids (0 for none of this host).
+
+    Most events interest nobody who listens, and this takes a fraction of the time of `decode`, which gives the
+    same as `kind` and `endpoints`.  Raises EventError for what is none of this version.
+    """
+    try:
+        kind, own, version = _HEADING.unpack_from(data)
+        if version == VERSION:
+            if kind == TRACE and len(data) >= _TRACE_SIZE:
+                return ("trace", *_sides(own, *_TRACE_RECEIVER.unpack_from(data)))
+            if kind == DROP and len(data) >= _DROP_SIZE:
+                return ("drop", *_sides(own, *_DROP_RECEIVER.unpack_from(data)))
+            if kind == POLICY_VERDICT and len(data) >= _VERDICT_SIZE:
+                inwards = data[_VERDICT_FLAGS] & 3 == INGRESS
+                return ("policy-verdict", 0, own) if inwards else ("policy-verdict", own, 0)
+    except struct.error:
+        pass  # `decode` says what is wrong
+    event = decode(data)
+    return (event.kind, *event.endpoints)
 
 
 def decode(data: bytes) -> Event:

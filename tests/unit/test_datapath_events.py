@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datapath.errors import EventError
-from datapath.events import DropEvent, TraceEvent, VerdictEvent, decode, decode_many
+from datapath.events import DropEvent, TraceEvent, VerdictEvent, decode, decode_many, heading
 from datapath.format import describe
 from datapath.packets import dissect
 from datapath.reasons import direction_name, reason_name
@@ -245,6 +246,33 @@ def test_any_record_is_an_event_or_refused(data: bytes) -> None:
 def test_any_body_can_be_described(kind: int, subtype: int, body: bytes) -> None:
     for event in decode_many([record(kind, subtype, body, SYN, room=0)])[0]:
         assert describe(event).line
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=250),
+        st.builds(
+            lambda kind, subtype, body, cut: record(kind, subtype, body, SYN, room=0)[:cut],
+            st.sampled_from([1, 4, 5, 9]),
+            st.integers(0, 255),
+            st.binary(min_size=16, max_size=60),
+            st.sampled_from([None, None, 20, 30, 40]),
+        ),
+    )
+)
+def test_the_heading_says_what_the_whole_event_does(data: bytes) -> None:
+    try:
+        event = decode(data)
+    except EventError as error:
+        with pytest.raises(EventError, match=re.escape(str(error))):
+            heading(data)
+    else:
+        assert heading(data) == (event.kind, *event.endpoints)
+
+
+@pytest.mark.parametrize("data", [DROP, TRACE_TO, DENIED, ALLOWED, TRACE6, SOLICITING, DENIED6])
+def test_the_heading_of_what_programs_write(data: bytes) -> None:
+    assert heading(data) == (decode(data).kind, *decode(data).endpoints)
 
 
 def test_names_of_unknown_numbers() -> None:
