@@ -118,8 +118,8 @@ Event = DropEvent | TraceEvent | VerdictEvent
 def heading(data: bytes) -> tuple[str, int, int]:
     """Return an event's kind, and its sender's and receiver's ids (0 for none of this host).
 
-    Most events interest nobody who listens, and this takes a fraction of the time of `decode`, which gives the
-    same as `kind` and `endpoints`.  Raises EventError for what is none of this version.
+    Most events interest nobody who listens, and this takes a fraction of the time of `decode`, whose events
+    have the same as `kind` and `endpoints`.  Raises EventError for what is none of this version.
     """
     try:
         kind, own, version = _HEADING.unpack_from(data)
