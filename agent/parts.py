@@ -272,6 +272,7 @@ async def _knowledge(ground: Ground, store: Store, view: remembered.View) -> Kno
     addresses = ipcache.new_table(ipv6=ground.pool.network6 is not None)
     nodes: NodeTable = Table("nodes", ("kvstore",))
     pools: PoolTable = Table("node-pools", ("nodes",))
+    store.session.nodes = nodes.__len__
     hosts = {host for _, host in ground.programs.maps.tunnel.items()} if ground.overlay.enabled else set()
     ip_sink = sinks.IpSink(addresses.source(ipcache.KVSTORE_SOURCE), grace)
     node_sink = TableSink(nodes.source("kvstore"), sinks.node_entry, sinks.node_name, grace=grace)

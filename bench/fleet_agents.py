@@ -137,6 +137,7 @@ class LightAgent:
             ttl=LEASE_S,
             name=f"agent-{number}",
             elsewhere=(schema.IPS, schema.IDENTITY_VALUES),
+            nodes=lambda: plan.agents,
         )
         self.allocator = Allocator(
             self.client, self.session, self.identities, owner=plan.node_ip(number), on_renumbered=None
@@ -204,6 +205,7 @@ class Group:
         await asyncio.gather(*(each.relabel(0) for each in self.agents))
         while not all(each.in_sync for each in self.agents):
             await asyncio.sleep(POLL_S)
+        spare_the_collector()  # what fifty agents know is fifty times what the collector of one would look at
         return {"joined": len(self.agents)}
 
     async def relabel(self, at: str, turn: str) -> dict[str, object]:

@@ -8,7 +8,7 @@ relabel_converge_s
     that moment until the last agent has learned the last entry.  Then every agent is compared with etcd.
 relabel_put_p99_ms
     In that storm, the transaction in which an agent rewrites all of its own entries.
-floor_relabel_s
+floor_relabel_s, floor_relabel_put_p99_ms
     The same events to as many watches that only count them, on keys that no agent follows: what etcd's
     deliveries, and reading them, take on this machine however little is made of them.
 
@@ -36,7 +36,7 @@ from bench.fleet_agents import Plan
 from bench.harness import emit, emit_median, load, note
 from kvstore import schema
 from kvstore.client import Client
-from kvstore.ops import put_op
+from kvstore.ops import Put, put_op
 from tests.support.etcd import EtcdServer
 
 PLAN = Plan(agents=200, entries=20_000, identities=250)
@@ -116,6 +116,7 @@ def fleet(plan: Plan) -> Iterator[tuple[EtcdServer, FleetOfAgents]]:
         try:
             began = time.monotonic()
             agents.all("join")
+            agents.all("reach", asyncio.run(head(server)))
             note(
                 f"{plan.agents} agents with {plan.entries} entries joined in {time.monotonic() - began:.1f} s"
             )
@@ -124,6 +125,15 @@ def fleet(plan: Plan) -> Iterator[tuple[EtcdServer, FleetOfAgents]]:
             for each in agents.groups:
                 each.close()
             server.stop()
+
+
+async def head(server: EtcdServer) -> int:
+    """Return etcd's present revision."""
+    client = Client(server.config)
+    try:
+        return await client.head(schema.IPS)
+    finally:
+        await client.close()
 
 
 class Storm(NamedTuple):
@@ -144,8 +154,8 @@ def storm(agents: FleetOfAgents, turn: int) -> Storm:
     return Storm(learned - at, puts)
 
 
-async def floor(server: EtcdServer, agents: FleetOfAgents) -> float:
-    """Return the seconds that as many events of the same size take to watches that only count them."""
+async def floor(server: EtcdServer, agents: FleetOfAgents) -> Storm:
+    """Return what as many events of the same size take to watches that only count them."""
     plan, client = PLAN, Client(server.config)
     agents.all("count", FLOOR_PREFIX, plan.entries)
     batches = []
@@ -158,11 +168,18 @@ async def floor(server: EtcdServer, agents: FleetOfAgents) -> float:
             for index in plan.indices(agent)
         }
         batches.append([put_op(FLOOR_PREFIX + key, schema.encode_ip(each)) for key, each in records.items()])
+    puts: list[float] = []
+
+    async def put(batch: list[Put]) -> None:
+        began = time.monotonic()
+        await client.txn((), batch)
+        puts.append(time.monotonic() - began)
+
     began = time.monotonic()
-    await asyncio.gather(*(client.txn((), batch) for batch in batches))
+    await asyncio.gather(*map(put, batches))
     learned = await asyncio.to_thread(agents.latest, "counted")
     await client.close()
-    return learned - began
+    return Storm(learned - began, puts)
 
 
 async def propagation(server: EtcdServer, agents: FleetOfAgents) -> list[float]:
@@ -204,7 +221,9 @@ def main() -> None:
         emit_median("relabel_converge_s", [each.converge for each in storms], "s")
         emit("relabel_put_p99_ms", p99(puts) * 1e3, "ms", len(puts))
         note(f"relabel_put: median {statistics.median(puts) * 1e3:.1f} ms, most {max(puts) * 1e3:.1f} ms")
-        emit_median("floor_relabel_s", floors, "s")
+        emit_median("floor_relabel_s", [each.converge for each in floors], "s")
+        puts = [each for one in floors for each in one.puts]
+        emit("floor_relabel_put_p99_ms", p99(puts) * 1e3, "ms", len(puts))
 
 
 if __name__ == "__main__":

@@ -134,6 +134,11 @@ class OwnKeys:
         """True when there is nothing to write and nothing to delete."""
         return not self._dirty and not self._leaving
 
+    @property
+    def dirty(self) -> int:
+        """How many keys are to be written."""
+        return len(self._dirty)
+
     def due(self, limit: int, now: float | None = None) -> dict[str, bytes]:
         """Return up to `limit` keys and values to write now."""
         at = time.monotonic() if now is None else now

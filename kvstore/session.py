@@ -22,8 +22,9 @@ Called by: agent (one), identity.allocator, external_resources, kvstore.election
 from __future__ import annotations
 
 import asyncio
+import random
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from loguru import logger
@@ -63,11 +64,23 @@ DEFAULT_TTL_S = 24 * 3600
 LONGEST_KEEPALIVE_S = 60.0
 # Own keys without a watch are read so often.
 LOOK_ELSEWHERE_S = 300.0
+# Who has so many keys to write at once is hardly alone with it: a rollout, or etcd has lost all leases.
+MANY_KEYS = 32
+# Events that one etcd hands out a second, and the longest time over which hosts spread their writes.
+DELIVERIES, LONGEST_SPREAD_S = 500_000, 10.0
 
 
 def keepalive_s(ttl: float) -> float:
     """Return the mean seconds between two renewals of a lease of `ttl` seconds."""
     return min(ttl / 3, LONGEST_KEEPALIVE_S)
+
+
+def spread_s(keys: int, nodes: int) -> float:
+    """Return the seconds over which `nodes` hosts that write `keys` each, which all follow, spread that.
+
+    At once they would wait for each other in etcd's queue, and the last ones for longer than a call may take.
+    """
+    return min(keys * nodes * nodes / DELIVERIES, LONGEST_SPREAD_S) if keys >= MANY_KEYS else 0.0
 
 
 # Adopted keys are watched when no further one has come for so long, at the latest after so long.  Nothing
@@ -79,8 +92,8 @@ ADOPT_CALM_S, ADOPT_LATEST_S = 0.5, 2.0
 class Session:
     """See the module's text.  `lease` is the number of a lease from before (a checkpoint's), or 0.
 
-    `elsewhere` are prefixes whose own keys are not watched.  Owner of all state: the event loop; `run` must
-    be running for anything to reach etcd.
+    `elsewhere` are prefixes whose own keys are not watched, `nodes` says how many hosts have such a session.
+    Owner of all state: the event loop; `run` must be running for anything to reach etcd.
     """
 
     def __init__(
@@ -91,6 +104,7 @@ class Session:
         lease: int = 0,
         name: str = "agent",
         elsewhere: tuple[str, ...] = (),
+        nodes: Callable[[], int] = lambda: 1,
     ) -> None:
         self.ttl = ttl
         self.lease_id = lease
@@ -98,6 +112,7 @@ class Session:
         self.error = ""
         self._client = client
         self._elsewhere = elsewhere
+        self.nodes = nodes
         self._keys = OwnKeys()
         self._proven_at = 0.0
         self._changed = asyncio.Event()
@@ -284,6 +299,8 @@ class Session:
         return {key: at for key, at in keys.items() if not key.startswith(self._elsewhere)}
 
     async def _write_due(self) -> None:
+        # One of many hosts takes its turn; what comes meanwhile goes along.
+        await asyncio.sleep(random.uniform(0, spread_s(self._keys.dirty, self.nodes())))
         while due := self._keys.due(MAX_TXN_OPS):
             for batch in write_batches(put_op(key, value, self.lease_id) for key, value in due.items()):
                 await self._write_batch({op.key: due[op.key] for op in batch})

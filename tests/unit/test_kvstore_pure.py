@@ -22,6 +22,7 @@ from kvstore.config import EtcdConfig
 from kvstore.merge import Cursor
 from kvstore.ops import KeyValue, delete_op, put_op, range_end, span, write_batches
 from kvstore.ownkeys import OwnKeys
+from kvstore.session import LONGEST_SPREAD_S, MANY_KEYS, spread_s
 from kvstore.sink import TableSink
 from kvstore.transport import translate
 from kvstore.watch import Change, WatchBatch
@@ -472,3 +473,13 @@ def test_generated_module_is_what_the_proto_file_gives(tmp_path: Path) -> None:
 
 def test_delete_after_put_of_the_same_key_is_a_delete() -> None:
     assert list(write_batches([put_op("a", "1"), delete_op("a")])) == [[delete_op("a")]]
+
+
+# --- many hosts at once
+
+
+def test_hosts_that_rewrite_much_at_once_take_turns_and_one_key_never_waits() -> None:
+    assert spread_s(1, 10_000) == spread_s(MANY_KEYS - 1, 10_000) == 0
+    assert spread_s(100, 3) < 0.01, "a small cluster has no storm"
+    assert spread_s(100, 200) == 8.0
+    assert spread_s(128, 10_000) == LONGEST_SPREAD_S
