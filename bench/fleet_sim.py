@@ -11,6 +11,8 @@ relabel_put_p99_ms
 floor_relabel_s, floor_relabel_put_p99_ms
     The same events to as many watches that only count them, on keys that no agent follows: what etcd's
     deliveries, and reading them, take on this machine however little is made of them.
+floor_turns_s, floor_turns_put_p99_ms
+    The same when writers take turns as sessions do: within `kvstore.session.spread_s` seconds.
 
 Agents are real clients (bench/fleet_agents.py), 200 in four processes; they share the machine's CPUs with
 etcd, where each of a fleet has its own.
@@ -23,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -37,9 +40,11 @@ from bench.harness import emit, emit_median, load, note
 from kvstore import schema
 from kvstore.client import Client
 from kvstore.ops import Put, put_op
+from kvstore.session import spread_s
 from tests.support.etcd import EtcdServer
 
 PLAN = Plan(agents=200, entries=20_000, identities=250)
+OWN = PLAN.entries // PLAN.agents
 PROCESSES = 4
 STORMS, CHANGES, PAUSE_S = 3, 200, 0.1
 START_S = 0.5  # from the command to the moment that it names
@@ -154,8 +159,9 @@ def storm(agents: FleetOfAgents, turn: int) -> Storm:
     return Storm(learned - at, puts)
 
 
-async def floor(server: EtcdServer, agents: FleetOfAgents) -> Storm:
-    """Return what as many events of the same size take to watches that only count them."""
+async def floor(server: EtcdServer, agents: FleetOfAgents, spread: float) -> Storm:
+    """Return what as many events of the same size, written within `spread` seconds, take to watches that only
+    count them."""
     plan, client = PLAN, Client(server.config)
     agents.all("count", FLOOR_PREFIX, plan.entries)
     batches = []
@@ -171,6 +177,7 @@ async def floor(server: EtcdServer, agents: FleetOfAgents) -> Storm:
     puts: list[float] = []
 
     async def put(batch: list[Put]) -> None:
+        await asyncio.sleep(random.uniform(0, spread))
         began = time.monotonic()
         await client.txn((), batch)
         puts.append(time.monotonic() - began)
@@ -213,10 +220,11 @@ def main() -> None:
         delays = asyncio.run(propagation(server, agents))
         emit("propagation_200_p99_ms", p99(delays) * 1e3, "ms", len(delays))
         note(f"propagation: median {statistics.median(delays) * 1e3:.1f} ms, most {max(delays) * 1e3:.1f} ms")
-        storms, floors = [], []
+        storms, floors, spread = [], [], []
         for turn in range(1, STORMS + 1):
             storms.append(storm(agents, turn))
-            floors.append(asyncio.run(floor(server, agents)))
+            floors.append(asyncio.run(floor(server, agents, 0.0)))
+            spread.append(asyncio.run(floor(server, agents, spread_s(OWN, PLAN.agents))))
         puts = [each for one in storms for each in one.puts]
         emit_median("relabel_converge_s", [each.converge for each in storms], "s")
         emit("relabel_put_p99_ms", p99(puts) * 1e3, "ms", len(puts))
@@ -224,6 +232,9 @@ def main() -> None:
         emit_median("floor_relabel_s", [each.converge for each in floors], "s")
         puts = [each for one in floors for each in one.puts]
         emit("floor_relabel_put_p99_ms", p99(puts) * 1e3, "ms", len(puts))
+        emit_median("floor_turns_s", [each.converge for each in spread], "s")
+        puts = [each for one in spread for each in one.puts]
+        emit("floor_turns_put_p99_ms", p99(puts) * 1e3, "ms", len(puts))
 
 
 if __name__ == "__main__":
