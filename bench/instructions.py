@@ -164,15 +164,17 @@ def compared(host: RecordedLab, program: int, frame: bytes) -> Outcome:
     The interpreter's clock is the second that the kernel's run wrote down.  AssertionError says what differs.
     """
     before = state(host)
-    real = testrun.run(program, frame)
-    after = visible(host)
-    restore(host, before)
-    image = host.images[program_id(program)]
-    ours = Machine(host.images, real.cb[1] * NANOSECONDS).run(image, frame)
-    found, wanted = ((each.verdict, each.packet, each.mark, each.cb) for each in (ours, real))
-    assert found == wanted, f"{image.name}: the kernel has {wanted}, the interpreter {found}"
-    assert visible(host) == after, f"{image.name}: the interpreter leaves other maps than the kernel"
-    restore(host, before)
+    try:
+        real = testrun.run(program, frame)
+        after = visible(host)
+        restore(host, before)
+        image = host.images[program_id(program)]
+        ours = Machine(host.images, real.cb[1] * NANOSECONDS).run(image, frame)
+        found, wanted = ((each.verdict, each.packet, each.mark, each.cb) for each in (ours, real))
+        assert found == wanted, f"{image.name}: the kernel has {wanted}, the interpreter {found}"
+        assert visible(host) == after, f"{image.name}: the interpreter leaves other maps than the kernel"
+    finally:
+        restore(host, before)
     return ours
 
 

@@ -16,6 +16,7 @@ from cli.base import Settings, examples, output_option
 from cli.errors import Unreachable
 from cli.output import plural, print_json, printable
 
+NAMED_WAITS = 3  # of one kind; of more, status says how many
 LABEL_WIDTH = 24
 NOT_KNOWN = "not known yet"  # the agent could not start so far
 PARTS = ("kvstore", "container-runtime", "network-driver", "masquerading", "holdfast")
@@ -93,16 +94,16 @@ def component(part: Json) -> str:
 
 
 def waits(all_: list[Json]) -> Iterator[str]:
-    """What waits for the same is one line: how long the longest has waited, for what, and why."""
-    by_subject: dict[str, list[Json]] = {}
+    """One line for each kind of thing that the same is waited for: how long, for what, and why."""
+    kinds: dict[tuple[str, str], list[Json]] = {}
     for each in all_:
-        by_subject.setdefault(each["subject"], []).append(each)
-    for subject, same in by_subject.items():
+        kinds.setdefault((each["subject"], each["purpose"].partition(" of ")[0]), []).append(each)
+    for (subject, _), same in kinds.items():
         longest = max(same, key=lambda each: float(each["seconds"]))
-        more = f" and {len(same) - 1} more" if len(same) > 1 else ""
+        names = "; ".join(each["purpose"] for each in same[:NAMED_WAITS])
+        more = f"; {len(same) - NAMED_WAITS} more" if len(same) > NAMED_WAITS else ""
         note = next((f": {each['note']}" for each in [longest, *same] if each["note"]), "")
-        text = f"{duration(longest['seconds'])} for {subject} ({longest['purpose']}{more}){note}"
-        yield line("Waiting", text)
+        yield line("Waiting", f"{duration(longest['seconds'])} for {subject} ({names}{more}){note}")
 
 
 def node(this: Json) -> str:

@@ -20,6 +20,7 @@ from tests.support.engine import (
     AGENT_IMAGE,
     COMPOSE_VERSIONS,
     ETCD_IMAGE,
+    WORKLOAD_IMAGE,
     DockerHost,
     compose_command,
     project_images,
@@ -181,6 +182,47 @@ def test_a_members_machine_can_be_a_host_by_one_line(fleet: Fleet) -> None:
     fleet.make(third, "join.sh", "", endpoints)
     nodes = json.loads(fleet.holdfast(fleet.web, "node", "list", "-o", "json").stdout)
     assert {fleet.web.name, third.name} <= {each["name"].rpartition("/")[2] for each in nodes}
+
+
+RULES = """
+- endpointSelector: {matchLabels: {app: server}}
+  ingress: [{fromEndpoints: [{matchLabels: {app: friend}}]}]
+"""
+
+
+def test_workloads_of_the_two_hosts_meet_by_their_labels(fleet: Fleet) -> None:
+    """What these commands set up is a fleet: identities and policy hold from host to host, by the tunnel."""
+    here, there = fleet.web, fleet.members["etcd-3"]
+    applied = here.exec(
+        f"{here.directory}/bin/holdfast",
+        *("policy", "apply", "--name", "fleet", "-f", "-"),
+        stdin=RULES,
+        environment=here.engine.environment,
+    )
+    assert applied.returncode == 0, applied.stderr
+    address = workload(there, "server", "python3", "-m", "http.server", "8000")
+    for name in ("friend", "foe"):
+        workload(here, name, "sleep", "infinity")
+
+    def reached(name: str) -> bool:
+        ask = ("curl", "-s", "-o", "/dev/null", "-m", "2", f"http://{address}:8000/")
+        return here.engine.docker("exec", name, *ask, check=False).returncode == 0
+
+    wait_for(lambda: reached("friend"), "the friend's answer", seconds=60)
+    assert not any(reached("foe") for _ in range(3))
+    assert reached("friend")
+    for host, name in ((there, "server"), (here, "friend"), (here, "foe")):
+        host.engine.docker("rm", "-f", name)
+
+
+def workload(host: DockerHost, name: str, *command: str) -> str:
+    """Start a container with the label app=`name` and return its address."""
+    labels = ("--label", f"app={name}")
+    host.engine.docker(
+        "run", "-d", "--name", name, "--network", "holdfast", *labels, WORKLOAD_IMAGE, *command
+    )
+    found: Any = host.engine.inspect(name)
+    return str(found["NetworkSettings"]["Networks"]["holdfast"]["IPAddress"])
 
 
 def test_a_member_that_is_killed_is_missed_by_nobody_and_comes_back(fleet: Fleet) -> None:

@@ -59,14 +59,23 @@ def test_status_says_what_is_not_known_yet() -> None:
 def test_what_waits_for_the_same_is_one_line_of_status() -> None:
     gone = "etcd at 10.0.0.1:2379 is unavailable"
     found = [
-        {"subject": "etcd", "purpose": "view of nodes", "seconds": 61.0, "note": ""},
-        {"subject": "etcd", "purpose": "session of h1", "seconds": 60.0, "note": gone},
+        {
+            "subject": "etcd",
+            "purpose": f"view of {name}",
+            "seconds": 61.0,
+            "note": gone if name == "b" else "",
+        }
+        for name in "abcde"
+    ]
+    found += [
         {"subject": "docker", "purpose": "first list", "seconds": 5.0, "note": ""},
-        {"subject": "etcd", "purpose": "identity of app=a", "seconds": 3.0, "note": "other"},
+        {"subject": "etcd", "purpose": "identity of app=a", "seconds": 3.0, "note": ""},
+        {"subject": "etcd", "purpose": "identity of app=b", "seconds": 4.0, "note": ""},
     ]
     assert [each.split(None, 1)[1] for each in waits(found)] == [
-        f"1m1s for etcd (view of nodes and 2 more): {gone}",
+        f"1m1s for etcd (view of a; view of b; view of c; 2 more): {gone}",
         "5s for docker (first list)",
+        "4s for etcd (identity of app=a; identity of app=b)",
     ]
 
 
