@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ def note(text: str) -> None:
 
 
 def load() -> None:
-    """Print the machine's load as a comment line."""
+    """Print the machine's load as a comment line; from now on a bench that is ended puts its hosts away."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     averages = " ".join(f"{each:.2f}" for each in os.getloadavg())
     note(f"load {averages}, {os.cpu_count()} CPUs, Python {sys.version.split()[0]}")

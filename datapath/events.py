@@ -2,13 +2,12 @@
 """Events of the programs: Cilium 1.11's drop, trace and policy-verdict notifications, decoded.
 
 Responsible for: bytes from the ring to records; the layouts of bpf/include/events.h.  How they read is
-`datapath.format`.  Called by: the agent's event pump, in batches, only while somebody listens.
+`datapath.format`.  Called by: the agent's event pump, only while somebody listens.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from datapath.addresses import FAMILY4, FAMILY6, unpack_address
@@ -153,18 +152,6 @@ def decode(data: bytes) -> Event:
     except struct.error as error:
         raise EventError(f"event of {len(data)} bytes is too short: {error}") from error
     raise EventError(f"event of unknown type {kind}")
-
-
-def decode_many(records: Iterable[bytes]) -> tuple[list[Event], int]:
-    """Return the events of a batch in order, and how many records were none."""
-    events: list[Event] = []
-    refused = 0
-    for record in records:
-        try:
-            events.append(decode(record))
-        except EventError:
-            refused += 1
-    return events, refused
 
 
 def _drop(header: Header, reason: int, data: bytes, captured: int) -> DropEvent:

@@ -16,7 +16,7 @@ from pathlib import Path
 from datapath import testrun
 from datapath.attach import install_policy
 from datapath.constants import Aggregation, DatapathOptions, EndpointConstants, netdev_constants
-from datapath.events import Event, decode_many
+from datapath.events import Event
 from datapath.handle import MapHandle
 from datapath.loader import ENDPOINT_OBJECTS, NETDEV_OBJECTS, POLICY_MAP, Programs, Template
 from datapath.maps import (
@@ -44,6 +44,7 @@ from datapath.records import (
 )
 from datapath.ring import EventRing
 from tests.support import frames
+from tests.support.events import decode_many
 from tests.support.families import NETS
 from tests.support.require import require, require_root
 

@@ -16,8 +16,8 @@ from agent.health_server import HealthServer
 from agent.probes import hello
 from tests.support.etcd import free_ports
 from tests.support.eventually import eventually
+from tests.support.listening import LOOPBACK, listening
 
-LOOPBACK = "127.0.0.1"
 HELLO = b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n"
 YES = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 NO = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -164,20 +164,8 @@ class Answering:
 async def answering() -> AsyncIterator[Answering]:
     (port,) = free_ports(1)
     server = HealthServer([LOOPBACK, "::1"], port)
-    task = asyncio.create_task(server.run())
-    try:
-        await eventually(lambda: can_connect(port), "the server listens")
+    async with listening(server, port):
         yield Answering(server)
-        assert not task.done(), task
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-    assert not server.connections.open, "a connection is left"
-
-
-def can_connect(port: int) -> bool:
-    with socket.socket() as sock:
-        return sock.connect_ex((LOOPBACK, port)) == 0
 
 
 async def test_hello_is_answered_to_our_prober_and_to_any_client() -> None:

@@ -21,8 +21,9 @@ from core import metrics
 from identity.labels import Labels
 from tests.support.etcd import free_ports
 from tests.support.eventually import eventually
+from tests.support.listening import LOOPBACK, listening
 
-LOOPBACK, LOOPBACK6 = "127.0.0.1", "::1"
+LOOPBACK6 = "::1"
 NAME = "web.shop.holdfast."
 MANY = 60
 
@@ -90,20 +91,8 @@ async def answering(
     port = port or free_ports(1)[0]
     monkeypatch.setattr(names_server, "PORT", port)
     server = NamesServer(zone(), [LOOPBACK, LOOPBACK6], networks or ("127.0.0.0/8", "::1/128"))
-    task = asyncio.create_task(server.run())
-    try:
-        await eventually(lambda: can_connect(port), "the server listens")
+    async with listening(server, port):
         yield Answering(server, port)
-        assert not task.done(), task
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-    assert not server.connections.open, "a connection is left"
-
-
-def can_connect(port: int) -> bool:
-    with socket.socket() as sock:
-        return sock.connect_ex((LOOPBACK, port)) == 0
 
 
 def framed(packet: bytes) -> bytes:

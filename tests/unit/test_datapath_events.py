@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datapath.errors import EventError
-from datapath.events import DropEvent, TraceEvent, VerdictEvent, decode, decode_many, heading
+from datapath.events import DropEvent, TraceEvent, VerdictEvent, decode, heading
 from datapath.format import describe
 from datapath.packets import dissect
 from datapath.reasons import direction_name, reason_name
+from tests.support.events import decode_many
 
 ETHERNET = bytes.fromhex("0a580a3200010a580a320005")
 
