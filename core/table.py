@@ -25,6 +25,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Generic, TypeVar
 
 K = TypeVar("K")
@@ -270,7 +271,8 @@ class Table(Generic[K, V]):
         return None
 
     def keys(self) -> Iterator[K]:
-        return (key for key, _ in self.items())
+        # Not by a generator over the records: who subscribes, and who has all looked at again, asks for all.
+        return iter(dict.fromkeys(chain.from_iterable(source._entries for source in self._sources)))
 
     def items(self) -> Iterator[tuple[K, V]]:
         for rank, source in enumerate(self._sources):

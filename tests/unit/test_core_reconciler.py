@@ -183,3 +183,19 @@ async def test_a_target_that_raises_fails_its_keys_and_not_the_loop() -> None:
         assert (await reconciler.settled("a")).error == "device gone"
         target.broken.clear()
         await eventually(lambda: target.content == {"a": 1}, "retry")
+
+
+async def test_others_have_their_turn_between_batches_of_a_target_that_never_waits() -> None:
+    table: Table[str, int] = Table("t", ("docker",))
+    table.source("docker").upsert_many([(f"key-{number}", number) for number in range(100)])
+    target = DictTarget()
+    seen: list[int] = []
+
+    async def look() -> None:
+        while len(target.content) < 100:
+            seen.append(len(target.content))
+            await asyncio.sleep(0)
+
+    async with running(Reconciler("test", table, target, batch=10)):
+        await look()
+    assert set(seen) >= {10, 20, 50, 90}
