@@ -152,7 +152,7 @@ class Reconciler(Generic[K, V]):
             if now >= self._refresh_due:
                 self._refresh(now)
             await self._work(self._subscription.take(self.batch) or self._due_retries(now))
-            # A target that never waits for anything would otherwise write a whole table before anybody's turn.
+            # Or a target that never waits would write a whole table before anybody else may run.
             await asyncio.sleep(0)
             if not len(self._subscription) and self.table.in_sync and time.monotonic() >= self._prune_due:
                 await self._prune()
