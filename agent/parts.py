@@ -19,11 +19,12 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_network
 from pathlib import Path
 
-from agent import ipcache, path_mtu, publish, remembered, sinks
-from agent.checkpoint import Checkpoint, Node, own_lease
+from agent import beside, ipcache, path_mtu, publish, remembered, sinks
+from agent.beside import HealthSide, NamesSide
+from agent.checkpoint import Checkpoint, Node
 from agent.conntrack import Conntrack
 from agent.derive import Derivations
 from agent.driver import Driver
@@ -34,13 +35,8 @@ from agent.engine_watch import EngineWatch
 from agent.events import EventPump
 from agent.firewall import FamilyRules, FirewallRules, FirewallTarget
 from agent.gate import Gates
-from agent.health import Prober
-from agent.health_server import HealthServer
-from agent.host import HostView, look, node_name
+from agent.host import HostView, look
 from agent.keeper import Keeper
-from agent.names import NameIndex
-from agent.names_server import NamesServer
-from agent.names_zone import Zone
 from agent.node_routes import (
     Direct,
     NodeReconcilers,
@@ -53,14 +49,15 @@ from agent.node_routes import (
 from agent.node_routes import reconcilers as node_reconcilers
 from agent.nodes import NodeFollower, NodeTable, Own, PoolTable
 from agent.overlay import Overlay
-from agent.path_mtu import PathMtus, PathProber
+from agent.path_mtu import PathMtus
 from agent.plumbing import EndpointTarget, Place, PolicyMapStore
 from agent.policies import DocumentTable, PolicyNames, PolicyTable, Refusals, new_documents, new_policies
 from agent.policy_maps import PolicyMaps
 from agent.policy_sources import PolicyDirectory, PolicyKeys
-from agent.pool import Pool, automatic_network, automatic_network6
+from agent.pool import Pool
 from agent.programs import HostPrograms
-from agent.registration import Registration, first_pool
+from agent.registration import Registration
+from agent.standing import etcd_config, ipv6_range, own_node
 from core.options import Config
 from core.reconciler import Reconciler
 from core.table import Table
@@ -77,7 +74,6 @@ from identity.labels import Labels
 from identity.local import LocalIdentities
 from kvstore import schema
 from kvstore.client import Client
-from kvstore.config import EtcdConfig
 from kvstore.election import Election
 from kvstore.pools import Wish
 from kvstore.session import Session
@@ -172,23 +168,6 @@ class EngineSide:
 
 
 @dataclass(eq=False)
-class HealthSide:
-    """Probes between nodes; None where cluster-health-port is 0."""
-
-    prober: Prober | None = None
-    path_prober: PathProber | None = None
-    health_server: HealthServer | None = None
-
-
-@dataclass(eq=False)
-class NamesSide:
-    """Names across hosts; None unless enable-cluster-dns."""
-
-    name_index: NameIndex | None = None
-    names_server: NamesServer | None = None
-
-
-@dataclass(eq=False)
 class Parts(EngineSide, HealthSide, NamesSide, Enforcement, Knowledge, Store, Ground):
     """Everything that was built; each part says in its own module who owns it."""
 
@@ -201,8 +180,8 @@ async def build(config: Config, events: EventPump, programs: HostPrograms, gates
     knowledge = await _knowledge(ground, store, view)
     enforcement = _enforcement(ground, store, knowledge)
     engine = _engine(ground, enforcement)
-    beside = (_health(ground, knowledge), _names(ground, knowledge))
-    stages = (ground, store, knowledge, enforcement, engine, *beside)
+    sides = (beside.health(ground, knowledge), beside.names(ground, knowledge))
+    stages = (ground, store, knowledge, enforcement, engine, *sides)
     return Parts(**{name: part for stage in stages for name, part in vars(stage).items()})
 
 
@@ -212,8 +191,8 @@ async def _ground(config: Config, events: EventPump, programs: HostPrograms, gat
     ipv6 = programs.catalogue.enable_ipv6
     node_ip6 = (config["ipv6-node"] or host.node_ip6) if ipv6 else None
     host = replace(host, node_ip6=node_ip6)
-    node, wish = await _node(config, checkpoint, host, gates)
-    pool = Pool(IPv4Network(node.pool), _ipv6_range(config, host) if ipv6 else None)
+    node, wish = await own_node(config, checkpoint, host, gates)
+    pool = Pool(IPv4Network(node.pool), ipv6_range(config, host) if ipv6 else None)
     if node.last_address:
         pool.resume_after(IPv4Address(node.last_address))
     netlink = Netlink()
@@ -242,7 +221,7 @@ def _overlay(config: Config, host: HostView, programs: HostPrograms, netlink: Ne
 
 
 def _store(ground: Ground) -> Store:
-    client = Client(_etcd_config(ground.config))
+    client = Client(etcd_config(ground.config))
     session = Session(
         client,
         ttl=int(ground.config["kvstore-lease-ttl"]),
@@ -489,93 +468,6 @@ def _engine(ground: Ground, enforcement: Enforcement) -> EngineSide:
     plugin = ground.config["docker-plugin-socket"]
     driver = Driver(plugin, enforcement.endpoints, engine, ground.checkpoint)
     return EngineSide(engine, driver, EngineWatch(engine, enforcement.endpoints, driver))
-
-
-def _health(ground: Ground, known: Knowledge) -> HealthSide:
-    config, addresses = ground.config, ground.host.node_ips
-    port = config["cluster-health-port"]
-    if not port:
-        known.path_mtus.source(path_mtu.SOURCE).mark_in_sync()  # and empty: a former life's go
-        return HealthSide()
-    own = f"{config['cluster-name']}/{ground.node.name}"
-    restored = ground.programs.maps.path_mtu.items()
-    sizes = PathProber(known.path_mtus, port=port, full=ground.host.mtu, restored=restored)
-    base = config["cluster-health-interval"]
-    prober = Prober(known.nodes, own, addresses, port=port, base=base, sizes=sizes)
-    return HealthSide(prober, sizes, HealthServer(addresses, port))
-
-
-def _names(ground: Ground, known: Knowledge) -> NamesSide:
-    if not ground.config["enable-cluster-dns"]:
-        return NamesSide()
-    index = NameIndex(known.identities.table, known.addresses)
-    zone = Zone(ground.config["cluster-dns-domain"], index)
-    return NamesSide(index, NamesServer(zone, ground.pool.routers, ground.pool.networks))
-
-
-def _ipv6_range(config: Config, host: HostView) -> IPv6Network:
-    return config["ipv6-range"] or automatic_network6(host.node_ip)
-
-
-async def _node(config: Config, checkpoint: Checkpoint, host: HostView, gates: Gates) -> tuple[Node, Wish]:
-    """Return this node's name and pool, and what it asks the cluster for.
-
-    The pool is configured, else as before, else claimed (which waits for etcd), else found out.
-    """
-    known = await asyncio.to_thread(checkpoint.node)
-    name = node_name(config["node-name"] or (known.name if known else ""))
-    wish = _wish(config, known, name, host)
-    if wish.fixed is None:
-        await gates.connect()
-        client = Client(_etcd_config(config))
-        try:
-            wish = replace(wish, fixed=await first_pool(client, config["cluster-name"], wish))
-        finally:
-            await client.close()
-    node = _node_record(known, name, str(wish.fixed), host.node_ip)
-    await asyncio.to_thread(checkpoint.save_node, node)
-    return node, wish
-
-
-def _wish(config: Config, known: Node | None, name: str, host: HostView) -> Wish:
-    pool = config["ipv4-range"] or (IPv4Network(known.pool) if known else None)
-    if pool is None and config["cluster-pool-ipv4-cidr"] is None:
-        pool = automatic_network(IPv4Address(host.node_ip), list(host.networks))
-    return Wish(
-        name,
-        str(host.node_ip),
-        fixed=pool,
-        cluster_range=config["cluster-pool-ipv4-cidr"],
-        length=config["cluster-pool-ipv4-mask-size"],
-        former=known.name if known else "",
-        lease=(known.former_lease or known.lease) if known else 0,
-        avoid=tuple(each for each in host.networks if each.prefixlen),
-    )
-
-
-def _node_record(known: Node | None, name: str, pool: str, node_ip: IPv4Address) -> Node:
-    """Return the node's record with this name and pool, keeping what else was known."""
-    if known is None:
-        return Node(name, pool)
-    lease = own_lease(known, node_ip)
-    return Node(
-        name,
-        pool,
-        last_endpoint_id=known.last_endpoint_id,
-        last_address=known.last_address,
-        local_identities=known.local_identities,
-        lease=lease,
-        lease_address=str(node_ip),
-        former_lease=known.former_lease or (known.lease if not lease else 0),
-        addresses_at=known.addresses_at,
-    )
-
-
-def _etcd_config(config: Config) -> EtcdConfig:
-    given = config["kvstore-opt"]
-    if "etcd.address" in given:
-        return EtcdConfig((given["etcd.address"],))
-    return EtcdConfig.load(Path(given["etcd.config"]))
 
 
 def _firewall(config: Config, pool: Pool) -> FirewallRules:
