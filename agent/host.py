@@ -14,12 +14,10 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-
 from agent.errors import AgentError
 from datapath import noderoutes, routes
 from datapath.routemessages import UNICAST, RouteSocket
+from datapath.rtnetlink import IPRoute, NetlinkError
 
 DEFAULT_MTU = 1500
 IF_INET6 = Path("/proc/net/if_inet6")

@@ -16,11 +16,9 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from pyroute2.conntrack import AsyncConntrack, NFCTAttrTuple
-from pyroute2.netlink.exceptions import NetlinkError
-
 from datapath.errors import FirewallError
 from datapath.firewall import PublishedPort
+from datapath.rtnetlink import AsyncConntrack, NetlinkError, NFCTAttrTuple
 
 _DST_NAT = 1 << 5  # IPS_DST_NAT: the flow was led to another destination
 _UDP = socket.IPPROTO_UDP

@@ -14,11 +14,9 @@ import inspect
 from types import TracebackType
 from typing import Any, Self
 
-from pyroute2 import AsyncIPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-
 from datapath.errors import DatapathError
 from datapath.routemessages import RouteSocket
+from datapath.rtnetlink import AsyncIPRoute, NetlinkError
 
 Message = Any  # pyroute2's: fields by [], attributes by .get("name")
 
