@@ -4,7 +4,7 @@
     <state-dir>/endpoints/00123.json     an Endpoint
     <state-dir>/networks/<id>.json       a Network of the driver
     <state-dir>/node.json                the node's pool and name
-    <state-dir>/view.json                policies and identities as etcd had them last
+    <state-dir>/views.db                 what etcd said last (see agent.viewfile)
 
 Each file is written whole and private (0600).  One that is damaged, or that holds what this agent can
 never have written (an interface that is not an endpoint's, say: it would be deleted one day), is set aside
@@ -24,8 +24,6 @@ from loguru import logger
 
 from agent.endpoint import ENDPOINT_ID_MAX, Endpoint
 from agent.errors import CheckpointDamaged
-from agent.remembered import VERSION as VIEW_VERSION
-from agent.remembered import Place, View
 from core.errors import HoldfastError, shorten
 from core.files import set_aside, write_atomic
 from datapath.devices import host_name, temporary_name
@@ -59,7 +57,6 @@ class Node(msgspec.Struct, frozen=True, omit_defaults=True):
     lease: int = 0
     lease_address: str = ""  # the node's own when it had `lease`: a copied disk is recognised by it
     former_lease: int = 0  # of this node at another address, until its keys are gone
-    addresses_at: Place = Place()  # where in etcd's history cilium_ipcache stands, or has stood before
 
 
 class Checkpoint:
@@ -105,13 +102,6 @@ class Checkpoint:
 
     def save_node(self, node: Node) -> None:
         write_atomic(self.directory / "node.json", msgspec.json.encode(node))
-
-    def view(self) -> View:
-        """Return what was known of policies and identities; an empty view when there is none."""
-        return _read(self.directory / "view.json", View, _check_view) or View()
-
-    def save_view(self, view: View) -> None:
-        write_atomic(self.directory / "view.json", msgspec.json.encode(view))
 
     def _endpoint_path(self, endpoint_id: int) -> Path:
         return self._endpoints / f"{endpoint_id:05d}.json"
@@ -162,10 +152,6 @@ def _check_network(_: Path, network: Network) -> None:
     _require(_NETWORK_ID.fullmatch(network.id) is not None, f"{shorten(network.id)} is no network's id")
     if network.subnet:
         IPv4Network(network.subnet)
-
-
-def _check_view(_: Path, view: View) -> None:
-    _require(view.version == VIEW_VERSION, f"version {view.version} is not {VIEW_VERSION}")
 
 
 def _check_node(path: Path, node: Node) -> None:

@@ -86,7 +86,7 @@ class Derivations:
             while True:
                 await changes.wait()
                 self._take_identities(changes.take(IDENTITIES_AT_ONCE))
-                if self.identities.in_sync and not len(changes):
+                if self.identities.complete and not len(changes):
                     self._caught_up("identities")
                 await asyncio.sleep(0)
         finally:
@@ -145,8 +145,9 @@ class Derivations:
         stale = self._prefixes.entries().keys() - engine.cidrs()
         self.policy_maps.flush()
         self._wake_policy_waiters()
-        if self.policies.in_sync:
+        if self.policies.complete:
             self._caught_up("policies")
+        if self.policies.in_sync:
             self._prefixes.mark_in_sync()
             await self._forget_prefixes(stale)
 
@@ -171,7 +172,7 @@ class Derivations:
             await self._policies_taken.wait()
 
     def _caught_up(self, follower: str) -> None:
-        """A follower has handed on everything of a table that is in sync; with both, the maps may follow."""
+        """A follower has handed on everything of a table that is whole; with both, the maps may follow."""
         self._followed.add(follower)
         if self._followed == {"identities", "policies"}:
             self.policy_maps.open_gate()

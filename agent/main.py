@@ -173,6 +173,8 @@ async def _close(parts: Parts | None, events: EventPump) -> None:
     await parts.endpoints.stop()
     with contextlib.suppress(OSError):
         parts.checkpoint.save_node(node_now(parts))
+    await parts.memory.write()
+    parts.memory.close()
     with contextlib.suppress(HoldfastError):
         await parts.client.close()
     if parts.engine is not None:

@@ -16,13 +16,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_network
 from pathlib import Path
 
-from agent import beside, ipcache, path_mtu, publish, remembered, sinks
+from agent import beside, ipcache, path_mtu, publish, remembered, sinks, viewfile
 from agent.beside import HealthSide, NamesSide
 from agent.checkpoint import Checkpoint, Node
 from agent.conntrack import Conntrack
@@ -78,8 +77,7 @@ from kvstore.election import Election
 from kvstore.pools import Wish
 from kvstore.session import Session
 from kvstore.sink import TableSink
-from kvstore.watch import Change
-from kvstore.watcher import Follower, Preparation, Sink
+from kvstore.watcher import Follower
 from policy.engine import PolicyEngine
 from policy.model import EnforcementMode
 
@@ -138,6 +136,9 @@ class Knowledge:
     ip_sink: sinks.IpSink
     node_sink: TableSink[str, schema.NodeRecord]
     followers: list[Follower]
+    memory: remembered.Remembered
+    address_view: remembered.AddressView
+    addresses_restored: asyncio.Event
 
 
 @dataclass(eq=False)
@@ -176,8 +177,7 @@ async def build(config: Config, events: EventPump, programs: HostPrograms, gates
     """Build everything.  Raises HoldfastError for what the host or the configuration makes impossible."""
     ground = await _ground(config, events, programs, gates)
     store = _store(ground)
-    view = await asyncio.to_thread(ground.checkpoint.view)
-    knowledge = await _knowledge(ground, store, view)
+    knowledge = await _knowledge(ground, store)
     enforcement = _enforcement(ground, store, knowledge)
     engine = _engine(ground, enforcement)
     sides = (beside.health(ground, knowledge), beside.names(ground, knowledge))
@@ -239,7 +239,7 @@ def _store(ground: Ground) -> Store:
     return Store(client, session, registration, role_session, Election(client, role_session, OPERATOR))
 
 
-async def _knowledge(ground: Ground, store: Store, view: remembered.View) -> Knowledge:
+async def _knowledge(ground: Ground, store: Store) -> Knowledge:
     grace = ground.config["kvstore-missing-grace-period"]
     identities = IdentityCache(grace=grace)
     local = LocalIdentities(identities.local)
@@ -255,9 +255,15 @@ async def _knowledge(ground: Ground, store: Store, view: remembered.View) -> Kno
     hosts = {host for _, host in ground.programs.maps.tunnel.items()} if ground.overlay.enabled else set()
     ip_sink = sinks.IpSink(addresses.source(ipcache.KVSTORE_SOURCE), grace)
     node_sink = TableSink(nodes.source("kvstore"), sinks.node_entry, sinks.node_name, grace=grace)
-    await remembered.restore(view, keys, identities)
-    await remembered.restore_addresses(ip_sink.source, ground.programs.maps.ipcache, ground.pool.networks)
-    client, relist = store.client, ground.gates.relist
+    follow = partial(Follower, store.client, gate=ground.gates.relist)
+    identity_follower = follow(schema.IDENTITY_IDS, identities)
+    policy_follower = follow(schema.POLICIES, keys, prepare=keys.prepare)
+    node_follower = follow(schema.NODES, node_sink)
+    ip_follower = follow(schema.IPS, ip_sink, observer=store.session.seen)
+    memory = await _memory(ground, grace)
+    await memory.restore(remembered.identity_view(identity_follower, identities))
+    await memory.restore(remembered.policy_view(policy_follower, keys))
+    await memory.restore(remembered.node_view(node_follower, node_sink))
     return Knowledge(
         identities,
         local,
@@ -274,46 +280,19 @@ async def _knowledge(ground: Ground, store: Store, view: remembered.View) -> Kno
         hosts,
         ip_sink,
         node_sink,
-        followers=[
-            _resuming(client, schema.IDENTITY_IDS, identities, view.identities_at, ground.gates),
-            _resuming(client, schema.POLICIES, keys, view.policies_at, ground.gates, prepare=keys.prepare),
-            Follower(client, schema.NODES, node_sink, gate=relist),
-            _resuming(
-                client,
-                schema.IPS,
-                ip_sink,
-                ground.node.addresses_at,
-                ground.gates,
-                partial=True,
-                observer=store.session.seen,
-            ),
-        ],
+        followers=[identity_follower, policy_follower, node_follower, ip_follower],
+        memory=memory,
+        address_view=remembered.AddressView(ip_follower, ip_sink),
+        addresses_restored=asyncio.Event(),
     )
 
 
-def _resuming(
-    client: Client,
-    prefix: str,
-    sink: Sink,
-    at: remembered.Place,
-    gates: Gates,
-    *,
-    partial: bool = False,
-    prepare: Preparation | None = None,
-    observer: Callable[[Sequence[Change]], None] | None = None,
-) -> Follower:
-    """Return a follower that goes on where the restored view stands."""
-    return Follower(
-        client,
-        prefix,
-        sink,
-        resume_revision=at.revision,
-        resume_cluster=at.cluster_id,
-        partial=partial,
-        gate=gates.relist,
-        prepare=prepare,
-        observer=observer,
-    )
+async def _memory(ground: Ground, grace: float) -> remembered.Remembered:
+    owner = f"{ground.config['cluster-name']}/{ground.node.name}"
+    file = viewfile.ViewFile(ground.config["state-dir"] / viewfile.NAME, owner, remembered.SHAPES)
+    memory = remembered.Remembered(file, grace=grace)
+    await memory.open()
+    return memory
 
 
 def _enforcement(ground: Ground, store: Store, known: Knowledge) -> Enforcement:

@@ -110,6 +110,8 @@ class PolicyNames:
             self._take(origin)
         self._retry_blocked()
         for source in self._documents.sources:
+            if source.complete:
+                self._policies.source(source.name).mark_complete()
             if source.in_sync:
                 self._policies.source(source.name).mark_in_sync()
 

@@ -169,9 +169,9 @@ class PolicyKeys(TableSink[str, Document]):
         self._listed: set[str] = set()  # keys of the list under way
         self._ahead: dict[str, _Reading] = {}  # of the long ones that `take` gets next
 
-    def texts(self) -> dict[str, str]:
-        """Return the text of every document in force, by key."""
-        return {key: text for key, text in self._texts.items() if key in self.source.entries()}
+    def text(self, key: str) -> str:
+        """Return the text of a document in force."""
+        return self._texts[key]
 
     async def prepare(self, items: Sequence[tuple[str, bytes]]) -> None:
         """Read what is long in a thread, before `take` gets it."""

@@ -1,115 +1,401 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this agent knew of policies and identities, kept beside the endpoints' checkpoint.
+"""What this agent knew of etcd, kept on disk and restored before etcd is asked.
 
-A restarted agent must not take "etcd has no policies" for the truth: a store that was wiped while it was
-away looks just like that, and enforcing it would let everything pass.  So the last view is restored, and
-the watch goes on from its revision: what was deleted meanwhile is delivered as a deletion and counts at
-once.  Where that history is gone (compacted, another cluster), a list is compared with the restored view,
+    follower ──▶ source of a table ──▶ View ──▶ views.db
+                        ▲                          │
+                        └──────── restore ─────────┘
+
+A restarted agent must not take "etcd has no policies" for the truth: a store that was wiped while it was away
+looks just like that, and enforcing it would let everything pass.  So the last view is restored and is in
+force, and the watch goes on from its place: what was deleted meanwhile is delivered as a deletion and counts
+at once.  Where that history is gone (compacted, another cluster), a list is compared with the restored view,
 and what it lacks stays for the grace period, as everywhere.
 
-Addresses need no file: cilium_ipcache is pinned and is the checkpoint of itself.  It does not say all that
-etcd does, so addresses are listed again; of those that the list lacks, the ones that etcd's history since the
-node's `addresses_at` says were deleted go at once.
+Written is what has changed, every few seconds, in one transaction with the place at which it stands.  Where
+the file has no addresses (the first start of a version that keeps them, a damaged file), those of the pinned
+map are restored instead; it does not say where in etcd's history it stands, so they are listed.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+import contextlib
+import sqlite3
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_network
+from socket import AF_INET, AF_INET6, inet_pton
+from typing import Any, Generic, TypeVar
 
-import msgspec
 from loguru import logger
 
+from agent.errors import CheckpointDamaged
 from agent.ipcache import NOWHERE, Record
+from agent.policies import Document
 from agent.policy_sources import PolicyKeys
-from core.errors import HoldfastError, shorten
+from agent.viewfile import Place, Row, Shape, ViewFile
+from core.errors import shorten
 from core.table import Source
 from datapath.addresses import pack_ip
 from datapath.errors import DatapathError
 from datapath.maps import IpcacheMap
 from datapath.records import IpcacheEntry
-from identity.cache import IdentityCache
 from identity.labels import Labels
-from identity.numbers import is_global
-from kvstore.watcher import Follower
+from identity.numbers import HOST, LOCAL_FLAG, is_global
+from kvstore import schema
+from kvstore.sink import TableSink
+from kvstore.watcher import Follower, Item
 
-VERSION = 1
-# Identities restored before anybody else may run: some ten milliseconds.
-IDENTITIES_AT_ONCE = 2000
+K = TypeVar("K")
+V = TypeVar("V")
+T = TypeVar("T")
+
+ADDRESSES = Shape(
+    "addresses",
+    (
+        "prefix TEXT",
+        "identity INTEGER NOT NULL",
+        "host_ip TEXT NOT NULL",
+        "encrypt_key INTEGER NOT NULL",
+        "metadata TEXT NOT NULL",
+        "space TEXT NOT NULL",
+    ),
+)
+IDENTITIES = Shape("identities", ("number INTEGER", "labels TEXT NOT NULL"))
+NODES = Shape("nodes", ("name TEXT", "record TEXT NOT NULL"))
+POLICIES = Shape("policies", ("key TEXT", "text TEXT NOT NULL"))
+SHAPES = (ADDRESSES, IDENTITIES, NODES, POLICIES)
+
+# Seconds between two looks at what has changed; policies are looked at more often.
+WRITE_S, POLICIES_S = 5.0, 0.2
+# Rows made, or taken, before anybody else may run: a few milliseconds.
+ROWS_AT_ONCE = 1000
 
 
-class Place(msgspec.Struct, frozen=True):
-    """Where in etcd's history a view stands; revision 0 means that nothing is known."""
+class View(Generic[K, V]):
+    """One followed prefix on its way to the disk and back.
 
-    revision: int = 0
-    cluster_id: int = 0
+    `row` says what is written of a record, `item` which key and value of etcd a row was.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        follower: Follower,
+        sink: TableSink[K, V],
+        row: Callable[[K, V], Row],
+        item: Callable[..., Item],
+    ) -> None:
+        self.shape = shape
+        self.follower = follower
+        self.source = sink.source
+        self.changes = sink.source.subscribe()
+        self.written = Place()
+        self._sink = sink
+        self._row = row
+        self._item = item
+
+    @property
+    def place(self) -> Place:
+        """Where the view stands now: at least there, for the source may be ahead by a part of a batch."""
+        return Place(self.follower.revision, self.follower.cursor.cluster_id)
+
+    @property
+    def is_due(self) -> bool:
+        """True when there is something to write; a view is not whole before its list is."""
+        return self.follower.revision > 0 and (bool(len(self.changes)) or self.place != self.written)
+
+    def rows(self, keys: Iterable[K]) -> tuple[list[Row], list[K]]:
+        """Return the rows of these keys, and those of them that have none."""
+        entries, missing, row = self.source.entries(), self.source.missing, self._row
+        rows, gone = [], []
+        for key in keys:
+            record = entries.get(key)
+            if record is None:
+                gone.append(key)
+            else:
+                rows.append((*row(key, record), key in missing))
+        return rows, gone
+
+    async def take(self, rows: Sequence[Row]) -> bool:
+        """Give rows to the source; False when one of them could not be used.  Raises CheckpointDamaged."""
+        try:
+            items = [self._item(*row[:-1]) for row in rows]
+        except (AttributeError, TypeError) as error:
+            raise CheckpointDamaged(f"{self.shape.name}: {error}") from error
+        await self.follower.deliver(items)
+        return not self._sink.ignored
+
+    def taken(self, missing: Collection[K], place: Place, *, grace: float) -> None:
+        """All rows were given to the source: the view is whole and stands at `place`."""
+        self.source.mark_missing(missing, time.monotonic() + grace)
+        self.changes.take()
+        self.written = place
+        self.source.mark_complete()
+        self.follower.resume(place.revision, place.cluster_id)
+
+    def mark_all(self) -> None:
+        """Nothing of this view is on disk."""
+        self.written = Place()
+        self.changes.mark_many(self.source.entries())
 
 
-class View(msgspec.Struct, frozen=True):
-    """Policies by key (their text), identities by number (their labels), each with its place."""
+class AddressView(View[str, Record]):
+    """Addresses, by the hundred thousand: not as etcd wrote them, but as the table has them."""
 
-    policies: dict[str, str] = {}
-    identities: dict[int, str] = {}
-    policies_at: Place = Place()
-    identities_at: Place = Place()
-    version: int = VERSION
+    def __init__(self, follower: Follower, sink: TableSink[str, Record]) -> None:
+        super().__init__(ADDRESSES, follower, sink, _address_row, _no_item)
+
+    async def take(self, rows: Sequence[Row]) -> bool:
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            self.source.upsert_many(_records(rows[start : start + ROWS_AT_ONCE]))
+            await asyncio.sleep(0)
+        return True
 
 
-def place_of(follower: Follower) -> Place:
-    return Place(follower.revision, follower.cursor.cluster_id)
-
-
-def view_of(
-    policies: PolicyKeys, identities: IdentityCache, policies_at: Place, identities_at: Place
-) -> View:
-    """Return what is known now; call it in the loop, where nothing changes meanwhile."""
-    source = identities.table.source("kvstore")
+def identity_view(follower: Follower, sink: TableSink[int, Labels]) -> View[int, Labels]:
     return View(
-        policies=policies.texts(),
-        identities={number: labels.serialized for number, labels in source.entries().items()},
-        policies_at=policies_at,
-        identities_at=identities_at,
+        IDENTITIES,
+        follower,
+        sink,
+        row=lambda number, labels: (number, labels.serialized),
+        item=lambda number, labels: (f"{schema.IDENTITY_IDS}{number}", labels.encode()),
     )
 
 
-async def restore(view: View, policies: PolicyKeys, identities: IdentityCache) -> None:
-    """Take a view as if etcd had delivered it; entries that can not be used are left out and named."""
-    for key, text in view.policies.items():
-        item = (key, text.encode())
-        await policies.prepare([item])
-        policies.take([item])
-        await asyncio.sleep(0)
-    known = list(view.identities.items())
-    for start in range(0, len(known), IDENTITIES_AT_ONCE):
-        identities.restore(dict(_labels(known[start : start + IDENTITIES_AT_ONCE])))
-        await asyncio.sleep(0)
+def node_view(follower: Follower, sink: TableSink[str, schema.NodeRecord]) -> View[str, schema.NodeRecord]:
+    return View(
+        NODES,
+        follower,
+        sink,
+        row=lambda name, record: (name, schema.encode_node(record).decode()),
+        item=lambda name, record: (schema.NODES + name, record.encode()),
+    )
 
 
-def _labels(identities: Iterable[tuple[int, str]]) -> Iterator[tuple[int, Labels]]:
-    for number, text in identities:
+def policy_view(follower: Follower, keys: PolicyKeys) -> View[str, Document]:
+    return View(
+        POLICIES,
+        follower,
+        keys,
+        row=lambda key, _: (key, keys.text(key)),
+        item=lambda key, text: (key, text.encode()),
+    )
+
+
+class Remembered:
+    """All views and their file.  `grace`: seconds for which a record stays that the last list lacked.
+
+    `trouble` says why nothing is written; `damage` what was wrong with the file that this life found.
+    """
+
+    def __init__(self, file: ViewFile, *, grace: float) -> None:
+        self.trouble = ""
+        self.damage = ""
+        self.written_at = 0.0
+        self.views: list[View[Any, Any]] = []
+        self._file = file
+        self._grace = grace
+        self._usable = False
+        # One thread: a transaction that was broken off is undone before the next one begins.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="views")
+
+    async def open(self) -> None:
+        """Open the file.  Whatever is wrong with it is told, and the start goes on without it."""
         try:
-            yield number, Labels.parse(text)
-        except HoldfastError as error:
-            logger.warning("identity {} of the checkpoint is left out: {}", number, shorten(str(error)))
+            self._usable = await self._do(self._file.open)
+        except CheckpointDamaged as error:
+            await self._put_aside(error)
+        except (OSError, sqlite3.Error) as error:
+            self._tell(f"{self._file.path} can not be opened: {error}")
+
+    @property
+    def is_usable(self) -> bool:
+        """True when there is a file that can be read and written."""
+        return self._usable
+
+    async def restore(self, view: View[Any, Any]) -> bool:
+        """Give a view to its source as if etcd had delivered it, and have it followed from where it stands.
+
+        Returns False where there is none, or no whole one.
+        """
+        if view not in self.views:
+            self.views.append(view)
+        if not self._usable:
+            return False
+        began, missing, whole = time.monotonic(), list[Any](), True
+        try:
+            place = await self._do(self._file.place, view.shape)
+            chunks = await self._do(self._file.rows, view.shape)
+            while (rows := await self._do(next, chunks, None)) is not None:
+                whole &= await view.take(rows)
+                missing += [row[0] for row in rows if row[-1]]
+        except CheckpointDamaged as error:
+            await self._put_aside(error)
+            return False
+        except (OSError, sqlite3.Error) as error:
+            self._tell(f"{view.shape.name} can not be read from {self._file.path}: {error}")
+            view.mark_all()
+            return False
+        if not whole or place.revision <= 0:
+            view.mark_all()
+            return False
+        view.taken(missing, place, grace=self._grace)
+        logger.info(
+            "{} {} restored as of revision {} in {:.2f} s",
+            len(view.source),
+            view.shape.name,
+            place.revision,
+            time.monotonic() - began,
+        )
+        return True
+
+    async def run(self) -> None:
+        """Write what changes until cancelled."""
+        while True:
+            await asyncio.sleep(POLICIES_S)
+            # Not wait_for: Python 3.11's forgets a cancellation that meets the result.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WRITE_S):
+                    await self._policies_change()
+            await self.write()
+
+    async def _policies_change(self) -> None:
+        """Return when a policy has changed: the next life enforces what the file says before etcd answers."""
+        for view in self.views:
+            if view.shape is POLICIES:
+                await view.changes.wait()
+                return
+        await asyncio.Event().wait()
+
+    async def write(self) -> None:
+        """Write what has changed since the last time; what can not be written is tried again."""
+        due = [(view, view.place) for view in self.views if view.is_due]
+        if not due:
+            return
+        taken: list[tuple[View[Any, Any], list[Any]]] = []
+        try:
+            if not self._usable:
+                await self._do(self._file.open)
+                self._usable = True
+                for view in self.views:
+                    view.mark_all()
+            await self._do(self._file.begin)
+            for view, place in due:
+                keys = view.changes.take()
+                taken.append((view, keys))
+                await self._write_keys(view, keys)
+                await self._do(self._file.stand, view.shape, place)
+            await self._do(self._file.commit)
+        except BaseException as error:
+            for view, keys in taken:
+                view.changes.mark_many(keys)
+            if isinstance(error, CheckpointDamaged) or type(error) is sqlite3.DatabaseError:
+                await self._put_aside(error)
+            elif isinstance(error, OSError | sqlite3.Error):
+                await self._do(self._file.undo)
+                self._tell(f"{self._file.path} can not be written: {error}")
+            else:
+                raise
+            return
+        for view, place in due:
+            view.written = place
+        self.written_at, self.trouble = time.time(), ""
+
+    def close(self) -> None:
+        """Close the file, with what was written."""
+        self._thread.submit(self._file.close)
+        self._thread.shutdown()
+
+    async def _write_keys(self, view: View[K, V], keys: Sequence[K]) -> None:
+        for start in range(0, len(keys), ROWS_AT_ONCE):
+            rows, gone = view.rows(keys[start : start + ROWS_AT_ONCE])
+            await self._do(self._file.put, view.shape, rows)
+            if gone:
+                await self._do(self._file.drop, view.shape, gone)
+
+    async def _put_aside(self, error: BaseException) -> None:
+        """Begin a new file in place of a damaged one; everything known is written anew."""
+        self._usable = False
+        for view in self.views:
+            view.mark_all()
+        try:
+            kept = await self._do(self._file.set_aside)
+            await self._do(self._file.open)
+        except (OSError, sqlite3.Error) as problem:
+            self._tell(f"{self._file.path} is damaged ({error}) and can not be replaced: {problem}")
+            return
+        self._usable = True
+        self.damage = f"{self._file.path} was damaged ({error}); kept as {kept}, etcd is listed instead"
+        logger.error("checkpoint {}", self.damage)
+
+    def _tell(self, trouble: str) -> None:
+        if trouble != self.trouble:
+            logger.error("checkpoint {}", trouble)
+        self.trouble = trouble
+
+    async def _do(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
 
-async def restore_addresses(source: Source[str, Record], ipcache: IpcacheMap, pools: Iterable[str]) -> int:
+def _address_row(prefix: str, record: Record) -> Row:
+    return (prefix, record.identity, record.host_ip, record.key, record.metadata, record.space)
+
+
+def _no_item(*_: object) -> Item:
+    raise NotImplementedError
+
+
+def _records(rows: Sequence[Row]) -> list[tuple[str, Record]]:
+    """Return rows as the table has them.  Raises CheckpointDamaged for what this agent has not written."""
+    prefixes, identities, hosts, keys, metadata, spaces, _ = zip(*rows, strict=True)
+    texts = {type(each) for column in (prefixes, hosts, metadata, spaces) for each in column}
+    numbers = {type(each) for column in (identities, keys) for each in column}
+    if texts != {str} or numbers != {int}:
+        raise CheckpointDamaged("addresses: a column is of another type")
+    if min(identities) <= 0 or max(identities) >= LOCAL_FLAG or HOST in identities:
+        raise CheckpointDamaged("addresses: an identity is one that etcd can not have said")
+    _check_prefixes(prefixes)
+    records = map(Record, identities, map(sys.intern, hosts), keys, metadata, map(sys.intern, spaces))
+    return list(zip(prefixes, records, strict=True))
+
+
+def _check_prefixes(prefixes: Sequence[str]) -> None:
+    for address, _, length in [prefix.partition("/") for prefix in prefixes]:
+        family, most = (AF_INET6, 128) if ":" in address else (AF_INET, 32)
+        try:
+            inet_pton(family, address)
+            if not 0 <= int(length) <= most:
+                raise ValueError(length)
+        except (OSError, ValueError) as error:
+            raise CheckpointDamaged(f"addresses: {shorten(address)}/{shorten(length)}: {error}") from error
+
+
+# --- without a file
+
+
+async def restore_pinned(source: Source[str, Record], ipcache: IpcacheMap, pools: Iterable[str]) -> int:
     """Take the pinned map's entries of other machines as if etcd had delivered them; return how many."""
     chunks, own = ipcache.item_chunks(), [_bounds(pool) for pool in pools]
     restored = 0
     try:
         while (entries := await asyncio.to_thread(next, chunks, None)) is not None:
-            records = [
-                (prefix, Record(entry.identity, _behind(entry), entry.key))
-                for prefix, entry in entries
-                if is_global(entry.identity) and not _within(prefix, own)
-            ]
+            records = list(_foreign(entries, own))
             source.upsert_many(records)
             restored += len(records)
     except DatapathError as error:
         logger.warning("addresses can not be restored from the pinned map: {}", error)
     return restored
+
+
+def _foreign(
+    entries: Iterable[tuple[str, IpcacheEntry]], own: Sequence[tuple[bytes, bytes]]
+) -> Iterator[tuple[str, Record]]:
+    for prefix, entry in entries:
+        if is_global(entry.identity) and not _within(prefix, own):
+            yield prefix, Record(entry.identity, _behind(entry), entry.key)
 
 
 def _bounds(pool: str) -> tuple[bytes, bytes]:

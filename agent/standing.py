@@ -76,7 +76,6 @@ def _node_record(known: Node | None, name: str, pool: str, node_ip: IPv4Address)
         lease=lease,
         lease_address=str(node_ip),
         former_lease=known.former_lease or (known.lease if not lease else 0),
-        addresses_at=known.addresses_at,
     )
 
 

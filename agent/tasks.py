@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from loguru import logger
-from msgspec import structs
 
 from agent import ipcache, publish, remembered
 from agent.agent_events import AgentEvents, start_event
@@ -97,6 +96,8 @@ def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
     tasks["conntrack"] = parts.conntrack.run
     tasks["grace periods"] = partial(_expire, parts)
     tasks["checkpoint"] = partial(_checkpoint, parts)
+    tasks["views"] = parts.memory.run
+    tasks["addresses of the last life"] = partial(_restore_addresses, parts)
     tasks["restored"] = partial(_restored, parts)
     tasks["former keys"] = partial(_former_keys, parts)
     if parts.driver is not None and parts.engine_watch is not None:
@@ -133,6 +134,7 @@ async def _follow_after_gate(parts: Parts, follower: Follower) -> None:
 
     And after nodes, so that each is written once: with the host that it is behind.
     """
+    await parts.addresses_restored.wait()
     await parts.policy_maps.opened.wait()
     await parts.node_follower.caught_up.wait()
     await follower.run()
@@ -169,14 +171,10 @@ async def _expire(parts: Parts) -> None:
 async def _checkpoint(parts: Parts) -> None:
     """Keep the node's record and, for the start hook, the list of the cluster's nodes."""
     written: list[str] = []
-    saved = (-1, -1)
     while True:
-        # Of before the pause: by its end the kernel's map has what was read until then.
-        at = _addresses_at(parts)
         await asyncio.sleep(CHECKPOINT_S)
-        saved = await _save_view(parts, saved)
         parts.endpoints.store.save_unsaved()
-        now = structs.replace(node_now(parts), addresses_at=at)
+        now = node_now(parts)
         if now != parts.node:
             parts.node = now
             await asyncio.to_thread(parts.checkpoint.save_node, now)
@@ -188,27 +186,24 @@ async def _checkpoint(parts: Parts) -> None:
                 written = names
 
 
-async def _save_view(parts: Parts, saved: tuple[int, int]) -> tuple[int, int]:
-    """Write what is known of policies and identities if it changed since `saved` (the tables' revisions)."""
-    now = (parts.policies.revision, parts.identities.table.revision)
-    places = {each.prefix: remembered.place_of(each) for each in parts.followers}
-    if now == saved or not parts.policy_maps.is_open:
-        return saved
-    view = remembered.view_of(
-        parts.policy_keys, parts.identities, places[schema.POLICIES], places[schema.IDENTITY_IDS]
-    )
-    await asyncio.to_thread(parts.checkpoint.save_view, view)
-    return now
+async def _restore_addresses(parts: Parts) -> None:
+    """Have the addresses of the last life in force before etcd is asked.
 
-
-def _addresses_at(parts: Parts) -> remembered.Place:
-    """Return where the view of addresses stands, or stood in the last life until it is in sync again."""
-    (follower,) = (each for each in parts.followers if each.prefix == schema.IPS)
-    return remembered.place_of(follower) if follower.revision else parts.node.addresses_at
+    Behind the policy maps: an address must not get a number no map knows.  What the pinned map holds it has
+    got already.
+    """
+    if not parts.addresses_restored.is_set():
+        if parts.memory.is_usable:
+            await parts.policy_maps.opened.wait()
+        if not await parts.memory.restore(parts.address_view):
+            source, pinned = parts.ip_sink.source, parts.programs.maps.ipcache
+            await remembered.restore_pinned(source, pinned, parts.pool.networks)
+        parts.addresses_restored.set()
+    await asyncio.Event().wait()
 
 
 def node_now(parts: Parts) -> Node:
-    """Return the node's checkpoint record as of now; what only the checkpoint's own task knows, as it was."""
+    """Return the node's checkpoint record as of now."""
     return Node(
         name=parts.node.name,
         pool=parts.node.pool,
@@ -218,5 +213,4 @@ def node_now(parts: Parts) -> Node:
         lease=parts.session.lease_id,
         lease_address=str(parts.host.node_ip),
         former_lease=parts.registration.former_lease,
-        addresses_at=parts.node.addresses_at,
     )

@@ -8,7 +8,8 @@ where two sources speak of one key, the first in the order wins and the other be
 the first lets go.  Each source keeps its own dict, so a table of 300 000 entries costs one dict entry
 an object and nothing per source.
 
-A source lists, then watches, then says it is *in sync*.  Losing a source never empties a table:
+A source lists, then watches, then says it is *in sync*.  One that was restored from a checkpoint is
+*complete* before that: what it holds was the whole truth once.  Losing a source never empties a table:
 
 * `Source.delete` (a deletion that a watch delivered) counts at once;
 * `Source.relist` (a fresh full list) keeps what the list lacks as *missing* until a grace period has
@@ -39,9 +40,11 @@ class Source(Generic[K, V]):
         self.name = name
         self.rank = rank
         self.in_sync = False
+        self.complete = False
         self.missing: dict[K, float] = {}
         self._table = table
         self._entries: dict[K, V] = {}
+        self._subscriptions: list[Subscription[K]] = []
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -53,20 +56,21 @@ class Source(Generic[K, V]):
     def upsert(self, key: K, value: V) -> None:
         """Insert or replace one record; an equal record is not a change."""
         if self.missing:
-            self.missing.pop(key, None)
+            self._found_again((key,))
         old = self._entries.get(key)
         if old is not None and old == value:
             return
         self._entries[key] = value
+        self._changed((key,))
         self._table._changed(key, self.rank)
 
     def upsert_many(self, items: Collection[tuple[K, V]]) -> None:
         """Insert or replace many records, in their order."""
         changed = self._merged(items)
         if self.missing:
-            for key, _ in items:
-                self.missing.pop(key, None)
+            self._found_again(key for key, _ in items)
         if changed:
+            self._changed(changed)
             self._table._changed_many(changed, self.rank)
 
     def _merged(self, items: Collection[tuple[K, V]]) -> list[K]:
@@ -86,6 +90,7 @@ class Source(Generic[K, V]):
         """Remove one record because its source said so.  Removing what is not there is no change."""
         self.missing.pop(key, None)
         if self._entries.pop(key, None) is not None:
+            self._changed((key,))
             self._table._changed(key, self.rank)
 
     def relist(self, listed: Mapping[K, V], *, grace: float, now: float | None = None) -> int:
@@ -109,13 +114,43 @@ class Source(Generic[K, V]):
         for key in keys:
             self.missing.pop(key, None)
         gone = [key for key in keys if self._entries.pop(key, None) is not None]
+        self._changed(gone)
         self._table._changed_many(gone, self.rank)
+
+    def mark_missing(self, keys: Collection[K], until: float) -> None:
+        """Say that the last full list lacked these: they are kept until then (monotonic seconds)."""
+        if keys:
+            self.missing.update(dict.fromkeys(keys, until))
+            self._changed(keys)
+
+    def mark_complete(self) -> None:
+        """Say that this source has delivered a whole view, be it an old one: good enough to be enforced."""
+        if not self.complete:
+            self.complete = True
+            self._table._source_advanced()
 
     def mark_in_sync(self) -> None:
         """Say that everything this source knew at its start has been delivered."""
         if not self.in_sync:
-            self.in_sync = True
-            self._table._source_in_sync()
+            self.in_sync = self.complete = True
+            self._table._source_advanced()
+
+    def subscribe(self) -> Subscription[K]:
+        """Return a subscription to what this source says, whether another one hides it or not.
+
+        It starts with nothing as changed.  That a record is missing, or no longer, is a change here.
+        """
+        subscription: Subscription[K] = Subscription(iter(()))
+        self._subscriptions.append(subscription)
+        return subscription
+
+    def _changed(self, keys: Collection[K]) -> None:
+        for subscription in self._subscriptions:
+            subscription.mark_many(keys)
+
+    def _found_again(self, keys: Iterable[K]) -> None:
+        """Records that were missing are there."""
+        self._changed([key for key in keys if self.missing.pop(key, None) is not None])
 
 
 class Listing(Generic[K, V]):
@@ -137,7 +172,7 @@ class Listing(Generic[K, V]):
     def keep(self, key: K) -> None:
         """Say that the list holds `key`, with a record that can not be used: the last one stays."""
         self._unseen.discard(key)
-        self._source.missing.pop(key, None)
+        self._source._found_again((key,))
 
     def end(self, *, grace: float, now: float | None = None) -> int:
         """Mark what the list lacked as missing until now + `grace` s; return how many are newly missing.
@@ -152,7 +187,7 @@ class Listing(Generic[K, V]):
             source._delete_many(absent)
             return len(absent)
         fresh = [key for key in absent if key not in source.missing]
-        source.missing.update(dict.fromkeys(fresh, at + grace))
+        source.mark_missing(fresh, at + grace)
         return len(fresh)
 
 
@@ -229,6 +264,11 @@ class Table(Generic[K, V]):
     def in_sync(self) -> bool:
         """True when every declared source is in sync: only then may anything be pruned."""
         return all(source.in_sync for source in self._sources)
+
+    @property
+    def complete(self) -> bool:
+        """True when every declared source has delivered a whole view, be it a checkpoint's."""
+        return all(source.complete for source in self._sources)
 
     async def wait_in_sync(self) -> None:
         await self._all_in_sync.wait()
@@ -313,8 +353,9 @@ class Table(Generic[K, V]):
             for subscription in self._subscriptions:
                 subscription.mark_many(keys)
 
-    def _source_in_sync(self) -> None:
+    def _source_advanced(self) -> None:
         if self.in_sync:
             self._all_in_sync.set()
+        if self.complete:
             for subscription in self._subscriptions:
                 subscription.poke()

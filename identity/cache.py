@@ -13,7 +13,7 @@ Called by the agent (which follows `schema.IDENTITY_IDS` into it), allocator and
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from core import metrics
 from core.table import Source, Subscription, Table
@@ -61,12 +61,6 @@ class IdentityCache(TableSink[int, Labels]):
         if within is not None:
             candidates = tuple(number for number in candidates if number in within)
         return min(candidates, default=None)
-
-    def restore(self, identities: Mapping[int, Labels]) -> None:
-        """Take identities of a checkpoint as if the kvstore had delivered them; it stays out of sync."""
-        self.source.upsert_many(
-            [(number, labels) for number, labels in identities.items() if is_global(number) and len(labels)]
-        )
 
     def listed(self, revision: int) -> None:
         super().listed(revision)

@@ -2,7 +2,7 @@
 """Where a watched view stands in etcd's history, and what a batch of events changes in it.  Pure.
 
     snapshot at revision R ──▶ listed
-    batches from R + 1 on ──▶ merge ──▶ changes, one a key
+    batches from R + 1 on ──▶ changes, one a key ──▶ passed
     stream lost ──▶ nothing: the cursor still says where to resume
     history lost ──▶ lost: the next step is a list
 
@@ -12,8 +12,6 @@ Used by: kvstore.watcher.
 from __future__ import annotations
 
 from kvstore.watch import Change, WatchBatch
-
-NEWEST = (1 << 63) - 1  # the highest revision there can be
 
 
 class Cursor:
@@ -48,14 +46,14 @@ class Cursor:
         self.cluster_id = 0
         self.caught_up = False
 
-    def changes(self, batch: WatchBatch, *, until: int = NEWEST) -> list[Change]:
-        """Return what a batch changes, up to the revision `until`: one change a key, the last one.
+    def changes(self, batch: WatchBatch) -> list[Change]:
+        """Return what a batch changes: one change a key, the last one.
 
         What was delivered before (a stream that was resumed repeats some) is dropped.
         """
         fresh = batch.changes
-        if fresh and not (self.revision < fresh[0].revision and fresh[-1].revision <= until):
-            fresh = [each for each in fresh if self.revision < each.revision <= until]
+        if fresh and self.revision >= fresh[0].revision:
+            fresh = [each for each in fresh if self.revision < each.revision]
         if len({each.key for each in fresh}) == len(fresh):
             return fresh
         last = {each.key: each for each in fresh}
@@ -65,12 +63,6 @@ class Cursor:
         """What the batch changes has been delivered."""
         self.revision = max(self.revision, batch.revision)
         self._settle(batch)
-
-    def merge(self, batch: WatchBatch, *, until: int = NEWEST) -> list[Change]:
-        """Take a batch: returns what it changes, and moves on."""
-        changes = self.changes(batch, until=until)
-        self.passed(batch)
-        return changes
 
     def _settle(self, batch: WatchBatch) -> None:
         """Decide whether the view has caught up: the revision etcd was at when the stream began has been

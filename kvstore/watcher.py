@@ -75,10 +75,9 @@ class Follower:
     """Follows one prefix.  Owner of every field: the task in `run`; others may read them.
 
     `resume_revision` (and the cluster it came from) are a checkpoint's: the sink then already holds the
-    view of that revision.  With `partial` it holds only some of that view: it is listed all the same, and
-    the history since then tells what of it was deleted.  `observer` is told of every change that etcd tells
-    of (not of lists), before the sink.  `gate` is awaited before every full list, `prepare` with each part
-    before the sink takes it: what takes long can be done in a thread there.
+    view of that revision.  `observer` is told of every change that etcd tells of (not of lists), before the
+    sink.  `gate` is awaited before every full list, `prepare` with each part before the sink takes it: what
+    takes long can be done in a thread there.
     """
 
     def __init__(
@@ -89,7 +88,6 @@ class Follower:
         *,
         resume_revision: int = 0,
         resume_cluster: int = 0,
-        partial: bool = False,
         gate: Callable[[], Awaitable[None]] | None = None,
         prepare: Preparation | None = None,
         observer: Callable[[Sequence[Change]], None] | None = None,
@@ -98,9 +96,7 @@ class Follower:
         self.state = State.LISTING
         self.error = ""
         self.fresh_at = 0.0
-        known = Cursor(resume_revision, resume_cluster)
-        self.cursor = Cursor() if partial else known
-        self._past = known if partial else Cursor()
+        self.cursor = Cursor(resume_revision, resume_cluster)
         self._client = client
         self._sink = sink
         self._gate = gate
@@ -121,6 +117,10 @@ class Follower:
     def age(self) -> float:
         """Return the seconds since etcd last proved that this view is current."""
         return time.monotonic() - (self.fresh_at or self._created_at)
+
+    def resume(self, revision: int, cluster_id: int) -> None:
+        """Go on from here instead: the sink has been given this view.  Before `run`."""
+        self.cursor = Cursor(revision, cluster_id)
 
     async def run(self) -> None:
         """Follow until cancelled."""
@@ -150,7 +150,6 @@ class Follower:
         if self._gate is not None:
             await self._gate()
         revision = await self._take_pages()
-        await self._delete(await self._deleted_before(revision))
         self.cursor.listed(revision, self._client.transport.cluster_id)
         self._sink.listed(revision)
         self._fresh()
@@ -163,10 +162,11 @@ class Follower:
                 revision = page.revision
                 if page.first:
                     self._sink.begin_list()
-                await self._take(page.items)
+                await self.deliver(page.items)
         return revision
 
-    async def _take(self, items: Sequence[Item]) -> None:
+    async def deliver(self, items: Sequence[Item]) -> None:
+        """Hand records to the sink, as many at a time as leave the loop its turn."""
         at = 0
         while at < len(items):
             part = items[at : at + self._pace.records]
@@ -184,29 +184,6 @@ class Follower:
                 self._sink.deleted(key)
             await asyncio.sleep(0)
 
-    async def _deleted_before(self, revision: int) -> list[str]:
-        """Return the keys of the partial view that were deleted when the list was made, by etcd's history.
-
-        None when that history is gone: then they stay for their grace like everything that is missing.
-        """
-        past, self._past, last = self._past, Cursor(), dict[str, Change]()
-        if past.must_list:
-            return []
-        watch = self._client.watch(self.prefix, past.revision + 1, cluster_id=past.cluster_id)
-        try:
-            async with contextlib.aclosing(watch) as batches:
-                async for batch in batches:
-                    last |= {each.key: each for each in past.merge(batch, until=revision)}
-                    if past.caught_up:
-                        break
-        except (Compacted, RequestRefused) as error:
-            logger.warning("{}; what the list lacks stays for its grace", error)
-            return []
-        except KvstoreError:
-            self._past = past
-            raise
-        return [key for key, change in last.items() if change.value is None]
-
     async def _take_batch(self, batch: WatchBatch) -> None:
         """Hand on what a batch brought.
 
@@ -217,7 +194,7 @@ class Follower:
         if self._observer is not None:
             self._observer(changes)
         written = [(each.key, each.value) for each in changes if each.value is not None]
-        await self._take(written)
+        await self.deliver(written)
         if len(written) < len(changes):
             await self._delete([each.key for each in changes if each.value is None])
         self.cursor.passed(batch)  # not before: a checkpoint takes it for what the sink has

@@ -14,6 +14,7 @@ import pytest
 from tests.support.agent import AgentHost
 from tests.support.engine_fixtures import engine_parts, hub
 from tests.support.host import Hub, wait_for
+from tests.support.saved import Saved
 from tests.support.stream import POLICY, Flows, Machine
 
 __all__ = ["engine_parts", "hub"]
@@ -177,7 +178,7 @@ def test_an_entry_that_could_not_be_deleted_goes_in_the_next_life(host: AgentHos
 
 
 def test_a_restart_while_etcd_is_away(host: AgentHost, flows: Flows) -> None:
-    """The agent knows no policy, the maps still do: what it shows is theirs."""
+    """The agent has no checkpoint and knows no policy, the maps still do: what it shows is theirs."""
     before = host.endpoint_of("server")
     assert before["status"]["policy"]["policy-enabled"] == "ingress"
     assert before["status"]["identity"]["reference-count"] == 1
@@ -187,6 +188,7 @@ def test_a_restart_while_etcd_is_away(host: AgentHost, flows: Flows) -> None:
     host.kill_agent()
     host.stop_etcd()
     (host.policies / "server.yaml").unlink()
+    Saved(host.state).path.unlink()
     try:
         host.launch_agent()
         wait_for(lambda: host.api("/v1/endpoint", check=False), "endpoints restored")
@@ -204,9 +206,9 @@ def test_a_restart_while_etcd_is_away(host: AgentHost, flows: Flows) -> None:
 
 
 def test_machine_deleted_while_the_agent_is_away(host: AgentHost, machine: Machine, flows: Flows) -> None:
-    """Addresses are listed anew, and the history says which are deleted and not just missing."""
+    """The watch goes on where the checkpoint stands: what was deleted is deleted, and not just missing."""
     machine.register("short-lived", "10.99.0.7")
-    wait_for(lambda: saved_place(host) > 0, "place of the addresses in the checkpoint")
+    wait_for(lambda: Saved(host.state).knows("addresses", "10.99.0.7/32"), "machine in the checkpoint")
     host.kill_agent()
     assert machine.is_known("10.99.0.7")
     machine.vm("unregister", "short-lived")
@@ -216,11 +218,6 @@ def test_machine_deleted_while_the_agent_is_away(host: AgentHost, machine: Machi
     assert missing(host) == {}
     flows.wait_progress()
     flows.check()
-
-
-def saved_place(host: AgentHost) -> int:
-    """Return the revision up to which the checkpoint says that the kernel's map has all addresses."""
-    return int(json.loads((host.state / "node.json").read_text()).get("addresses_at", {}).get("revision", 0))
 
 
 def missing(host: AgentHost) -> dict[str, int]:
@@ -235,8 +232,10 @@ def test_etcd_wiped_while_the_agent_is_away(host: AgentHost, flows: Flows) -> No
     wait_for(lambda: len(host.api("/v1/policy")["policies"]) == 2, "policy of etcd in force")
     (host.policies / "server.yaml").unlink()
     wait_for(lambda: [each["name"] for each in host.api("/v1/policy")["policies"]] == ["server-rules"], "one")
-    view = host.state / "view.json"
-    wait_for(lambda: view.exists() and "server-rules" in view.read_text(), "view in the checkpoint")
+    wait_for(
+        lambda: Saved(host.state).knows("policies", "holdfast/policies/v1/server-rules"),
+        "policy in the checkpoint",
+    )
     host.kill_agent()
     host.stop_etcd()
     shutil.rmtree(host.directory / "etcd-data")
@@ -254,8 +253,10 @@ def test_policy_deleted_while_the_agent_is_away(host: AgentHost, flows: Flows) -
     host.etcdctl("put", "holdfast/policies/v1/server-rules", stdin=POLICY)
     host.etcdctl("put", "holdfast/policies/v1/short-lived", stdin=POLICY)
     wait_for(lambda: len(host.api("/v1/policy")["policies"]) == 2, "two policies")
-    view = host.state / "view.json"
-    wait_for(lambda: "short-lived" in view.read_text(), "view in the checkpoint")
+    wait_for(
+        lambda: Saved(host.state).knows("policies", "holdfast/policies/v1/short-lived"),
+        "policy in the checkpoint",
+    )
     host.kill_agent()
     host.etcdctl("del", "holdfast/policies/v1/short-lived")
     host.start_agent()

@@ -177,41 +177,6 @@ async def test_resume_when_nothing_happened_is_in_sync_too(client: Client) -> No
     assert sink.lists == []
 
 
-async def test_partial_view_is_listed_and_only_what_was_deleted_goes(client: Client) -> None:
-    """c was there when the view was taken and is gone; d came back; e has never been in this etcd."""
-    for name in "abcd":
-        revision = await client.put(f"k/{name}", "1")
-    await client.delete("k/c")
-    await client.delete("k/d")
-    await client.put("k/d", "2")
-    sink = Recorder()
-    sink.view = dict.fromkeys(("k/c", "k/d", "k/e"), b"1")
-    follower = Follower(client, "k/", sink, resume_revision=revision, partial=True)
-    async with following(follower):
-        await eventually(lambda: sink.synced == 1, "in sync")
-        assert sink.deletions == ["k/c"]
-        assert sink.view == {"k/a": b"1", "k/b": b"1", "k/d": b"2", "k/e": b"1"}
-        await client.put("k/c", "3")
-        await eventually(lambda: sink.view.get("k/c") == b"3", "what happens after the list")
-    assert len(sink.lists) == 1
-
-
-async def test_partial_view_without_its_history_keeps_what_is_missing(
-    etcd: EtcdServer, client: Client
-) -> None:
-    revision = await client.put("k/a", "1")
-    await client.delete("k/a")
-    await client.put("k/b", "1")
-    etcd.compact()
-    sink = Recorder()
-    sink.view["k/a"] = b"1"
-    follower = Follower(client, "k/", sink, resume_revision=revision, partial=True)
-    async with following(follower):
-        await eventually(lambda: sink.synced == 1, "in sync")
-    assert (sink.deletions, sink.view) == ([], {"k/a": b"1", "k/b": b"1"})
-    assert len(sink.lists) == 1
-
-
 @pytest.mark.parametrize(("megabytes", "lists"), [(30, 0), (80, 1)])
 async def test_backlog_over_the_receive_limit_is_listed_instead(
     client: Client, megabytes: int, lists: int

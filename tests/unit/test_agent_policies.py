@@ -245,7 +245,7 @@ def test_a_long_value_of_etcd_is_read_before_it_is_taken(sources: Sources) -> No
     sources.keys.take(items)
     sources.names.settle()
     assert set(sources.in_force()) == {"long", "web"}
-    assert sources.keys.texts()[PREFIX + "long"] == long_text("long")
+    assert sources.keys.text(PREFIX + "long") == long_text("long")
 
 
 def test_what_was_prepared_counts_for_that_value_only(sources: Sources) -> None:

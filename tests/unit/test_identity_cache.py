@@ -60,14 +60,6 @@ def test_what_a_relist_lacks_stays_for_the_grace() -> None:
     assert cache.get(4242) is None
 
 
-def test_restored_identities_are_known_but_not_in_sync() -> None:
-    cache = IdentityCache()
-    cache.restore({4242: WEB, HOST: WEB, LOCAL_FLAG | 5: WEB, 4243: Labels()})
-    assert cache.number_of(WEB) == 4242
-    assert not cache.source.in_sync
-    assert cache.get(HOST) == Labels.of(["reserved:host"])
-
-
 @pytest.mark.parametrize(
     ("bad_key", "value"),
     [

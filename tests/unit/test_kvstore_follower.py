@@ -11,7 +11,7 @@ from typing import cast
 
 from core.table import Source, Table
 from kvstore.client import Client, Page
-from kvstore.errors import Compacted, KvstoreError, Unavailable
+from kvstore.errors import KvstoreError, Unavailable
 from kvstore.sink import TableSink
 from kvstore.watch import Change, WatchBatch
 from kvstore.watcher import Follower
@@ -56,10 +56,6 @@ def put(revision: int, *keys: str) -> list[Change]:
     return [Change(f"k/{key}", b"%d" % revision, revision) for key in keys]
 
 
-def deleted(revision: int, *keys: str) -> list[Change]:
-    return [Change(f"k/{key}", None, revision) for key in keys]
-
-
 def batch(revision: int, changes: list[Change], *, head: int = 0, created: bool = False) -> WatchBatch:
     return WatchBatch(revision, changes, head or revision, created)
 
@@ -69,9 +65,8 @@ def table_sink() -> tuple[Source[str, bytes], TableSink[str, bytes]]:
     return source, TableSink(source, lambda key, value: (key, value), lambda key: key, grace=60)
 
 
-def follower_of(script: Script, sink: TableSink[str, bytes], *, past: int = 0) -> Follower:
-    client = cast(Client, script)
-    return Follower(client, "k/", sink, resume_revision=past, resume_cluster=CLUSTER, partial=past > 0)
+def follower_of(script: Script, sink: TableSink[str, bytes]) -> Follower:
+    return Follower(cast(Client, script), "k/", sink)
 
 
 @contextlib.asynccontextmanager
@@ -127,27 +122,3 @@ async def test_the_revision_moves_when_the_sink_has_everything() -> None:
         assert len(source) == len(names)
     assert len(sink.seen) > 1, "it came at once"
     assert {revision for _, revision in sink.seen[1:]} == {5}
-
-
-async def test_history_since_a_partial_view_counts_up_to_the_list() -> None:
-    """b went before the list was made, c after it and d came back: of the three only b is a deletion now."""
-    source, sink = table_sink()
-    source.upsert_many([(f"k/{name}", b"0") for name in "abcd"])
-    history = [
-        batch(3, [], head=7, created=True),
-        batch(4, deleted(4, "b", "d")),
-        batch(7, [*put(5, "d"), *deleted(7, "c")]),
-    ]
-    script = Script([page(6, "a", "c", "d", first=True)], events=history)
-    async with following(follower_of(script, sink, past=3), until=lambda: source.in_sync):
-        await eventually(lambda: "k/c" not in source.entries(), "what happened after the list")
-        assert dict(source.entries()) == {"k/a": b"6", "k/d": b"6"}
-        assert source.missing == {}
-
-
-async def test_history_that_is_gone_leaves_what_is_missing_to_its_grace() -> None:
-    source, sink = table_sink()
-    source.upsert("k/b", b"0")
-    script = Script([page(6, "a", first=True)], events=[Compacted("k/", 4, 5)])
-    async with following(follower_of(script, sink, past=3), until=lambda: "k/b" in source.missing):
-        assert dict(source.entries()) == {"k/a": b"6", "k/b": b"0"}

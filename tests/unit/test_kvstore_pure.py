@@ -195,13 +195,20 @@ def batch(*events: Change, head: int = 0, created: bool = False, revision: int =
     return WatchBatch(last, list(events), head, created)
 
 
+def merged(cursor: Cursor, taken: WatchBatch) -> list[Change]:
+    """Take a batch as a follower does; return what it changes."""
+    changes = cursor.changes(taken)
+    cursor.passed(taken)
+    return changes
+
+
 def test_last_event_of_a_key_wins_and_repeated_ones_are_dropped() -> None:
     cursor = Cursor()
     cursor.listed(10)
-    changes = cursor.merge(batch(event("a", 9), event("a", 11, "x"), event("b", 12), event("a", 13, None)))
+    changes = merged(cursor, batch(event("a", 9), event("a", 11, "x"), event("b", 12), event("a", 13, None)))
     assert changes == [Change("b", b"v", 12), Change("a", None, 13)], "in the order of each key's last event"
     assert cursor.revision == 13
-    assert cursor.merge(batch(event("a", 13), event("b", 12))) == []
+    assert merged(cursor, batch(event("a", 13), event("b", 12))) == []
 
 
 def test_history_lost_means_list_again() -> None:
@@ -213,22 +220,22 @@ def test_history_lost_means_list_again() -> None:
 
 def test_resumed_view_is_caught_up_when_the_revision_at_the_start_is_passed() -> None:
     cursor = Cursor(5)
-    cursor.merge(batch(head=9, created=True, revision=5))
+    merged(cursor, batch(head=9, created=True, revision=5))
     assert not cursor.caught_up
-    cursor.merge(batch(event("a", 7), head=9))
+    merged(cursor, batch(event("a", 7), head=9))
     assert not cursor.caught_up
-    cursor.merge(batch(event("a", 9), head=9))
+    merged(cursor, batch(event("a", 9), head=9))
     assert cursor.caught_up
 
 
 def test_resumed_view_is_caught_up_after_quiet_or_when_nothing_happened() -> None:
     cursor = Cursor(5)
-    cursor.merge(batch(head=9, created=True, revision=5))
-    cursor.merge(batch(head=9, revision=5))
+    merged(cursor, batch(head=9, created=True, revision=5))
+    merged(cursor, batch(head=9, revision=5))
     assert cursor.caught_up
     assert cursor.revision == 5
     same = Cursor(9)
-    same.merge(batch(head=9, created=True, revision=9))
+    merged(same, batch(head=9, created=True, revision=9))
     assert same.caught_up
 
 
@@ -249,7 +256,7 @@ def test_merge_equals_applying_every_event_once(data: st.DataObject) -> None:
     while position < len(events):
         begin = data.draw(st.integers(0, position))
         position = data.draw(st.integers(position + 1, len(events)))
-        for change in cursor.merge(batch(*events[begin:position])):
+        for change in merged(cursor, batch(*events[begin:position])):
             _apply(view, change.key, change.value)
     assert view == truth
     assert cursor.revision == len(events) + 1

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Views on disk: what was known comes back with its place; no file, however broken, stops a start."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent import ipcache, remembered, sinks, viewfile
+from agent.ipcache import Record
+from agent.nodes import NodeTable
+from agent.policies import Refusals, new_documents
+from agent.policy_sources import PolicyKeys
+from agent.remembered import Remembered, View
+from agent.viewfile import Place, Row, Shape, ViewFile
+from core.table import Table
+from identity.cache import IdentityCache
+from kvstore import schema
+from kvstore.client import Client
+from kvstore.sink import TableSink
+from kvstore.watcher import Follower
+from tests.support.saved import Saved
+
+OWNER, CLUSTER, GRACE_S = "default/host-1", (1 << 64) - 5, 60.0
+POLICY = "- endpointSelector: {matchLabels: {app: web}}\n  ingress: [{}]\n"
+NODE = schema.encode_node(
+    schema.NodeRecord("host-2", "default", (schema.NodeAddress("InternalIP", "10.0.0.2"),))
+)
+
+
+class Life:
+    """What one agent knows of etcd, and its file."""
+
+    def __init__(self, directory: Path, owner: str = OWNER) -> None:
+        self.path = directory / viewfile.NAME
+        nodes: NodeTable = Table("nodes", ("kvstore",))
+        self.addresses = sinks.IpSink(ipcache.new_table().source(ipcache.KVSTORE_SOURCE), GRACE_S)
+        self.identities = IdentityCache(grace=GRACE_S)
+        self.nodes = TableSink(nodes.source("kvstore"), sinks.node_entry, sinks.node_name)
+        self.policies = PolicyKeys(new_documents(), Refusals(), GRACE_S)
+        self.views: list[View[Any, Any]] = [
+            remembered.identity_view(follower(schema.IDENTITY_IDS, self.identities), self.identities),
+            remembered.policy_view(follower(schema.POLICIES, self.policies), self.policies),
+            remembered.node_view(follower(schema.NODES, self.nodes), self.nodes),
+            remembered.AddressView(follower(schema.IPS, self.addresses), self.addresses),
+        ]
+        self.memory = Remembered(ViewFile(self.path, owner, remembered.SHAPES), grace=GRACE_S)
+
+    async def start(self) -> list[bool]:
+        """Restore every view; return which of them are whole."""
+        await self.memory.open()
+        return [await self.memory.restore(view) for view in self.views]
+
+    def listed(self, revision: int) -> None:
+        """Everything etcd has at `revision` has been delivered."""
+        for view in self.views:
+            view.follower.cursor.listed(revision, CLUSTER)
+
+    def fill(self) -> None:
+        self.identities.put(f"{schema.IDENTITY_IDS}4711", b"container:app=web;container:name=\xc3\xbc;")
+        self.policies.put(f"{schema.POLICIES}web", POLICY.encode())
+        self.nodes.put(f"{schema.NODES}default/host-2", NODE)
+        for address in ("10.1.0.1", "fd00::1"):
+            record = schema.ip_record(address, 4711, host_ip="10.0.0.2", metadata="a:b\n")
+            self.addresses.put(f"{schema.IPS}default/{address}", schema.encode_ip(record))
+
+    def known(self) -> list[dict[Any, Any]]:
+        return [dict(view.source.entries()) for view in self.views]
+
+
+def follower(prefix: str, sink: TableSink[Any, Any]) -> Follower:
+    return Follower(cast(Client, None), prefix, sink)
+
+
+@contextmanager
+def life(directory: Path, owner: str = OWNER) -> Iterator[Life]:
+    new = Life(directory, owner)
+    try:
+        yield new
+    finally:
+        new.memory.close()
+
+
+async def first_life(directory: Path, revision: int = 9) -> list[dict[Any, Any]]:
+    """Have an agent learn and write everything; return what it knew."""
+    with life(directory) as one:
+        await one.start()
+        one.fill()
+        one.listed(revision)
+        await one.memory.write()
+        assert one.memory.trouble == ""
+        return one.known()
+
+
+async def test_what_was_known_comes_back_with_its_place(tmp_path: Path) -> None:
+    known = await first_life(tmp_path)
+    assert [len(each) for each in known] == [1, 1, 1, 2]
+    with life(tmp_path) as two:
+        assert await two.start() == [True] * 4
+        assert two.known() == known
+        assert {view.place for view in two.views} == {Place(9, CLUSTER)}
+        assert all(view.source.complete and not view.source.in_sync for view in two.views)
+        assert not any(view.is_due for view in two.views), "what was restored is not written again"
+
+
+async def test_a_view_whose_list_is_not_whole_is_not_written(tmp_path: Path) -> None:
+    with life(tmp_path) as one:
+        await one.start()
+        one.fill()
+        await one.memory.write()
+    assert Saved(tmp_path).rows("places") == []
+    with life(tmp_path) as two:
+        assert await two.start() == [False] * 4
+        assert not any(view.source.complete for view in two.views)
+
+
+async def test_only_what_changed_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await first_life(tmp_path)
+    written: list[Any] = []
+    put = ViewFile.put
+
+    def noted(file: ViewFile, shape: Shape, rows: Iterable[Row]) -> None:
+        written.extend(rows)
+        put(file, shape, rows)
+
+    monkeypatch.setattr(ViewFile, "put", noted)
+    with life(tmp_path) as two:
+        await two.start()
+        two.identities.put(f"{schema.IDENTITY_IDS}4712", b"container:app=db;")
+        two.identities.deleted(f"{schema.IDENTITY_IDS}4711")
+        two.views[0].follower.cursor.listed(10, CLUSTER)
+        await two.memory.write()
+    assert written == [(4712, "container:app=db;", False)]
+    assert Saved(tmp_path).keys("identities") == [4712]
+    assert Saved(tmp_path).revision("identities") == 10
+    assert Saved(tmp_path).revision("addresses") == 9
+
+
+async def test_what_a_list_lacked_stays_missing_in_the_next_life(tmp_path: Path) -> None:
+    """Its grace begins anew: the watch that resumes will not list, and nothing else would end it."""
+    await first_life(tmp_path)
+    with life(tmp_path) as two:
+        await two.start()
+        two.addresses.begin_list()
+        two.addresses.listed(11)
+        assert len(two.addresses.source.missing) == 2
+        two.listed(11)
+        await two.memory.write()
+    with life(tmp_path) as three:
+        await three.start()
+        assert set(three.addresses.source.missing) == {"10.1.0.1/32", "fd00::1/128"}
+        record = schema.encode_ip(schema.ip_record("10.1.0.1", 4711, host_ip="10.0.0.2", metadata="a:b\n"))
+        three.addresses.put(f"{schema.IPS}default/10.1.0.1", record)
+        three.listed(12)
+        await three.memory.write()
+    with life(tmp_path) as four:
+        await four.start()
+        assert set(four.addresses.source.missing) == {"fd00::1/128"}
+        assert four.addresses.source.expire(now=1e12) == ["fd00::1/128"]
+
+
+STEPS = st.lists(st.tuples(st.sampled_from("pdw"), st.integers(0, 5), st.integers(256, 260)), max_size=30)
+
+
+@given(STEPS)
+def test_any_history_comes_back_as_of_the_last_write(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, int]]
+) -> None:
+    async def story() -> None:
+        directory, written, at = tmp_path_factory.mktemp("views"), dict[str, Record](), 0
+        with life(directory) as one:
+            await one.start()
+            for revision, (verb, number, identity) in enumerate(steps, 1):
+                key = f"{schema.IPS}default/10.0.0.{number}"
+                if verb == "p":
+                    one.addresses.put(key, schema.encode_ip(schema.ip_record(f"10.0.0.{number}", identity)))
+                elif verb == "d":
+                    one.addresses.deleted(key)
+                one.views[3].follower.cursor.listed(revision, CLUSTER)
+                if verb == "w":
+                    await one.memory.write()
+                    written, at = dict(one.addresses.source.entries()), revision
+        with life(directory) as two:
+            await two.start()
+            assert dict(two.addresses.source.entries()) == written
+            assert two.views[3].follower.revision == at
+
+    asyncio.run(story())
+
+
+async def test_files_are_private(tmp_path: Path) -> None:
+    with life(tmp_path) as one:
+        await one.start()
+        one.fill()
+        one.listed(3)
+        await one.memory.write()
+        found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert found == {"views.db": 0o600, "views.db-wal": 0o600, "views.db-shm": 0o600}
+
+
+def sql(*statements: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        with closing(sqlite3.connect(path, isolation_level=None)) as database:
+            for statement in statements:
+                database.execute(statement)
+
+    return change
+
+
+def halved(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def torn(path: Path) -> None:
+    """The first page is as it was, the others never reached the disk."""
+    data = path.read_bytes()
+    path.write_bytes(data[: viewfile.PAGE_BYTES] + bytes(len(data) - viewfile.PAGE_BYTES))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "half a file": (halved, "malformed"),
+    "pages of nothing": (torn, "malformed"),
+    "no database": (lambda path: path.write_bytes(b"{}" * 5000), "not a database"),
+    "another program's": (sql("DROP TABLE places"), "no such table"),
+    "a version to come": (sql("PRAGMA user_version = 9"), "version 9 is not 1"),
+    "another host's": (sql("UPDATE owner SET name = 'default/host-7'"), "it is of default/host-7"),
+    "nobody's": (sql("DELETE FROM owner"), "it is of None"),
+    "a number that is a word": (sql("UPDATE addresses SET identity = 'x'"), "another type"),
+    "an identity of the host": (sql("UPDATE addresses SET identity = 1"), "can not have said"),
+    "a local identity": (sql("UPDATE addresses SET identity = 16777217"), "can not have said"),
+    "no prefix": (sql("UPDATE addresses SET prefix = '10.1.0.x/32' WHERE prefix LIKE '10%'"), "10.1.0.x"),
+    "a cluster of letters": (sql("UPDATE places SET cluster_id = 'xyz'"), "xyz"),
+    "labels that are no text": (sql("UPDATE identities SET labels = x'ff'"), "identities"),
+}
+
+
+@pytest.mark.parametrize(("change", "told"), DAMAGE.values(), ids=DAMAGE.keys())
+async def test_a_file_that_can_not_be_used_is_kept_aside_and_begun_anew(
+    tmp_path: Path, change: Callable[[Path], object], told: str
+) -> None:
+    known = await first_life(tmp_path)
+    change(tmp_path / viewfile.NAME)
+    with life(tmp_path) as two:
+        assert not all(await two.start())
+        assert told in two.memory.damage
+        (kept,) = tmp_path.glob("views.db.damaged-*")
+        assert str(kept) in two.memory.damage
+        two.fill()
+        two.listed(20)
+        await two.memory.write()
+        assert two.memory.trouble == ""
+    with life(tmp_path) as three:
+        assert await three.start() == [True] * 4
+        assert three.known() == known
+
+
+@pytest.mark.parametrize(
+    ("statement", "view"),
+    [
+        ("UPDATE identities SET labels = 'nonsense'", 0),
+        ("UPDATE policies SET text = 'endpointSelector: 7'", 1),
+        ("UPDATE nodes SET record = '{}'", 2),
+    ],
+)
+async def test_a_record_that_is_refused_makes_its_view_be_listed(
+    tmp_path: Path, statement: str, view: int
+) -> None:
+    """A checkpoint of a version that understood it, say: the rest is in force, but not from there on."""
+    await first_life(tmp_path)
+    sql(statement)(tmp_path / viewfile.NAME)
+    with life(tmp_path) as two:
+        assert await two.start() == [number != view for number in range(4)]
+        assert two.views[view].follower.cursor.must_list
+        assert two.memory.damage == ""
+
+
+async def test_an_empty_file_is_a_first_start(tmp_path: Path) -> None:
+    (tmp_path / viewfile.NAME).touch()
+    with life(tmp_path) as one:
+        assert await one.start() == [False] * 4
+        assert one.memory.damage == ""
+
+
+async def test_a_directory_that_can_not_be_written_is_tried_again(tmp_path: Path) -> None:
+    directory = tmp_path / "later"
+    with life(directory) as one:
+        assert await one.start() == [False] * 4
+        assert "can not be opened" in one.memory.trouble
+        one.fill()
+        one.listed(4)
+        await one.memory.write()
+        assert str(directory) in one.memory.trouble
+        directory.mkdir()
+        await one.memory.write()
+        assert one.memory.trouble == ""
+    with life(directory) as two:
+        assert await two.start() == [True] * 4
