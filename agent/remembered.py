@@ -53,19 +53,11 @@ V = TypeVar("V")
 T = TypeVar("T")
 
 ADDRESSES = Shape(
-    "addresses",
-    (
-        "prefix TEXT",
-        "identity INTEGER NOT NULL",
-        "host_ip TEXT NOT NULL",
-        "encrypt_key INTEGER NOT NULL",
-        "metadata TEXT NOT NULL",
-        "space TEXT NOT NULL",
-    ),
+    "addresses", prefix=str, identity=int, host_ip=str, encrypt_key=int, metadata=str, space=str
 )
-IDENTITIES = Shape("identities", ("number INTEGER", "labels TEXT NOT NULL"))
-NODES = Shape("nodes", ("name TEXT", "record TEXT NOT NULL"))
-POLICIES = Shape("policies", ("key TEXT", "text TEXT NOT NULL"))
+IDENTITIES = Shape("identities", number=int, labels=str)
+NODES = Shape("nodes", name=str, record=str)
+POLICIES = Shape("policies", key=str, text=str)
 SHAPES = (ADDRESSES, IDENTITIES, NODES, POLICIES)
 
 # Seconds between two looks at what has changed; policies are looked at more often.
@@ -121,11 +113,7 @@ class View(Generic[K, V]):
 
     async def take(self, rows: Sequence[Row]) -> bool:
         """Give rows to the source; False when one of them could not be used.  Raises CheckpointDamaged."""
-        try:
-            items = [self._item(*row[:-1]) for row in rows]
-        except (AttributeError, TypeError) as error:
-            raise CheckpointDamaged(f"{self.shape.name}: {error}") from error
-        await self.follower.deliver(items)
+        await self.follower.deliver([self._item(*row[:-1]) for row in rows])
         return not self._sink.ignored
 
     def taken(self, missing: Collection[K], place: Place, *, grace: float) -> None:
@@ -228,8 +216,10 @@ class Remembered:
         began, missing, whole = time.monotonic(), list[Any](), True
         try:
             place = await self._do(self._file.place, view.shape)
-            chunks = await self._do(self._file.rows, view.shape)
-            while (rows := await self._do(next, chunks, None)) is not None:
+            chunks = self._file.rows(view.shape)
+            coming = self._do(next, chunks, None)
+            while (rows := await coming) is not None:
+                coming = self._do(next, chunks, None)  # read while these are taken
                 whole &= await view.take(rows)
                 missing += [row[0] for row in rows if row[-1]]
         except CheckpointDamaged as error:
@@ -336,8 +326,8 @@ class Remembered:
             logger.error("checkpoint {}", trouble)
         self.trouble = trouble
 
-    async def _do(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+    def _do(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
 
 def _address_row(prefix: str, record: Record) -> Row:
@@ -351,10 +341,6 @@ def _no_item(*_: object) -> Item:
 def _records(rows: Sequence[Row]) -> list[tuple[str, Record]]:
     """Return rows as the table has them.  Raises CheckpointDamaged for what this agent has not written."""
     prefixes, identities, hosts, keys, metadata, spaces, _ = zip(*rows, strict=True)
-    texts = {type(each) for column in (prefixes, hosts, metadata, spaces) for each in column}
-    numbers = {type(each) for column in (identities, keys) for each in column}
-    if texts != {str} or numbers != {int}:
-        raise CheckpointDamaged("addresses: a column is of another type")
     if min(identities) <= 0 or max(identities) >= LOCAL_FLAG or HOST in identities:
         raise CheckpointDamaged("addresses: an identity is one that etcd can not have said")
     _check_prefixes(prefixes)

@@ -251,6 +251,7 @@ class Table(Generic[K, V]):
         self._by_name = {source.name: source for source in self._sources}
         self._subscriptions: list[Subscription[K]] = []
         self._all_in_sync = asyncio.Event()
+        self._size = (-1, 0)  # as of a revision
 
     def source(self, name: str) -> Source[K, V]:
         """Return the source called `name`; KeyError for one that was not declared."""
@@ -274,7 +275,11 @@ class Table(Generic[K, V]):
         await self._all_in_sync.wait()
 
     def __len__(self) -> int:
-        return sum(len(source) - len(self._hidden(rank)) for rank, source in enumerate(self._sources))
+        revision, size = self._size
+        if revision != self.revision:  # what is hidden takes milliseconds to count, and status asks often
+            size = sum(len(source) - len(self._hidden(rank)) for rank, source in enumerate(self._sources))
+            self._size = (self.revision, size)
+        return size
 
     def __contains__(self, key: K) -> bool:
         for source in self._sources:  # noqa: SIM110 - asked for each of 300 000 entries: half the time of any()

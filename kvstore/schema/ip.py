@@ -94,7 +94,7 @@ def rewrite_ip(record: IpRecord, old: bytes | None) -> bytes:
 def parse_ip_key(key: str) -> tuple[str, str]:
     """Return (address space, address or prefix) as written in the key."""
     space, slash, prefix = key[len(IPS) :].partition("/")
-    if not key.startswith(IPS) or not slash or not space or not prefix:
+    if not key.startswith(IPS) or not slash or not space.isprintable() or not space or not prefix:
         raise RecordError(key, "is not ip/v1/<space>/<address>", kind="key")
     return space, prefix
 
@@ -159,7 +159,7 @@ def parse_plain_ips(items: Sequence[tuple[str, bytes]]) -> PlainIps | None:
 def _space(head: str) -> str:
     """Return the address space when `head` is all that stands before an address in its key, else ""."""
     space = head.removeprefix(IPS)
-    return "" if space == head or "/" in space else sys.intern(space)
+    return "" if space == head or "/" in space or not space.isprintable() else sys.intern(space)
 
 
 @functools.lru_cache(maxsize=1 << 14)

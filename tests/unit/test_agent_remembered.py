@@ -234,12 +234,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a version to come": (sql("PRAGMA user_version = 9"), "version 9 is not 1"),
     "another host's": (sql("UPDATE owner SET name = 'default/host-7'"), "it is of default/host-7"),
     "nobody's": (sql("DELETE FROM owner"), "it is of None"),
-    "a number that is a word": (sql("UPDATE addresses SET identity = 'x'"), "another type"),
+    "a number that is a word": (sql("UPDATE addresses SET identity = 'x'"), "Expected `int`"),
     "an identity of the host": (sql("UPDATE addresses SET identity = 1"), "can not have said"),
     "a local identity": (sql("UPDATE addresses SET identity = 16777217"), "can not have said"),
     "no prefix": (sql("UPDATE addresses SET prefix = '10.1.0.x/32' WHERE prefix LIKE '10%'"), "10.1.0.x"),
     "a cluster of letters": (sql("UPDATE places SET cluster_id = 'xyz'"), "xyz"),
-    "labels that are no text": (sql("UPDATE identities SET labels = x'ff'"), "identities"),
+    "labels that are no text": (sql("UPDATE identities SET labels = x'ff'"), "BLOB"),
 }
 
 
