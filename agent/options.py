@@ -68,7 +68,7 @@ OPTIONS: tuple[Option, ...] = (
         "state-dir",
         Type.PATH,
         Path("/var/lib/holdfast"),
-        "Directory of the checkpoint: endpoints, networks, known policies and identities, this node's pool",
+        "Directory of the checkpoint: endpoints, networks, what etcd said last, this node's pool",
         section=_AGENT,
     ),
     Option(

@@ -99,7 +99,7 @@ class View(Generic[K, V]):
         """True when there is something to write; a view is not whole before its list is."""
         return self.follower.revision > 0 and (bool(len(self.changes)) or self.place != self.written)
 
-    def rows(self, keys: Iterable[K]) -> tuple[list[Row], list[K]]:
+    def rows(self, keys: Sequence[K]) -> tuple[list[Row], list[K]]:
         """Return the rows of these keys, and those of them that have none."""
         entries, missing, row = self.source.entries(), self.source.missing, self._row
         rows, gone = [], []
@@ -134,7 +134,17 @@ class AddressView(View[str, Record]):
     """Addresses, by the hundred thousand: not as etcd wrote them, but as the table has them."""
 
     def __init__(self, follower: Follower, sink: TableSink[str, Record]) -> None:
-        super().__init__(ADDRESSES, follower, sink, _address_row, _no_item)
+        super().__init__(ADDRESSES, follower, sink, _unused, _unused)
+
+    def rows(self, keys: Sequence[str]) -> tuple[list[Row], list[str]]:
+        entries, missing = self.source.entries(), self.source.missing
+        # A call for each takes as long again.
+        rows: list[Row] = [
+            (key, each.identity, each.host_ip, each.key, each.metadata, each.space, key in missing)
+            for key in keys
+            if (each := entries.get(key)) is not None
+        ]
+        return rows, [] if len(rows) == len(keys) else [key for key in keys if key not in entries]
 
     async def take(self, rows: Sequence[Row]) -> bool:
         for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -186,23 +196,25 @@ class Remembered:
         self.views: list[View[Any, Any]] = []
         self._file = file
         self._grace = grace
-        self._usable = False
+        self._found = False  # a file with views
+        self._usable = False  # one that can be written
         # One thread: a transaction that was broken off is undone before the next one begins.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="views")
 
     async def open(self) -> None:
         """Open the file.  Whatever is wrong with it is told, and the start goes on without it."""
         try:
-            self._usable = await self._do(self._file.open)
+            self._found = await self._do(self._file.open)
+            self._usable = True
         except CheckpointDamaged as error:
             await self._put_aside(error)
         except (OSError, sqlite3.Error) as error:
             self._tell(f"{self._file.path} can not be opened: {error}")
 
     @property
-    def is_usable(self) -> bool:
-        """True when there is a file that can be read and written."""
-        return self._usable
+    def has_views(self) -> bool:
+        """True when the last life left views that can be read."""
+        return self._found
 
     async def restore(self, view: View[Any, Any]) -> bool:
         """Give a view to its source as if etcd had delivered it, and have it followed from where it stands.
@@ -211,7 +223,7 @@ class Remembered:
         """
         if view not in self.views:
             self.views.append(view)
-        if not self._usable:
+        if not self._found:
             return False
         began, missing, whole = time.monotonic(), list[Any](), True
         try:
@@ -308,7 +320,7 @@ class Remembered:
 
     async def _put_aside(self, error: BaseException) -> None:
         """Begin a new file in place of a damaged one; everything known is written anew."""
-        self._usable = False
+        self._found = self._usable = False
         for view in self.views:
             view.mark_all()
         try:
@@ -330,11 +342,7 @@ class Remembered:
         return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
 
-def _address_row(prefix: str, record: Record) -> Row:
-    return (prefix, record.identity, record.host_ip, record.key, record.metadata, record.space)
-
-
-def _no_item(*_: object) -> Item:
+def _unused(*_: object) -> Any:
     raise NotImplementedError
 
 

@@ -73,6 +73,7 @@ def status(process: AgentProcess) -> models.Status:
             models.IgnoredRecord(key=shorten(key), error=error)
             for key, error in itertools.islice(ignored_records(parts).items(), IGNORED_SHOWN)
         ],
+        checkpoint=_checkpoint(parts),
         cluster_health=summary(parts.prober, parts.health_server),
         cluster_dns=_names(parts),
     )
@@ -174,6 +175,18 @@ def _masquerading(parts: Parts) -> models.Component:
         return models.Component(state=DISABLED, msg="enable-ipv4-masquerade is false")
     words = ", ".join(f"IPv{each}: {'Enabled' if each in on else 'Disabled'}" for each in families)
     return models.Component(state=OK, msg=f"nft, {' '.join(parts.pool.networks)} [{words}]")
+
+
+def _checkpoint(parts: Parts) -> models.Component:
+    """What the next life would begin with."""
+    memory = parts.memory
+    if memory.trouble:
+        return models.Component(state=WARNING, msg=memory.trouble)
+    sizes = ", ".join(f"{len(view.source)} {view.shape.name}" for view in memory.views)
+    if memory.damage:
+        return models.Component(state=WARNING, msg=memory.damage)
+    saved = f"written {when(memory.written_at)}" if memory.written_at else "unchanged since the last life"
+    return models.Component(state=OK, msg=f"{sizes}; {saved}")
 
 
 def _monitor(process: AgentProcess) -> models.MonitorInfo:

@@ -193,7 +193,7 @@ async def _restore_addresses(parts: Parts) -> None:
     got already.
     """
     if not parts.addresses_restored.is_set():
-        if parts.memory.is_usable:
+        if parts.memory.has_views:
             await parts.policy_maps.opened.wait()
         if not await parts.memory.restore(parts.address_view):
             source, pinned = parts.ip_sink.source, parts.programs.maps.ipcache

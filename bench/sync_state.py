@@ -49,6 +49,7 @@ from datapath.mapspec import MapCatalogue, create
 from kvstore import schema
 from tests.support.agent import ETCD_PORT, AgentHost
 from tests.support.host import REPO, Hub, Process, wait_for
+from tests.support.saved import Saved
 
 SMALL, LARGE = Fleet(100_000, 5_000, 1_000), Fleet(300_000, 64_000, 10_000)
 RUNS, UPDATES = 3, 9
@@ -197,7 +198,10 @@ def launch(host: SyncHost) -> Process:
 
 
 def restart(host: SyncHost, fleet: Fleet) -> Sync:
-    """Kill the agent and start it again over its own map; return what that took until all is in sync."""
+    """Kill the agent and start it again over its own map and checkpoint; return what that took until all is
+    in sync."""
+    saved = Saved(host.state)
+    poll(lambda: saved.revision("addresses") > 0, "checkpoint with every address")
     host.kill_agent()
     agent = launch(host)
     began = started_at(agent.pid)
@@ -213,7 +217,7 @@ def all_in_sync(host: SyncHost) -> bool:
     except Exception:  # noqa: BLE001 - not there yet
         time.sleep(0.05)
         return False
-    time.sleep(0.05)  # an answer costs the agent more than a look at its map
+    time.sleep(0.1)  # an answer costs the agent more than a look at its map
     return bool(status["tables"]) and all(each["in-sync"] for each in status["tables"])
 
 

@@ -191,6 +191,7 @@ class Status(Model, frozen=True, kw_only=True):
     ignored: int = 0  # records in etcd that can not be used
     ignored_records: list[IgnoredRecord] = []  # the first of them
     maps: list[MapInfo] = []
+    checkpoint: Component = Component(state="Disabled", msg="not started")
     cluster_health: ClusterHealth = ClusterHealth(state="Disabled", msg="not started")
     cluster_dns: ClusterDns = ClusterDns(state="Disabled", msg="not started")
 

@@ -71,6 +71,8 @@ def lines(found: Json, verbose: bool) -> Iterator[str]:
     yield line("Policy", policy(found))
     yield line("Identities", identities(found))
     yield line("Staleness", staleness(found["staleness"]))
+    if "checkpoint" in found:  # an older agent does not say
+        yield line("Checkpoint", component(found["checkpoint"]))
     yield from cluster_health(found.get("cluster-health"))
     yield from cluster_dns(found.get("cluster-dns"))
     if found["maps"]:

@@ -205,6 +205,51 @@ def test_a_restart_while_etcd_is_away(host: AgentHost, flows: Flows) -> None:
     flows.check()
 
 
+def test_containers_that_start_without_etcd_are_under_the_policy_of_the_checkpoint(
+    host: AgentHost, flows: Flows
+) -> None:
+    """Agent and etcd both went: labels and policies of the last life are what a new container gets."""
+    host.etcdctl("put", "holdfast/policies/v1/server-rules", stdin=POLICY)
+    saved = Saved(host.state)
+    wait_for(
+        lambda: saved.knows("policies", "holdfast/policies/v1/server-rules"), "checkpoint with the policy"
+    )
+    (host.policies / "server.yaml").unlink()
+    wait_for(lambda: [each["name"] for each in host.api("/v1/policy")["policies"]] == ["server-rules"], "one")
+    host.kill_agent()
+    host.stop_etcd()
+    started: list[str] = []
+    try:
+        host.launch_agent()
+        wait_for(lambda: host.api("/v1/endpoint", check=False), "endpoints restored")
+        for name in ("client", "stranger", "server"):
+            started.append(f"late-{name}")
+            host.container(f"late-{name}", "sleep", "infinity", labels={"app": name})
+            known = host.endpoint_of(name)["status"]["identity"]["id"]
+            assert host.endpoint_of(f"late-{name}")["status"]["identity"]["id"] == known
+        for server in (flows.server_ip, address_of(host, "late-server")):
+            ping = ("ping", "-c1", "-W2", server)
+            wait_for(lambda: host.inside("late-client", *ping, check=False).returncode == 0, "answer")  # noqa: B023
+            assert host.inside("late-stranger", *ping, check=False).returncode == 1
+        flows.wait_progress(100)
+        flows.check()
+    finally:
+        (host.policies / "server.yaml").write_text(POLICY)
+        host.engine.docker("rm", "-f", *started)
+        host.start_etcd()
+    wait_for(host.healthy, "healthy agent", seconds=90)  # etcd is asked every half minute by then
+    wait_for(lambda: len(host.api("/v1/policy")["policies"]) == 2, "policy in force")
+    host.etcdctl("del", "holdfast/policies/v1/server-rules")
+    wait_for(lambda: len(host.api("/v1/policy")["policies"]) == 1, "one policy in force")
+    flows.wait_progress(100)
+    flows.check()
+
+
+def address_of(host: AgentHost, container: str) -> str:
+    (addresses,) = host.endpoint_of(container)["status"]["networking"]["addressing"]
+    return str(addresses["ipv4"])
+
+
 def test_machine_deleted_while_the_agent_is_away(host: AgentHost, machine: Machine, flows: Flows) -> None:
     """The watch goes on where the checkpoint stands: what was deleted is deleted, and not just missing."""
     machine.register("short-lived", "10.99.0.7")

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -25,9 +25,8 @@ from agent.viewfile import Place, Row, Shape, ViewFile
 from core.table import Table
 from identity.cache import IdentityCache
 from kvstore import schema
-from kvstore.client import Client
 from kvstore.sink import TableSink
-from kvstore.watcher import Follower
+from tests.support.lives import follower
 from tests.support.saved import Saved
 
 OWNER, CLUSTER, GRACE_S = "default/host-1", (1 << 64) - 5, 60.0
@@ -75,10 +74,6 @@ class Life:
 
     def known(self) -> list[dict[Any, Any]]:
         return [dict(view.source.entries()) for view in self.views]
-
-
-def follower(prefix: str, sink: TableSink[Any, Any]) -> Follower:
-    return Follower(cast(Client, None), prefix, sink)
 
 
 @contextmanager

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file of views on real disks: killed in the middle of a write, and full."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent import ipcache, remembered, sinks, viewfile
+from agent.remembered import AddressView, Remembered
+from agent.viewfile import ViewFile
+from kvstore import schema
+from tests.support.host import REPO, run, wait_for
+from tests.support.lives import follower
+from tests.support.saved import Saved
+
+OWNER = "default/host-1"
+KILLS, ADDRESSES = 12, 2000
+
+# Every address gets the number of the round, and so does the place: a file that is whole has one number.
+WRITER = """
+import asyncio, sys
+from pathlib import Path
+from tests.kernel.test_agent_views import ADDRESSES, Life
+async def main():
+    life = Life(Path(sys.argv[1]))
+    await life.memory.open()
+    await life.memory.restore(life.view)
+    while True:
+        life.write_round(life.view.follower.revision + 1)
+        await life.memory.write()
+        print(life.memory.trouble, flush=True)
+asyncio.run(main())
+"""
+
+
+class Life:
+    """Addresses and their file."""
+
+    def __init__(self, directory: Path) -> None:
+        self.sink = sinks.IpSink(ipcache.new_table().source(ipcache.KVSTORE_SOURCE), 60.0)
+        self.view = AddressView(follower(schema.IPS, self.sink), self.sink)
+        self.memory = Remembered(ViewFile(directory / viewfile.NAME, OWNER, remembered.SHAPES), grace=60.0)
+
+    def write_round(self, number: int, addresses: int = ADDRESSES) -> None:
+        items = []
+        for index in range(addresses):
+            address = f"10.0.{index >> 8}.{index & 255}"
+            record = schema.ip_record(address, 1000 + number, metadata="x" * 100)
+            items.append((schema.ip_key(schema.DEFAULT_SPACE, address), schema.encode_ip(record)))
+        self.sink.take(items)
+        self.view.follower.cursor.listed(number)
+
+
+def test_an_agent_that_is_killed_while_it_writes_leaves_one_whole_view(tmp_path: Path) -> None:
+    saved, last = Saved(tmp_path), 0
+    for kill in range(KILLS):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path)],
+            env=os.environ | {"PYTHONPATH": str(REPO)},
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            wait_for(lambda: saved.revision("addresses") > last, "a round of this life")  # noqa: B023
+            time.sleep(kill * 0.013)
+        finally:
+            writer.send_signal(signal.SIGKILL)
+            writer.wait()
+        last = saved.revision("addresses")
+        identities = {row[1] for row in saved.rows("addresses")}
+        assert identities == {1000 + last}
+        assert len(saved.rows("addresses")) == ADDRESSES
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a megabyte."""
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mounted)])
+    try:
+        yield mounted
+    finally:
+        run(["umount", str(mounted)])
+
+
+async def test_a_full_disk_keeps_the_last_view_and_is_written_when_there_is_room(small_disk: Path) -> None:
+    life = Life(small_disk)
+    try:
+        await life.memory.open()
+        await life.memory.restore(life.view)
+        life.write_round(1, 100)
+        await life.memory.write()
+        assert life.memory.trouble == ""
+        ballast = small_disk / "ballast"
+        with pytest.raises(OSError, match="No space left"):
+            ballast.write_bytes(bytes(2 << 20))
+        life.write_round(2)
+        for _ in range(2):
+            await life.memory.write()
+            assert "full" in life.memory.trouble
+        assert Saved(small_disk).revision("addresses") == 1
+        assert len(Saved(small_disk).rows("addresses")) == 100
+        ballast.unlink()
+        await life.memory.write()
+        assert life.memory.trouble == ""
+    finally:
+        life.memory.close()
+    assert Saved(small_disk).revision("addresses") == 2
+    assert {row[1] for row in Saved(small_disk).rows("addresses")} == {1002}
