@@ -33,8 +33,7 @@ from tests.support.engine import (
 from tests.support.engine_fixtures import engine_parts, hub
 from tests.support.host import REPO, Hub, wait_for
 from tests.support.places import PORTS, PacketTap, Place, opened
-from tests.support.rules import element, rule, selects
-from tests.support.site import document
+from tests.support.rules import document, element, rule, selects
 
 __all__ = ["engine_parts", "hub"]
 

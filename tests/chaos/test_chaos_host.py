@@ -23,8 +23,8 @@ from tests.support.engine_fixtures import engine_parts, hub
 from tests.support.host import Hub, wait_for
 from tests.support.places import PORTS, PacketTap, Place
 from tests.support.require import require_tools
-from tests.support.rules import element, rule, selects
-from tests.support.site import Site, document
+from tests.support.rules import document, element, rule, selects
+from tests.support.site import Site
 from tests.support.traffic import serving
 
 __all__ = ["engine_parts", "hub"]

@@ -11,8 +11,8 @@ from tests.support import live
 from tests.support.engine_fixtures import engine_parts, hub
 from tests.support.host import Hub, wait_for
 from tests.support.places import PORTS
-from tests.support.rules import element, rule, selects
-from tests.support.site import Site, document, new_site
+from tests.support.rules import document, element, rule, selects
+from tests.support.site import Site, new_site
 
 __all__ = ["engine_parts", "hub"]
 

@@ -15,8 +15,8 @@ import pytest
 from tests.support.host import REPO, wait_for
 from tests.support.live import Stream
 from tests.support.places import PORTS
-from tests.support.rules import element, rule, selects
-from tests.support.site import Site, document
+from tests.support.rules import document, element, rule, selects
+from tests.support.site import Site
 
 MEGABYTE = 1_000_000
 NAME = "broken"

@@ -14,8 +14,8 @@ import pytest
 from tests.support.frames import checksum, icmp_message
 from tests.support.host import wait_for
 from tests.support.places import PacketTap, Place
-from tests.support.rules import Rule, element, rule, selects
-from tests.support.site import Site, both_families, document
+from tests.support.rules import Rule, document, element, rule, selects
+from tests.support.site import Site, both_families
 from tests.support.traffic import family_of
 
 NAMES = {4: "IPv4", 6: "IPv6"}

@@ -12,8 +12,8 @@ import pytest
 from tests.support.engine import WORKLOAD_IMAGE
 from tests.support.host import wait_for
 from tests.support.places import PORTS
-from tests.support.rules import element, on, rule, selects
-from tests.support.site import Monitor, Site, both_families, document
+from tests.support.rules import document, element, on, rule, selects
+from tests.support.site import Monitor, Site, both_families
 
 FIRST, SECOND = PORTS
 PROTOCOLS = ("TCP", "UDP", "ICMP")

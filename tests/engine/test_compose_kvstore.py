@@ -8,7 +8,6 @@ set of machines for the whole module, because each step stands on the one before
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,21 +15,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.engine import (
-    AGENT_IMAGE,
-    COMPOSE_VERSIONS,
-    ETCD_IMAGE,
-    WORKLOAD_IMAGE,
-    DockerHost,
-    compose_command,
-    project_images,
-)
+from tests.support.composed import ComposedHost, certificates
+from tests.support.engine import COMPOSE_VERSIONS, WORKLOAD_IMAGE, compose_command
 from tests.support.host import REPO, Hub, run, wait_for
 
-SETUP = REPO / "compose" / "setup"
-UP_SECONDS = 240
 NAMES = ("etcd-1", "etcd-2", "etcd-3")
-Done = subprocess.CompletedProcess[str]
 
 
 class Fleet:
@@ -38,36 +27,18 @@ class Fleet:
 
     def __init__(self, stack: ExitStack, hub: Hub, folder: Path) -> None:
         self.folder = folder
-        images = project_images()
-        self.members = {name: self._machine(stack, hub, images) for name in NAMES}
-        self.web = self._machine(stack, hub, images)
+        self.members = {name: self._machine(stack, hub) for name in NAMES}
+        self.web = self._machine(stack, hub)
 
-    def _machine(self, stack: ExitStack, hub: Hub, images: Path) -> DockerHost:
-        host = stack.enter_context(DockerHost("kv", images=images))
+    @staticmethod
+    def _machine(stack: ExitStack, hub: Hub) -> ComposedHost:
+        host = stack.enter_context(ComposedHost("kv"))
         host.address = hub.join(host)
         return host
 
-    def make(self, host: DockerHost, script: str, *arguments: str, check: bool = True) -> Done:
-        """Run one of compose/setup's scripts on a machine, as `make` does there."""
-        environment = {
-            **host.engine.environment,
-            "HOLDFAST_IMAGE": AGENT_IMAGE,
-            "HOLDFAST_ETCD_IMAGE": ETCD_IMAGE,
-            "HOLDFAST_BIN_DIR": f"{host.directory}/bin",
-            "HOLDFAST_START_NOW": "test",
-        }
-        return host.exec(
-            str(SETUP / script), *arguments, check=check, timeout=UP_SECONDS, environment=environment
-        )
-
-    def holdfast(self, host: DockerHost, *words: str, check: bool = True) -> Done:
-        return host.exec(
-            f"{host.directory}/bin/holdfast", *words, check=check, environment=host.engine.environment
-        )
-
     def status(self) -> dict[str, Any]:
         """Return what `holdfast kvstore status` says on the host that joined."""
-        done = self.holdfast(self.web, "kvstore", "status", "-o", "json", check=False)
+        done = self.web.cli("kvstore", "status", "-o", "json", check=False)
         assert done.stdout, done.stderr
         found: dict[str, Any] = json.loads(done.stdout)
         return found
@@ -76,34 +47,25 @@ class Fleet:
         return {each["name"] for each in self.status()["members"] if not each["error"]}
 
 
-def container(host: DockerHost, role: str) -> str:
-    (found,) = host.engine.docker("ps", "-aq", "--filter", f"label=holdfast.role={role}").stdout.split()
-    return found
-
-
 @pytest.fixture(scope="module")
 def fleet(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """The machines, after `make certs` on the first of them and `make member` on each."""
     with ExitStack() as stack:
         made = Fleet(stack, hub, tmp_path_factory.mktemp("fleet"))
-        addresses = {name: host.address for name, host in made.members.items()}
-        joining = [made.web.name, made.members["etcd-3"].name]
-        inventory = {"members": addresses, "hosts": joining, "operators": ["admin"]}
-        (made.folder / "inventory.yaml").write_text(json.dumps(inventory))
-        made.make(made.members["etcd-1"], "fleet.sh", str(made.folder / "inventory.yaml"))
+        certificates(made.folder, made.members, [made.web, made.members["etcd-3"]])
         for name, host in made.members.items():
-            done = made.make(host, "member.sh", str(made.folder / "members" / name))
+            done = host.make("member.sh", str(made.folder / "members" / name))
             assert ("runs and waits for the others" in done.stderr) == (name == "etcd-1"), done.stderr
         yield made
 
 
-def join(fleet: Fleet, host: DockerHost, *more: str) -> None:
-    fleet.make(host, "join.sh", str(fleet.folder / "hosts" / host.name), *more)
+def join(fleet: Fleet, host: ComposedHost, *more: str) -> None:
+    host.make("join.sh", str(fleet.folder / "hosts" / host.name), *more)
 
 
 def test_host_joins_and_sees_three_members(fleet: Fleet) -> None:
     join(fleet, fleet.web, "", str(fleet.folder / "operators" / "admin"))
-    assert fleet.holdfast(fleet.web, "status").returncode == 0
+    assert fleet.web.cli("status").returncode == 0
     wait_for(lambda: fleet.serving() == set(NAMES), "three members that serve")
     networks = fleet.web.engine.docker("network", "ls", "--format", "{{.Name}}").stdout.split()
     assert "holdfast" in networks
@@ -120,14 +82,14 @@ def test_each_member_has_a_snapshot_of_its_own_that_nobody_else_reads(fleet: Fle
         assert snapshot.name.startswith(f"{name}-")
         assert snapshot.stat().st_mode & 0o777 == 0o600
         check = ["holdfast", "kvstore", "maintain", "--member", name, "--check"]
-        host.engine.docker("exec", container(host, "maintenance"), *check)
-    assert fleet.holdfast(fleet.web, "kvstore", "status").returncode == 0
+        host.engine.docker("exec", host.container_of("maintenance"), *check)
+    assert fleet.web.cli("kvstore", "status").returncode == 0
 
 
 def test_services_have_no_rights(fleet: Fleet) -> None:
     for host in fleet.members.values():
         for role in ("etcd", "maintenance"):
-            found: Any = host.engine.inspect(container(host, role))["HostConfig"]
+            found: Any = host.engine.inspect(host.container_of(role))["HostConfig"]
             assert (found["CapDrop"], found["CapAdd"], found["Privileged"]) == (["ALL"], None, False)
 
 
@@ -163,10 +125,10 @@ def test_who_may_speak_to_a_member_at_which_port(fleet: Fleet) -> None:
 def test_again_changes_nothing(fleet: Fleet) -> None:
     machines = [*fleet.members.values(), fleet.web]
     before = [sorted(host.engine.containers()) for host in machines]
-    fleet.make(fleet.members["etcd-1"], "fleet.sh", str(fleet.folder / "inventory.yaml"))
-    fleet.make(fleet.members["etcd-1"], "member.sh", str(fleet.folder / "members" / "etcd-1"))
-    fleet.make(fleet.members["etcd-2"], "member.sh")
-    fleet.make(fleet.web, "join.sh")
+    fleet.members["etcd-1"].make("fleet.sh", str(fleet.folder / "inventory.yaml"))
+    fleet.members["etcd-1"].make("member.sh", str(fleet.folder / "members" / "etcd-1"))
+    fleet.members["etcd-2"].make("member.sh")
+    fleet.web.make("join.sh")
     assert [sorted(host.engine.containers()) for host in machines] == before
 
 
@@ -179,8 +141,8 @@ def test_a_members_machine_can_be_a_host_by_one_line(fleet: Fleet) -> None:
         target.write_bytes((fleet.folder / "hosts" / third.name / name).read_bytes())
         target.chmod(0o600)
     endpoints = ",".join(f"https://{host.address}:2379" for host in fleet.members.values())
-    fleet.make(third, "join.sh", "", endpoints)
-    nodes = json.loads(fleet.holdfast(fleet.web, "node", "list", "-o", "json").stdout)
+    third.make("join.sh", "", endpoints)
+    nodes = json.loads(fleet.web.cli("node", "list", "-o", "json").stdout)
     assert {fleet.web.name, third.name} <= {each["name"].rpartition("/")[2] for each in nodes}
 
 
@@ -193,13 +155,7 @@ RULES = """
 def test_workloads_of_the_two_hosts_meet_by_their_labels(fleet: Fleet) -> None:
     """What these commands set up is a fleet: identities and policy hold from host to host, by the tunnel."""
     here, there = fleet.web, fleet.members["etcd-3"]
-    applied = here.exec(
-        f"{here.directory}/bin/holdfast",
-        *("policy", "apply", "--name", "fleet", "-f", "-"),
-        stdin=RULES,
-        environment=here.engine.environment,
-    )
-    assert applied.returncode == 0, applied.stderr
+    here.cli("policy", "apply", "--name", "fleet", "-f", "-", stdin=RULES)
     address = workload(there, "server", "python3", "-m", "http.server", "8000")
     for name in ("friend", "foe"):
         workload(here, name, "sleep", "infinity")
@@ -215,7 +171,7 @@ def test_workloads_of_the_two_hosts_meet_by_their_labels(fleet: Fleet) -> None:
         host.engine.docker("rm", "-f", name)
 
 
-def workload(host: DockerHost, name: str, *command: str) -> str:
+def workload(host: ComposedHost, name: str, *command: str) -> str:
     """Start a container with the label app=`name` and return its address."""
     labels = ("--label", f"app={name}")
     host.engine.docker(
@@ -227,21 +183,21 @@ def workload(host: DockerHost, name: str, *command: str) -> str:
 
 def test_a_member_that_is_killed_is_missed_by_nobody_and_comes_back(fleet: Fleet) -> None:
     second = fleet.members["etcd-2"]
-    second.engine.docker("kill", container(second, "etcd"))
+    second.engine.docker("kill", second.container_of("etcd"))
     wait_for(lambda: fleet.serving() == {"etcd-1", "etcd-3"}, "two that serve")
-    written = fleet.holdfast(fleet.web, "kvstore", "set", "test/key", "while one is away")
+    written = fleet.web.cli("kvstore", "set", "test/key", "while one is away")
     assert "revision" in written.stdout
-    assert fleet.holdfast(fleet.web, "status").returncode == 0
-    second.engine.docker("start", container(second, "etcd"))
+    assert fleet.web.cli("status").returncode == 0
+    second.engine.docker("start", second.container_of("etcd"))
     wait_for(lambda: fleet.serving() == set(NAMES), "three that serve")
     shown = second.engine.docker(
-        "exec", container(second, "etcd"), "etcdctl", "get", "test/key", "--print-value-only"
+        "exec", second.container_of("etcd"), "etcdctl", "get", "test/key", "--print-value-only"
     )
     assert shown.stdout == "while one is away\n"
 
 
-def refused(fleet: Fleet, host: DockerHost, script: str, *arguments: str) -> str:
-    done = fleet.make(host, script, *arguments, check=False)
+def refused(host: ComposedHost, script: str, *arguments: str) -> str:
+    done = host.make(script, *arguments, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     return done.stderr
 
@@ -251,16 +207,16 @@ def test_mistakes_are_named_and_change_nothing(fleet: Fleet, tmp_path: Path) -> 
     before = sorted(web.engine.containers()), sorted(first.engine.containers())
     folder = fleet.folder / "hosts" / web.name
     others = fleet.folder / "hosts" / fleet.members["etcd-3"].name
-    assert "this host is called" in refused(fleet, web, "join.sh", str(others))
-    assert "has no agent.crt" in refused(fleet, web, "join.sh", str(fleet.folder / "members" / "etcd-1"))
-    assert "there is no folder" in refused(fleet, web, "join.sh", str(tmp_path / "nowhere"))
+    assert "this host is called" in refused(web, "join.sh", str(others))
+    assert "has no agent.crt" in refused(web, "join.sh", str(fleet.folder / "members" / "etcd-1"))
+    assert "there is no folder" in refused(web, "join.sh", str(tmp_path / "nowhere"))
     config = (web.private("/etc/holdfast") / "etcd.config").read_bytes()
-    away = refused(fleet, web, "join.sh", str(folder), "https://10.77.0.200:2379")
+    away = refused(web, "join.sh", str(folder), "https://10.77.0.200:2379")
     assert "10.77.0.200" in away
     assert (web.private("/etc/holdfast") / "etcd.config").read_bytes() == config
-    wrong = refused(fleet, first, "member.sh", str(fleet.folder / "members" / "etcd-2"))
+    wrong = refused(first, "member.sh", str(fleet.folder / "members" / "etcd-2"))
     assert "no card of this machine has that address" in wrong
-    assert "there is no inventory" in refused(fleet, first, "fleet.sh", str(tmp_path / "none.yaml"))
+    assert "there is no inventory" in refused(first, "fleet.sh", str(tmp_path / "none.yaml"))
     (tmp_path / "bad.yaml").write_text("members: {a: nowhere}\n")
-    assert "nowhere is not an IP address" in refused(fleet, first, "fleet.sh", str(tmp_path / "bad.yaml"))
+    assert "nowhere is not an IP address" in refused(first, "fleet.sh", str(tmp_path / "bad.yaml"))
     assert (sorted(web.engine.containers()), sorted(first.engine.containers())) == before

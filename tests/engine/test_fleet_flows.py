@@ -1,31 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Three hosts: who may talk to whom is the same on one host and between two, by the tunnel and directly.
 
-    host 1    server, near-friend, near-foe
+    host 1    server, near-friend, near-foe; etcd
     host 2    far-friend
     host 3    far-foe
 
-Policy knows friends from foes by label alone; every host learns the others' workloads from etcd.
+All are set up from the project's images by `make certs`, `make member` and `make join`; between the two modes
+their options change, and the agents are made anew.  Policy knows friends from foes by label alone; every host
+learns the others' workloads from etcd.
 """
 
 from __future__ import annotations
 
 import contextlib
-import signal
 from collections.abc import Iterator
+from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
 
-from tests.support.fleet import Fleet, FleetHost, new_fleet
+from tests.support.composed import ComposedFleet, composed_fleet
 from tests.support.host import run, wait_for
-from tests.support.places import Neighbour, Place, opened, passing
-from tests.support.rules import element, rule
+from tests.support.node import Node
+from tests.support.places import PORTS, Neighbour, Place, opened, passing
+from tests.support.rules import element, on, rule
 
 PROTOCOLS = ("TCP", "UDP", "ICMP")
 FAMILIES = (4, 6)
+EVERY_MODE = {"enable_ipv6": "true", "cluster_pool_ipv4_cidr": "10.50.0.0/16"}
 MODES = {
-    "tunnel": {"tunnel": "vxlan"},
+    "tunnel": {"tunnel": "vxlan", "auto_direct_node_routes": "false"},
     "direct": {"tunnel": "disabled", "auto_direct_node_routes": "true"},
 }
 
@@ -33,7 +37,7 @@ MODES = {
 class Scene:
     """The hosts with their workloads."""
 
-    def __init__(self, fleet: Fleet, mode: str, stack: contextlib.ExitStack) -> None:
+    def __init__(self, fleet: ComposedFleet, mode: str, stack: contextlib.ExitStack) -> None:
         self.fleet, self.mode, self._stack = fleet, mode, stack
         self.one, self.two, self.three = fleet.hosts
         self.server = self._run(self.one, "server")
@@ -46,28 +50,38 @@ class Scene:
             for place in (self.server, *self.clients):
                 self._known(host, place)
 
-    def _run(self, host: FleetHost, name: str, *, app: str = "") -> Place:
+    def _run(self, host: Node, name: str, *, app: str = "") -> Place:
         return self._stack.enter_context(host.workload(name, app=app))
 
     @staticmethod
-    def _known(host: FleetHost, place: Place) -> None:
-        wait_for(lambda: host.knows(place), f"{place.name} known to host {host.number}")
+    def _known(host: Node, place: Place) -> None:
+        wait_for(lambda: host.knows(place), f"{place.name} known to {host.name}")
 
-    def outside(self, host: FleetHost) -> Place:
+    @staticmethod
+    def pool_of(host: Node) -> IPv4Network:
+        """Return what the host has claimed of the cluster's range."""
+        return IPv4Network(host.api("/v1/healthz")["ipam"]["pool"])
+
+    def outside(self, host: Node) -> Place:
         """Return a host itself as a place."""
         inside = opened(Path(f"/run/netns/{host.netns}"))
         self._stack.callback(inside.close)
         return host.place(inside)
 
 
+@pytest.fixture(scope="module")
+def fleet(engine_parts: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComposedFleet]:
+    with composed_fleet(3, tmp_path_factory.mktemp("fleet")) as made:
+        yield made
+
+
 @pytest.fixture(scope="module", params=MODES)
-def scene(request: pytest.FixtureRequest, engine_parts: None) -> Iterator[Scene]:
-    with new_fleet(3) as fleet, contextlib.ExitStack() as stack:
-        fleet.start(**MODES[request.param])
+def scene(request: pytest.FixtureRequest, fleet: ComposedFleet) -> Iterator[Scene]:
+    fleet.start(request.param, **EVERY_MODE, **MODES[request.param])
+    with contextlib.ExitStack() as stack:
         yield Scene(fleet, request.param, stack)
         for host in fleet.hosts:
-            assert host.agent is not None
-            assert "Traceback" not in host.agent.output(), host.agent.output()[-4000:]
+            assert "Traceback" not in host.log(), host.log()[-4000:]
 
 
 FRIENDS = {"matchLabels": {"app": "friend"}}
@@ -115,28 +129,25 @@ def test_identity_from_the_first_packet(scene: Scene, family: int) -> None:
     somebody else.
     """
     server = scene.server.of(family)
-    agent = scene.one.agent
-    assert agent is not None
-    friends = element("ingress", endpoints=[FRIENDS])
-    with scene.one.policy(rule(server, "ingress", friends)):
-        agent.kill(signal.SIGSTOP)
-        try:
-            with (
-                scene.two.workload("new-friend", app="friend") as friend,
-                scene.three.workload("new-foe", app="foe") as foe,
-            ):
-                seen = friend.of(family).asks("TCP", server.address)
-                assert foe.of(family).asks("TCP", server.address) is None
-                if scene.mode == "tunnel":
-                    assert seen == friend.of(family).address
-                else:
-                    assert seen is None
-                agent.kill(signal.SIGCONT)
-                wait_for(lambda: scene.one.knows(friend), "the new one known")
-                assert friend.of(family).asks("TCP", server.address) == friend.of(family).address
-                assert foe.of(family).asks("TCP", server.address) is None
-        finally:
-            agent.kill(signal.SIGCONT)
+    as_friend, as_world = PORTS
+    elements = (
+        element("ingress", endpoints=[FRIENDS], of=on("TCP", as_friend)),
+        element("ingress", entities=["world"], of=on("TCP", as_world)),
+    )
+
+    def taken_for(place: Place) -> set[int]:
+        return {port for port in PORTS if place.of(family).asks("TCP", server.address, port) is not None}
+
+    with scene.one.policy(rule(server, "ingress", *elements)), contextlib.ExitStack() as stack:
+        with scene.one.agent_stopped():
+            friend = stack.enter_context(scene.two.workload("new-friend", app="friend"))
+            foe = stack.enter_context(scene.three.workload("new-foe", app="foe"))
+            if scene.mode == "tunnel":
+                assert (taken_for(friend), taken_for(foe)) == ({as_friend}, set())
+            else:
+                assert (taken_for(friend), taken_for(foe)) == ({as_world}, {as_world})
+        wait_for(lambda: all(map(scene.one.knows, (friend, foe))), "the new ones known")
+        assert (taken_for(friend), taken_for(foe)) == ({as_friend}, set())
 
 
 def test_published_port_from_afar(scene: Scene) -> None:
@@ -163,7 +174,7 @@ def test_published_port_from_afar(scene: Scene) -> None:
 
 
 def test_large_packets_arrive_whole(scene: Scene) -> None:
-    """A megabyte each way, and echoes of every size up to beyond what one packet carries."""
+    """Echoes of every size up to beyond what one packet carries."""
     for family in FAMILIES:
         client, server = scene.far_friend.of(family), scene.server.of(family)
         for size in (1300, 1400, 1450, 1500, 4000):
@@ -173,8 +184,8 @@ def test_large_packets_arrive_whole(scene: Scene) -> None:
 
 def test_what_is_for_nobody_is_dropped_and_named(scene: Scene) -> None:
     """An address of host 1's pool that no endpoint has."""
-    free = "10.50.1.250"
-    assert not scene.far_friend.pings(free)
+    free = scene.pool_of(scene.one)[250]
+    assert not scene.far_friend.pings(str(free))
     if scene.mode == "tunnel":
         assert scene.one.dropped("Stale or unroutable IP", "ingress") > 0
 
@@ -186,6 +197,6 @@ def test_tables_say_where_everybody_is(scene: Scene) -> None:
     }
     far = entries[f"{scene.far_friend.address}/32"]
     assert (f"tunnelendpoint={scene.two.address}" in far) == (scene.mode == "tunnel")
-    assert ("10.50.2.0:0" in tunnel) == (scene.mode == "tunnel")
+    assert (f"{scene.pool_of(scene.two).network_address}:0" in tunnel) == (scene.mode == "tunnel")
     nodes = scene.one.cli("node", "list").stdout
     assert all(host.address in nodes for host in scene.fleet.hosts)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A host that runs etcd, a docker engine and the agent, all real, all its own.
 
-The agent runs from the checkout (`python -m agent`); the same from images is what tests of compose do.
-Used by tests/engine and tests/chaos; needs root.
+The agent runs from the checkout (`python -m agent`); the same from images is a `ComposedHost`
+(tests.support.composed).  Used by tests/engine and tests/chaos; needs root.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ import base64
 import json
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from tests.support.engine import WORKLOAD_IMAGE, DockerHost, workload_images
-from tests.support.host import REPO, Process, run, wait_for
+from tests.support.engine import workload_images
+from tests.support.host import REPO, Process, wait_for
+from tests.support.node import Node
 
 POOL = "10.50.0.0/16"
 ETCD_PORT = 2379
 
 
-class AgentHost(DockerHost):
+class AgentHost(Node):
     """A docker host with the workload image; `start_etcd` and `start_agent` make it complete."""
 
     def __init__(self, prefix: str = "hfa", *, options: Sequence[str] = ()) -> None:
@@ -127,18 +128,6 @@ class AgentHost(DockerHost):
         assert self.agent is not None
         self.agent.stop()
 
-    def api(self, path: str, *, method: str = "GET", body: Any = None, check: bool = True) -> Any:
-        """Call the agent's API and return its JSON; None for a failure without `check`."""
-        arguments = ["curl", "-s", "--fail-with-body", "--max-time", "30", "--unix-socket", str(self.socket)]
-        arguments += ["-X", method, f"http://holdfast{path}"]
-        if body is not None:
-            arguments += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
-        done = run(arguments, check=False)
-        if done.returncode != 0:
-            assert not check, f"{method} {path}: {done.stdout}{done.stderr}"
-            return None
-        return json.loads(done.stdout) if done.stdout else None
-
     def cli(self, *arguments: str, check: bool = True, stdin: str | None = None) -> Any:
         """Run `holdfast …` in the host and return the finished process."""
         return self.exec(
@@ -156,40 +145,6 @@ class AgentHost(DockerHost):
     @property
     def _cli_environment(self) -> dict[str, str]:
         return {"PYTHONPATH": str(REPO), "COLUMNS": "200"}
-
-    # --- workloads
-
-    def network(self, name: str = "holdfast") -> None:
-        self.engine.docker("network", "create", "-d", "holdfast", "--ipam-driver", "null", name)
-
-    def container(
-        self, name: str, *command: str, labels: Mapping[str, str] | None = None, options: Sequence[str] = ()
-    ) -> str:
-        """Run a container on the holdfast network; return its address."""
-        label_options = [part for key, value in (labels or {}).items() for part in ("-l", f"{key}={value}")]
-        has_network = any(option.startswith("--network") for option in options)
-        network = [] if has_network else ["--network", "holdfast"]
-        self.engine.docker(
-            "run",
-            "-d",
-            "--init",
-            "--name",
-            name,
-            *network,
-            *label_options,
-            *options,
-            WORKLOAD_IMAGE,
-            *command,
-        )
-        return str(self.endpoint_of(name)["status"]["networking"]["addressing"][0]["ipv4"])
-
-    def endpoint_of(self, name: str) -> Any:
-        """Return the endpoint of a container as the API shows it."""
-        return self.api(f"/v1/endpoint/container-name:{name}")
-
-    def inside(self, name: str, *command: str, check: bool = True, timeout: float = 30.0) -> Any:
-        """Run a command in a container."""
-        return self.engine.docker("exec", name, *command, check=check, timeout=timeout)
 
 
 def _text(encoded: str) -> str:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of policy in few words, for tests with real packets."""
+"""Rules of policy in few words, and the document they are applied as, for tests with real packets."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,3 +36,15 @@ def on(protocol: str, port: int | str = PORTS[0]) -> Rule:
 def rule(subject: Place, direction: str, *elements: Rule, deny: bool = False) -> Rule:
     """A rule for one container with one section."""
     return {"endpointSelector": selects(subject), f"{direction}{'Deny' if deny else ''}": list(elements)}
+
+
+def document(name: str, *rules: Rule) -> str:
+    """Return a policy of these rules as text (JSON is YAML)."""
+    return json.dumps(
+        {
+            "apiVersion": "cilium.io/v2",
+            "kind": "CiliumNetworkPolicy",
+            "metadata": {"name": name},
+            "specs": list(rules),
+        }
+    )

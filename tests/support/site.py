@@ -24,6 +24,7 @@ from tests.support.agent import ETCD_PORT, POOL, AgentHost
 from tests.support.host import Hub, hub_ipv6, run, wait_for
 from tests.support.netns import Netns
 from tests.support.places import Neighbour, Place, opened
+from tests.support.rules import Rule
 
 FAMILIES = (4, 6)
 # Marks a test, or a module, that is to run by IPv4 and by IPv6.
@@ -165,9 +166,7 @@ class Site:
             self.host.engine.docker("rm", "-f", name, check=False)
 
     def netns_of(self, container: str) -> Netns:
-        """Return the namespace of a running container; its pid counts in the host's own pid namespace."""
-        state: Any = self.host.engine.inspect(container)["State"]
-        return opened(Path(f"/proc/{self.host.pid}/root/proc/{state['Pid']}/ns/net"))
+        return self.host.netns_of(container)
 
     def _become_operator(self) -> None:
         """Put the configuration of etcd where commands that write look for it."""
@@ -177,14 +176,9 @@ class Site:
 
     # --- policy
 
-    @contextlib.contextmanager
-    def policy(self, *rules: Mapping[str, Any], name: str = "test") -> Iterator[None]:
+    def policy(self, *rules: Rule, name: str = "test") -> contextlib.AbstractContextManager[None]:
         """Have rules in force for the length of the block, through the agent's API for this host."""
-        self.host.api(f"/v1/policy/{name}", method="PUT", body={"text": document(name, *rules)})
-        try:
-            yield
-        finally:
-            self.host.api(f"/v1/policy/{name}", method="DELETE")
+        return self.host.policy(*rules, name=name)
 
     # --- looking
 
@@ -206,10 +200,7 @@ class Site:
         return int(self.host.endpoint_of(place.name)["status"]["identity"]["id"])
 
     def dropped(self, reason: str, direction: str) -> int:
-        """Return the packets of one row of `bpf metrics list`; `direction` is ingress or egress."""
-        wanted = (reason, direction.upper())
-        rows = self.json("bpf", "metrics", "list")
-        return sum(row["packets"] for row in rows if (row["reason"], row["direction"]) == wanted)
+        return self.host.dropped(reason, direction)
 
     @contextlib.contextmanager
     def monitor(self, *arguments: str) -> Iterator[Monitor]:
@@ -219,18 +210,6 @@ class Site:
             yield listening
         finally:
             listening.stop()
-
-
-def document(name: str, *rules: Mapping[str, Any]) -> str:
-    """Return a policy of these rules as text (JSON is YAML)."""
-    return json.dumps(
-        {
-            "apiVersion": "cilium.io/v2",
-            "kind": "CiliumNetworkPolicy",
-            "metadata": {"name": name},
-            "specs": list(rules),
-        }
-    )
 
 
 @contextlib.contextmanager
