@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ async def test_only_what_changed_is_written(tmp_path: Path, monkeypatch: pytest.
     written: list[Any] = []
     put = ViewFile.put
 
-    def noted(file: ViewFile, shape: Shape, rows: Iterable[Row]) -> None:
+    def noted(file: ViewFile, shape: Shape, rows: Sequence[Row]) -> None:
         written.extend(rows)
         put(file, shape, rows)
 
