@@ -140,6 +140,24 @@ async def test_only_what_changed_is_written(tmp_path: Path, monkeypatch: pytest.
     assert Saved(tmp_path).revision("addresses") == 9
 
 
+async def test_writing_has_a_small_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of thousands waits until it is worth its cost; a policy beside it does not."""
+    with life(tmp_path) as one:
+        await one.start()
+        now = one.views[0].written_at
+        monkeypatch.setattr("agent.remembered.time.monotonic", lambda: now)
+        for number in range(5_000):
+            one.identities.put(f"{schema.IDENTITY_IDS}{1000 + number}", b"container:app=%d;" % number)
+        one.policies.put(f"{schema.POLICIES}web", POLICY.encode())
+        one.listed(3)
+        now += 0.9
+        await one.memory.write(all_of_it=False)
+        assert (Saved(tmp_path).revision("identities"), Saved(tmp_path).revision("policies")) == (0, 3)
+        now += 0.2
+        await one.memory.write(all_of_it=False)
+        assert Saved(tmp_path).revision("identities") == 3
+
+
 async def test_what_a_list_lacked_stays_missing_in_the_next_life(tmp_path: Path) -> None:
     """Its grace begins anew: the watch that resumes will not list, and nothing else would end it."""
     await first_life(tmp_path)
