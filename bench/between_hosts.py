@@ -10,7 +10,7 @@ between_tunnel_rr_ratio, between_direct_rr_ratio
 
 Two hosts are two namespaces with a wire between; plain is the same devices and routes without programs: by
 the tunnel, the kernel's own encapsulation by the same VXLAN device.  Ours enforces at both ends.  Everything
-runs on one CPU; nine rounds, by turns.
+runs on one CPU; 27 rounds, by turns.
 
 Run: python -m bench.between_hosts
 """
@@ -31,7 +31,7 @@ from tests.support.netns import Netns
 from tests.support.twohosts import Side, address, identity, two_hosts
 
 SOURCE = Path(__file__).parent / "pingpong.c"
-ROUNDS, SECONDS = 9, 0.7
+ROUNDS, SECONDS = 27, 0.5
 PORT = "7000"
 SERVER = address(2)
 INGRESS, EGRESS = 0, 1
