@@ -182,7 +182,7 @@ def _checkpoint(parts: Parts) -> models.Component:
     memory = parts.memory
     if memory.trouble:
         return models.Component(state=WARNING, msg=memory.trouble)
-    sizes = ", ".join(f"{len(view.source)} {view.shape.name}" for view in memory.views)
+    sizes = ", ".join(f"{view.shape.name} {len(view.source)}" for view in memory.views)
     if memory.damage:
         return models.Component(state=WARNING, msg=memory.damage)
     saved = f"written {when(memory.written_at)}" if memory.written_at else "unchanged since the last life"
