@@ -121,7 +121,7 @@ async def _start(
     process.supervisor.start("api", server.run)
     programs = await _patiently(process, lambda: asyncio.to_thread(HostPrograms.open, config))
     events.attach(programs.maps.ring, programs.maps.monitor, programs.maps.lost)
-    gates = Gates(Handover.read(os.environ))
+    gates = process.gates = Gates(Handover.read(os.environ))
 
     async def build_and_start() -> Parts:
         parts = await build(config, events, programs, gates)

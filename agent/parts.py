@@ -221,7 +221,7 @@ def _overlay(config: Config, host: HostView, programs: HostPrograms, netlink: Ne
 
 
 def _store(ground: Ground) -> Store:
-    client = Client(etcd_config(ground.config))
+    client = Client(etcd_config(ground.config), gate=ground.gates.connect)
     session = Session(
         client,
         ttl=int(ground.config["kvstore-lease-ttl"]),

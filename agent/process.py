@@ -22,6 +22,7 @@ from agent.api.errors import BadRequest, Conflict, NotFound, NotReady
 from agent.api.monitor import MonitorHub
 from agent.endpoint import Endpoint
 from agent.errors import EndpointNotFound
+from agent.gate import Gates
 from agent.health import Prober
 from agent.parts import Parts
 from agent.policy_sources import read_document
@@ -42,6 +43,7 @@ class AgentProcess:
         self.started = time.time()
         self.trouble = "starting"  # why there are no parts yet
         self.parts: Parts | None = None
+        self.gates: Gates | None = None
         self._monitor = monitor
 
     @property
@@ -64,6 +66,11 @@ class AgentProcess:
             for name, each in self.config.shown().items()
         }
         return models.Configuration(hash=self.config.hash, options=options)
+
+    def start_now(self, who: str) -> models.StartedNow:
+        if self.gates is None:
+            raise NotReady(f"the agent is not ready: {self.trouble}", hint="see holdfast status")
+        return models.StartedNow(seconds=self.gates.open(who))
 
     async def metrics(self) -> bytes:
         report.set_gauges(self)

@@ -221,6 +221,12 @@ class Remembered:
             self._tell(f"{self._file.path} can not be opened: {error}")
 
     @property
+    def resumable(self) -> int:
+        """Return the revision from which the next life can follow everything; 0 where it has to list."""
+        stands = [view.written.revision for view in self.views]
+        return min(stands) if len(stands) == len(SHAPES) else 0
+
+    @property
     def has_views(self) -> bool:
         """True when the last life left views that can be read."""
         return self._found

@@ -169,8 +169,9 @@ async def _expire(parts: Parts) -> None:
 
 
 async def _checkpoint(parts: Parts) -> None:
-    """Keep the node's record and, for the start hook, the list of the cluster's nodes."""
-    written: list[str] = []
+    """Keep the node's record and, for the start hook, what it has to know: who is in the cluster, and
+    whether the next life will go on from a revision or list everything."""
+    written: tuple[list[str], bool] = ([], False)
     while True:
         await asyncio.sleep(CHECKPOINT_S)
         parts.endpoints.store.save_unsaved()
@@ -180,10 +181,11 @@ async def _checkpoint(parts: Parts) -> None:
             await asyncio.to_thread(parts.checkpoint.save_node, now)
         if parts.nodes.in_sync:
             names = sorted({record.name for _, record in parts.nodes.items()} | {parts.node.name})
-            if names != written:
-                path = parts.checkpoint.directory / "cluster.json"
-                await asyncio.to_thread(write_atomic, path, cluster.encode(names))
-                written = names
+            revision = parts.memory.resumable
+            if (names, revision > 0) != written:
+                path = parts.checkpoint.directory / cluster.FILE
+                await asyncio.to_thread(write_atomic, path, cluster.encode(names, revision=revision))
+                written = names, revision > 0
 
 
 async def _restore_addresses(parts: Parts) -> None:

@@ -33,7 +33,7 @@ from datapath.tunnel import Shape, Tunnel
 POLICY_MAP = re.compile(r"cilium_policy_\d{5}")
 # What is ours in the state directory: others may keep theirs beside it.
 STATE_FOLDERS = ("endpoints", "networks")
-STATE_FILES = re.compile(r".*\.(json|lock|damaged-\d+)")
+STATE_FILES = re.compile(r".*\.(json|db(-wal|-shm)?|lock|damaged-\d+)|start-now")
 
 
 @dataclass(frozen=True)

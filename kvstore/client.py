@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 
 import grpc.aio
 import msgspec
@@ -98,7 +98,10 @@ class MemberStatus(msgspec.Struct, frozen=True):
 
 
 class Client:
-    """See the module's text.  `idle` and `hang` are the watchdog's times of `kvstore.watch`, seconds."""
+    """See the module's text.  `idle` and `hang` are the watchdog's times of `kvstore.watch`, seconds.
+
+    `gate` is awaited before every request: until it returns, etcd is not asked for anything.
+    """
 
     def __init__(
         self,
@@ -108,9 +111,10 @@ class Client:
         timeout: float = TIMEOUT_S,
         idle: float = IDLE_S,
         hang: float = HANG_S,
+        gate: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.config = config
-        self.transport = Transport(config, max_in_flight=max_in_flight, timeout=timeout)
+        self.transport = Transport(config, max_in_flight=max_in_flight, timeout=timeout, gate=gate)
         self._idle = idle
         self._hang = hang
 

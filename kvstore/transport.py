@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -131,9 +132,15 @@ class Transport:
     """Sends requests to the current peer; at most `max_in_flight` at once, each at most `timeout` s."""
 
     def __init__(
-        self, config: EtcdConfig, *, max_in_flight: int = MAX_IN_FLIGHT, timeout: float = TIMEOUT_S
+        self,
+        config: EtcdConfig,
+        *,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        timeout: float = TIMEOUT_S,
+        gate: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.timeout = timeout
+        self._gate = gate
         self.cluster_id = 0
         self.peers = [Peer(config, target) for target in config.targets()]
         random.shuffle(self.peers)
@@ -162,6 +169,8 @@ class Transport:
 
         `key`, `lease` and `wanted` (a revision) are what an error names.
         """
+        if self._gate is not None:
+            await self._gate()
         async with self._slots:
             started = time.perf_counter()
             outcome = "fail"
@@ -221,6 +230,8 @@ class Transport:
 
     async def ask(self, method: Method[Request, Response], request: Request, *, lease: int) -> Response:
         """Send one request on a stream of its own and return the first answer."""
+        if self._gate is not None:
+            await self._gate()
         peer, call = self.open_stream(method, timeout=self.timeout)
         try:
             await call.write(request)

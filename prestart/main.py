@@ -27,6 +27,7 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 # The first message of a wait comes at once, the next after 2 s, then each pause doubles up to 10 minutes.
 FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 600.0
+ORDER_LOOK_S = 1.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     now = read_clocks()
     decision = settle(options, now)
-    if options.gate is Gate.START and not wait_until(now.boot + decision.connect_at - now.wall):
+    slot = now.boot + decision.connect_at - now.wall
+    if options.gate is Gate.START and not wait_until(slot, options.state_dir):
         log("info", "ended during the wait; the slot is kept for the next start")
         return 0
     return become(options.command, {**os.environ, **handover.variables(now, decision)})
@@ -73,7 +75,10 @@ def settle(options: Options, now: Now) -> Decision:
 def _settle(options: Options, now: Now) -> Decision:
     last = _load_last(options, now)
     setting = Setting(options.node_name, options.nodes, options.window)
-    decision = decide(now, setting, _load_cluster(options.state_dir), last, options.override)
+    order = state.ordered(options.state_dir)
+    # With its time, or a second order by the same person would look like a forgotten variable.
+    override = f"{order} at {now.wall:.0f}" if order else options.override
+    decision = decide(now, setting, _load_cluster(options.state_dir), last, override)
     _report(options, decision, last)
     try:
         state.save(options.state_dir, options.node_name, now, decision)
@@ -111,14 +116,18 @@ def _report(options: Options, decision: Decision, last: Last | None) -> None:
         log("warning", f"the override by {options.override} was for the previous start and is not used again")
 
 
-def wait_until(deadline: float) -> bool:
-    """Wait until `deadline` (seconds since boot), reporting; False when a signal ends the wait."""
-    pause = FIRST_PAUSE_S
-    while (left := deadline - handover.boot_time()) > 0:
-        log("info", f"waiting {left:.0f} s more for this host's slot (HOLDFAST_START_NOW=<who> overrides)")
-        if signal.sigtimedwait(ENDING, min(left, pause)) is not None:
+def wait_until(deadline: float, directory: Path) -> bool:
+    """Wait until `deadline` (seconds since boot) or an order; False when a signal ends the wait."""
+    pause, report_at = FIRST_PAUSE_S, 0.0
+    while (left := deadline - (at := handover.boot_time())) > 0:
+        if at >= report_at:
+            log("info", f"waiting {left:.0f} s more for this host's slot (`holdfast start-now` ends it)")
+            pause, report_at = min(pause * 2, LONGEST_PAUSE_S), at + pause
+        if signal.sigtimedwait(ENDING, min(left, ORDER_LOOK_S)) is not None:
             return False
-        pause = min(pause * 2, LONGEST_PAUSE_S)
+        if who := state.ordered(directory):
+            log("warning", f"started now by order of {who}, {left:.0f} s before this host's slot")
+            return True
     return True
 
 

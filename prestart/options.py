@@ -20,6 +20,8 @@ from prestart.cluster import MOST_NODES
 from prestart.errors import OptionRefused
 
 PREFIX = "HOLDFAST_PRESTART_"
+STATE_DIR = "/var/lib/holdfast"
+STATE_DIR_VARIABLE = PREFIX + "STATE_DIR"
 OVERRIDE = "HOLDFAST_START_NOW"
 LONGEST_WINDOW_S = 24 * 3600.0
 LONGEST_OVERRIDE = 64
@@ -95,7 +97,7 @@ def _gate(text: str) -> Gate:
 
 
 TABLE = (
-    Option("state-dir", "/var/lib/holdfast", _directory, "Where the checkpoint and this hook's state are."),
+    Option("state-dir", STATE_DIR, _directory, "Where the checkpoint and this hook's state are."),
     Option("node-name", "", _name, "This host's name among the cluster's nodes; empty: the host name."),
     Option(
         "nodes", "0", _nodes, "Hosts in the cluster until a checkpoint tells; 0: unknown, 1: alone, no wait."

@@ -21,12 +21,14 @@ from prestart.decision import Decision, Kind, Last, Now
 from prestart.errors import StateRefused
 
 FILE = "prestart.json"
+ORDER = "start-now"
 LOCK = "prestart.lock"
 VERSION = 1
 # How far another boot's clock may be ahead before the file counts as one from the future.
 CLOCK_SLACK_S = 300.0
 LOCK_PATIENCE_S = 5.0
 LARGEST = 2**53
+LONGEST_NAME = 200
 
 
 @contextlib.contextmanager
@@ -55,6 +57,17 @@ def _lock(handle: int, path: Path) -> None:
                     f"{path} is held by another start", hint="is the hook run twice?"
                 ) from error
             time.sleep(0.05)
+
+
+def ordered(directory: Path) -> str:
+    """Take an operator's order for one start (`holdfast start-now`); return whose it is, or ""."""
+    path = directory / ORDER
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")[:LONGEST_NAME]
+        path.unlink()
+    except OSError:
+        return ""
+    return "".join(each for each in text.strip() if each.isprintable()) or "nobody named"
 
 
 def load(directory: Path, host: str, now: Now) -> Last | None:

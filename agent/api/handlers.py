@@ -14,7 +14,7 @@ from ipaddress import IPv4Address
 from aiohttp import web
 
 from agent.api.errors import BadRequest, NotReady
-from agent.api.models import EndpointRequest, PolicyText, TraceRequest
+from agent.api.models import EndpointRequest, PolicyText, StartOrder, TraceRequest
 from agent.api.monitor import Listener, MonitorFilter
 from agent.api.view import AgentView
 from agent.api.wire import json_response, number, read_body
@@ -27,6 +27,7 @@ LISTENER_CHECK_S = 1.0
 PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 EVENT_TYPES = frozenset({"drop", "trace", "policy-verdict", "agent", "lost"})
 ENDPOINT_MAX = 65535
+NAME_MAX = 200
 IDENTITY_MAX = (1 << 25) - 1  # 16 bits, cluster id, local flag
 
 
@@ -42,6 +43,7 @@ class Handlers:
             web.get("/v1/healthz", self.healthz),
             web.get("/v1/config", self.config),
             web.get("/v1/debuginfo", self.debuginfo),
+            web.put("/v1/start-now", self.start_now),
             web.get("/v1/cleanup", self.cleanup),
             web.get("/v1/metrics", self.metrics),
             web.get("/metrics", self.metrics),
@@ -78,6 +80,13 @@ class Handlers:
 
     async def debuginfo(self, _: web.Request) -> web.Response:
         return json_response(await self.view.debuginfo())
+
+    async def start_now(self, request: web.Request) -> web.Response:
+        order = await read_body(request, StartOrder)
+        who = "".join(each for each in order.by if each.isprintable()).strip()[:NAME_MAX]
+        if not who:
+            raise BadRequest(f"by is {shorten(order.by)!r}, which names nobody")
+        return json_response(self.view.start_now(who))
 
     async def cleanup(self, _: web.Request) -> web.Response:
         return json_response(await self.view.cleanup_plan())

@@ -371,6 +371,18 @@ class PolicyRepository(Model, frozen=True, kw_only=True):
     errors: list[PolicyError] = []
 
 
+class StartOrder(Request, frozen=True, kw_only=True):
+    """Body of PUT /v1/start-now: who wants it."""
+
+    by: str
+
+
+class StartedNow(Model, frozen=True, kw_only=True):
+    """What was left of the wait for this host's slot, in seconds; 0: nothing was waited for."""
+
+    seconds: float
+
+
 class PolicyText(Request, frozen=True, kw_only=True):
     """Body of PUT /v1/policy/{name}: the document as a person wrote it, YAML or JSON."""
 

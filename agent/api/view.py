@@ -28,6 +28,10 @@ class AgentView(Protocol):
 
     def configuration(self) -> models.Configuration: ...
 
+    def start_now(self, who: str) -> models.StartedNow:
+        """Ask etcd now, by order of `who`, whatever this host's slot is; NotReady before there is a slot."""
+        ...
+
     async def metrics(self) -> bytes:
         """Return the metrics in Prometheus' text format (`prometheus_client.generate_latest`)."""
         ...

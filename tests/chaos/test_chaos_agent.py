@@ -6,12 +6,15 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.support.agent import AgentHost
+from prestart import handover
+from prestart.handover import boot_time
+from tests.support.agent import ETCD_PORT, AgentHost
 from tests.support.engine_fixtures import engine_parts, hub
 from tests.support.host import Hub, wait_for
 from tests.support.saved import Saved
@@ -20,6 +23,8 @@ from tests.support.stream import POLICY, Flows, Machine
 __all__ = ["engine_parts", "hub"]
 
 pytestmark = pytest.mark.timeout(600)
+
+HOUR_S = 3600.0
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +250,42 @@ def test_containers_that_start_without_etcd_are_under_the_policy_of_the_checkpoi
     flows.check()
 
 
+def test_a_slot_that_is_an_hour_away_keeps_no_container_waiting(host: AgentHost, flows: Flows) -> None:
+    """etcd is there and must not be asked; an order ends that, and what happened meanwhile is learned."""
+    host.etcdctl("put", "holdfast/policies/v1/server-rules", stdin=POLICY)
+    saved, key = Saved(host.state), "holdfast/policies/v1/server-rules"
+    wait_for(lambda: saved.knows("policies", key), "checkpoint with the policy")
+    host.kill_agent()
+    host.etcdctl("del", key)
+    instant = str(boot_time() + HOUR_S)
+    host.handed_over = {handover.CONNECT: str(time.time() + HOUR_S), handover.CONNECT_BOOT: instant}
+    try:
+        host.launch_agent()
+        wait_for(lambda: host.api("/v1/endpoint", check=False), "endpoints restored")
+        host.container("early", "sleep", "infinity", labels={"app": "client"})
+        ping = ("ping", "-c1", "-W2", flows.server_ip)
+        wait_for(lambda: host.inside("early", *ping, check=False).returncode == 0, "answer")
+        connections = host.exec("ss", "-Htnp", "state", "established", "dport", "=", f":{ETCD_PORT}").stdout
+        assert "python" not in connections, "etcd was asked"
+        assert {each["name"] for each in host.api("/v1/policy")["policies"]} == {"server", "server-rules"}
+        shown = host.cli("status", check=False).stdout
+        assert "its start slot, before it talks to etcd" in shown
+        assert "before this host's slot" in host.cli("start-now", "--by", "alice").stdout
+        wait_for(host.healthy, "healthy agent", seconds=60)
+        assert host.agent is not None
+        assert "by order of alice" in host.agent.output()
+        wait_for(
+            lambda: [each["name"] for each in host.api("/v1/policy")["policies"]] == ["server"], "deletion"
+        )
+        assert "nothing was waited for" in host.cli("start-now").stdout
+    finally:
+        host.handed_over = {}
+        host.cli("start-now", check=False)
+        host.engine.docker("rm", "-f", "early", check=False)
+    flows.wait_progress(100)
+    flows.check()
+
+
 def address_of(host: AgentHost, container: str) -> str:
     (addresses,) = host.endpoint_of(container)["status"]["networking"]["addressing"]
     return str(addresses["ipv4"])
@@ -254,6 +295,8 @@ def test_machine_deleted_while_the_agent_is_away(host: AgentHost, machine: Machi
     """The watch goes on where the checkpoint stands: what was deleted is deleted, and not just missing."""
     machine.register("short-lived", "10.99.0.7")
     wait_for(lambda: Saved(host.state).knows("addresses", "10.99.0.7/32"), "machine in the checkpoint")
+    start_hook = host.state / "cluster.json"
+    wait_for(lambda: json.loads(start_hook.read_text())["revision"] > 0, "word that watches will resume")
     host.kill_agent()
     assert machine.is_known("10.99.0.7")
     machine.vm("unregister", "short-lived")

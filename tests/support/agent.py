@@ -36,6 +36,7 @@ class AgentHost(Node):
         self.socket = self.run_dir / "holdfast.sock"
         self.bpffs = "/sys/fs/bpf"
         self.etcd_address = "127.0.0.1"  # where its agent finds etcd: another host's, on the hub
+        self.handed_over: dict[str, str] = {}  # what the start hook tells the next agent
         self._etcd: Process | None = None
 
     # --- etcd
@@ -107,7 +108,7 @@ class AgentHost(Node):
         """Start the agent without waiting for anything."""
         given = self.options() | {name.replace("_", "-"): value for name, value in options.items()}
         arguments = [part for name, value in given.items() for part in (f"--{name}", value)]
-        environment = {"PYTHONPATH": str(REPO), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {"PYTHONPATH": str(REPO), "PYTHONDONTWRITEBYTECODE": "1"} | self.handed_over
         self.agent = self.popen(sys.executable, "-m", "agent", *arguments, environment=environment)
         return self.agent
 

@@ -94,6 +94,7 @@ class FakeAgent:
             state="Ok", nodes=2, reachable=2, unreachable=0, interval=65.9, age=12.0
         )
         self.cluster_dns = models.ClusterDns(state="Disabled", msg="enable-cluster-dns is false")
+        self.ordered_by = ""
         self.found = make_health({"default/vm": {"10.99.0.2": ""}, "default/b": {"10.99.0.3": ""}})
 
     @property
@@ -192,6 +193,10 @@ class FakeAgent:
 
     async def health(self) -> models_health.HealthStatus:
         return self.found
+
+    def start_now(self, who: str) -> models.StartedNow:
+        self.ordered_by = who
+        return models.StartedNow(seconds=1234.0)
 
     async def probe_health(self) -> models_health.HealthStatus:
         self.found = structs.replace(self.found, timestamp="2026-01-02T00:00:00Z")

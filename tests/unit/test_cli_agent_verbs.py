@@ -30,6 +30,26 @@ def agent(tmp_path: Path) -> Iterator[Serving]:
         yield served
 
 
+def test_start_now_says_what_was_left_of_the_wait(agent: Serving) -> None:
+    result = run("start-now", "--by", "alice", socket=agent.path)
+    assert (result.returncode, result.stdout) == (0, "etcd is asked now, 20m34s before this host's slot\n")
+    assert agent.view.ordered_by == "alice"
+    unnamed = run("start-now", "--by", "\x07", socket=agent.path)
+    assert unnamed.returncode == 1
+    assert "names nobody" in unnamed.stderr
+
+
+def test_start_now_without_an_agent_leaves_the_order_to_the_start_hook(tmp_path: Path) -> None:
+    nobody = tmp_path / "nobody.sock"
+    result = run("start-now", "--by", "alice", "--state-dir", str(tmp_path), socket=nobody)
+    assert result.returncode == 0
+    assert str(tmp_path / "start-now") in result.stderr
+    assert (tmp_path / "start-now").read_text() == "alice"
+    lost = run("start-now", "--state-dir", str(tmp_path / "none"), socket=nobody)
+    assert lost.returncode == 1
+    assert "no agent answers, and there is no" in lost.stderr
+
+
 def test_status_has_ciliums_lines(agent: Serving) -> None:
     result = run("status", socket=agent.path)
     assert (result.returncode, result.stderr) == (0, "")

@@ -152,6 +152,31 @@ def test_signal_during_the_wait_ends_it_with_0(tmp_path: Path, ending: signal.Si
         process.stderr.close()
 
 
+def test_an_order_ends_the_wait_and_counts_once(tmp_path: Path) -> None:
+    relist_in_a_long_window(tmp_path)
+    arguments = [*HOOK, "--state-dir", str(tmp_path), *ALWAYS_LONG, "--gate", "start", "--", "/bin/true"]
+    with subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            while "waiting" not in process.stderr.readline():
+                assert process.poll() is None
+            (tmp_path / state.ORDER).write_text("alice\x1b[2J\n")
+            assert process.wait(timeout=10) == 0
+        finally:
+            process.kill()
+        assert "by order of alice[2J" in process.stderr.read()
+    assert not (tmp_path / state.ORDER).exists()
+
+
+def test_an_order_from_before_the_start_is_taken_by_it(tmp_path: Path) -> None:
+    relist_in_a_long_window(tmp_path)
+    for _ in range(2):  # the same person may order twice
+        (tmp_path / state.ORDER).write_text("alice")
+        result = run(tmp_path, *ALWAYS_LONG, "--gate", "start")
+        assert "started at once by order of alice at" in result.stderr
+        assert handed_over(result)[handover.KIND] == "relist"
+
+
 def test_two_at_once_agree(tmp_path: Path) -> None:
     relist_in_a_long_window(tmp_path)
     arguments = [*HOOK, "--state-dir", str(tmp_path), *ALWAYS_LONG, "--", *SHOW]
