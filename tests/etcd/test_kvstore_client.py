@@ -418,3 +418,22 @@ async def test_endpoints_are_shuffled() -> None:
     config = EtcdConfig(tuple(f"http://10.0.0.{last}:2379" for last in range(1, 21)))
     orders = {tuple(peer.target for peer in Client(config).transport.peers) for _ in range(5)}
     assert len(orders) > 1
+
+
+async def test_nothing_is_asked_before_the_gate_opens(etcd: EtcdServer, client: Client) -> None:
+    opened = asyncio.Event()
+
+    async def gate() -> None:
+        await opened.wait()
+
+    gated = Client(etcd.config, gate=gate)
+    try:
+        asked = [asyncio.create_task(gated.put(f"k/{number}", "1")) for number in range(3)]
+        await asyncio.wait(asked, timeout=0.5)
+        assert not any(each.done() for each in asked)
+        assert (await client.list("k/")).items == []
+        opened.set()
+        await asyncio.wait_for(asyncio.gather(*asked), 10)
+        assert len((await client.list("k/")).items) == 3
+    finally:
+        await gated.close()
