@@ -17,6 +17,9 @@ from loguru import logger
 from core.waiting import waiting
 from prestart.handover import Handover
 
+# Should the one that waits visibly go, another one takes its place within this time, seconds.
+SILENT_LOOK_S = 5.0
+
 
 class Gates:
     """Holds tasks back until their instant; `handover` is what the start hook said."""
@@ -24,6 +27,12 @@ class Gates:
     def __init__(self, handover: Handover) -> None:
         self.handover = handover
         self._opened = asyncio.Event()
+        self._told: set[str] = set()  # purposes that somebody waits for visibly
+
+    @property
+    def closed_for(self) -> float:
+        """Return the seconds in which etcd is not to be asked for anything."""
+        return 0.0 if self._opened.is_set() else self.handover.connect_wait()
 
     def open(self, who: str) -> float:
         """Let everybody through, now, by order of `who`; return the seconds that were left of the waits."""
@@ -52,12 +61,25 @@ class Gates:
         return held
 
     async def _hold(self, remaining: Callable[[], float], purpose: str) -> None:
-        seconds = remaining()
-        if seconds <= 0 or self._opened.is_set():
-            return
-        with waiting("this host", purpose) as wait:
-            wait.note = f"{seconds:.0f} s in all; {self.handover.reason}; `holdfast start-now` ends it"
-            # Not wait_for: Python 3.11's forgets a cancellation that meets the result.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await self._opened.wait()
+        while (seconds := remaining()) > 0 and not self._opened.is_set():
+            if purpose in self._told:  # everything that asks etcd waits here; one of them says so
+                await self._opened_within(min(seconds, SILENT_LOOK_S))
+                continue
+            self._told.add(purpose)
+            try:
+                with waiting("this host", purpose) as wait:
+                    reasons = (
+                        f"{seconds:.0f} s in all",
+                        self.handover.reason,
+                        "`holdfast start-now` ends it",
+                    )
+                    wait.note = "; ".join(filter(None, reasons))
+                    await self._opened_within(seconds)
+            finally:
+                self._told.discard(purpose)
+
+    async def _opened_within(self, seconds: float) -> None:
+        # Not wait_for: Python 3.11's forgets a cancellation that meets the result.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._opened.wait()

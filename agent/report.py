@@ -128,6 +128,10 @@ def _kvstore(parts: Parts) -> models.Component:
     behind = [each for each in followers if each.error]
     lease = f"lease-ID={parts.session.lease_id:x}"
     endpoints = ", ".join(parts.client.config.endpoints)
+    if (left := parts.gates.closed_for) > 0:
+        return models.Component(
+            state=WARNING, msg=f"etcd: not asked before this host's slot, in {left:.0f} s: {endpoints}"
+        )
     if behind:
         return models.Component(state=FAILURE, msg=f"etcd: {behind[0].error}; {lease}: {endpoints}")
     if parts.session.error or not parts.session.alive:
