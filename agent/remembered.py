@@ -62,6 +62,8 @@ SHAPES = (ADDRESSES, IDENTITIES, NODES, POLICIES)
 
 # Seconds between two looks at what has changed; policies are looked at more often.
 WRITE_S, POLICIES_S = 5.0, 0.2
+# That etcd still says the same is written this often, seconds: how stale a restored view is, is told by it.
+CONFIRMED_S = 60.0
 # Seconds of CPU that a row takes, and the share of a core that writing may have: the first list of 300 000
 # addresses is written after a minute, what a usual day changes after five seconds.
 ROW_S, SHARE = 4e-6, 0.02
@@ -96,12 +98,16 @@ class View(Generic[K, V]):
     @property
     def place(self) -> Place:
         """Where the view stands now: at least there, for the source may be ahead by a part of a batch."""
-        return Place(self.follower.revision, self.follower.cursor.cluster_id)
+        confirmed = time.time() - self.follower.age()
+        return Place(self.follower.revision, self.follower.cursor.cluster_id, confirmed)
 
     @property
     def is_due(self) -> bool:
         """True when there is something to write; a view is not whole before its list is."""
-        return self.follower.revision > 0 and (bool(len(self.changes)) or self.place != self.written)
+        now, written = self.place, self.written
+        moved = (now.revision, now.cluster_id) != (written.revision, written.cluster_id)
+        unsaid = now.confirmed - written.confirmed > CONFIRMED_S
+        return now.revision > 0 and (bool(len(self.changes)) or moved or unsaid)
 
     @property
     def is_affordable(self) -> bool:
@@ -131,7 +137,8 @@ class View(Generic[K, V]):
         self.changes.take()
         self.written = place
         self.source.mark_complete()
-        self.follower.resume(place.revision, place.cluster_id)
+        age = max(0.0, time.time() - place.confirmed)  # the clock may have been set back
+        self.follower.resume(place.revision, place.cluster_id, age=age)
 
     def mark_all(self) -> None:
         """Nothing of this view is on disk."""

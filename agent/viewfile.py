@@ -40,10 +40,14 @@ Row = tuple[Any, ...]
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where in etcd's history a view stands; revision 0 means that nothing is known."""
+    """Where in etcd's history a view stands, and when etcd last said that it is current (unix seconds).
+
+    Revision 0 means that nothing is known.
+    """
 
     revision: int = 0
     cluster_id: int = 0
+    confirmed: float = 0.0
 
 
 class Shape:
@@ -120,12 +124,12 @@ class ViewFile:
         """Return where a view stands."""
         with self._named_damage():
             found = self._opened.execute(
-                "SELECT revision, cluster_id FROM places WHERE view = ?", (shape.name,)
+                "SELECT revision, cluster_id, confirmed FROM places WHERE view = ?", (shape.name,)
             ).fetchone()
             if found is None:
                 return Place()
-            revision, cluster_id = found
-            return Place(int(revision), int(cluster_id, 16))
+            revision, cluster_id, confirmed = found
+            return Place(int(revision), int(cluster_id, 16), float(confirmed))
 
     def rows(self, shape: Shape) -> Iterator[list[Row]]:
         """Yield a view's rows, some at a time.  Raises CheckpointDamaged at any of them."""
@@ -158,8 +162,8 @@ class ViewFile:
     def stand(self, shape: Shape, place: Place) -> None:
         """Say where a view stands with what this transaction writes."""
         self._opened.execute(
-            "INSERT OR REPLACE INTO places VALUES (?, ?, ?)",
-            (shape.name, place.revision, f"{place.cluster_id:x}"),
+            "INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?)",
+            (shape.name, place.revision, f"{place.cluster_id:x}", place.confirmed),
         )
 
     def commit(self) -> None:
@@ -209,7 +213,8 @@ class ViewFile:
         self._opened.execute("CREATE TABLE owner (name TEXT NOT NULL)")
         self._opened.execute("INSERT INTO owner VALUES (?)", (self._owner,))
         self._opened.execute(
-            "CREATE TABLE places (view TEXT PRIMARY KEY, revision INTEGER NOT NULL, cluster_id TEXT NOT NULL)"
+            "CREATE TABLE places (view TEXT PRIMARY KEY, revision INTEGER NOT NULL, "
+            "cluster_id TEXT NOT NULL, confirmed REAL NOT NULL)"
         )
         for shape in self._shapes:
             self._opened.execute(shape.create)

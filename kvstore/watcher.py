@@ -118,9 +118,10 @@ class Follower:
         """Return the seconds since etcd last proved that this view is current."""
         return time.monotonic() - (self.fresh_at or self._created_at)
 
-    def resume(self, revision: int, cluster_id: int) -> None:
-        """Go on from here instead: the sink has been given this view.  Before `run`."""
+    def resume(self, revision: int, cluster_id: int, *, age: float = 0.0) -> None:
+        """Go on from here instead: the sink has been given this view, of `age` seconds.  Before `run`."""
         self.cursor = Cursor(revision, cluster_id)
+        self._created_at = time.monotonic() - age
 
     async def run(self) -> None:
         """Follow until cancelled."""

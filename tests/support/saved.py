@@ -26,6 +26,8 @@ class Saved:
         if not self.path.exists():
             return []
         with self._open() as database:
+            if not database.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (view,)).fetchone():
+                return []  # it is being made
             return database.execute(f"SELECT * FROM {view}").fetchall()
 
     def knows(self, view: str, key: object) -> bool:

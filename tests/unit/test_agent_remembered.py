@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from agent.nodes import NodeTable
 from agent.policies import Refusals, new_documents
 from agent.policy_sources import PolicyKeys
 from agent.remembered import Remembered, View
-from agent.viewfile import Place, Row, Shape, ViewFile
+from agent.viewfile import Row, Shape, ViewFile
 from core.table import Table
 from identity.cache import IdentityCache
 from kvstore import schema
@@ -102,9 +103,30 @@ async def test_what_was_known_comes_back_with_its_place(tmp_path: Path) -> None:
     with life(tmp_path) as two:
         assert await two.start() == [True] * 4
         assert two.known() == known
-        assert {view.place for view in two.views} == {Place(9, CLUSTER)}
+        assert {(view.place.revision, view.place.cluster_id) for view in two.views} == {(9, CLUSTER)}
         assert all(view.source.complete and not view.source.in_sync for view in two.views)
         assert not any(view.is_due for view in two.views), "what was restored is not written again"
+
+
+async def test_a_restored_view_is_as_old_as_when_etcd_last_confirmed_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await first_life(tmp_path)
+    confirmed = max(row[3] for row in Saved(tmp_path).rows("places"))
+    assert 0 <= time.time() - confirmed < 60
+    monkeypatch.setattr("agent.remembered.time.time", lambda: confirmed + 7200.0)
+    with life(tmp_path) as two:
+        await two.start()
+        assert all(7200 <= view.follower.age() < 7260 for view in two.views)
+        assert not any(view.is_due for view in two.views), "nobody has confirmed anything since"
+        two.views[0].follower.fresh_at = time.monotonic()
+        await two.memory.write()
+    assert {row[0]: row[3] - confirmed > 7000 for row in Saved(tmp_path).rows("places")} == {
+        "identities": True,
+        "policies": False,
+        "nodes": False,
+        "addresses": False,
+    }
 
 
 async def test_a_view_whose_list_is_not_whole_is_not_written(tmp_path: Path) -> None:
