@@ -77,7 +77,7 @@ def _settle(options: Options, now: Now) -> Decision:
     setting = Setting(options.node_name, options.nodes, options.window)
     order = state.ordered(options.state_dir)
     # With its time, or a second order by the same person would look like a forgotten variable.
-    override = f"{order} at {now.wall:.0f}" if order else options.override
+    override = f"{order} at {now.wall:.3f}" if order else options.override
     decision = decide(now, setting, _load_cluster(options.state_dir), last, override)
     _report(options, decision, last)
     try:
