@@ -23,6 +23,7 @@ import contextlib
 import sqlite3
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_network
@@ -71,29 +72,24 @@ ROW_S, SHARE = 4e-6, 0.02
 ROWS_AT_ONCE = 1000
 
 
-class View(Generic[K, V]):
-    """One followed prefix on its way to the disk and back.
+class View(ABC, Generic[K, V]):
+    """One followed prefix on its way to the disk and back."""
 
-    `row` says what is written of a record, `item` which key and value of etcd a row was.
-    """
-
-    def __init__(
-        self,
-        shape: Shape,
-        follower: Follower,
-        sink: TableSink[K, V],
-        row: Callable[[K, V], Row],
-        item: Callable[..., Item],
-    ) -> None:
+    def __init__(self, shape: Shape, follower: Follower, sink: TableSink[K, V]) -> None:
         self.shape = shape
         self.follower = follower
         self.source = sink.source
         self.changes = sink.source.subscribe()
         self.written = Place()
         self.written_at = time.monotonic()
-        self._sink = sink
-        self._row = row
-        self._item = item
+
+    @abstractmethod
+    def rows(self, keys: Sequence[K]) -> tuple[list[Row], list[K]]:
+        """Return the rows of these keys, and those of them that have none."""
+
+    @abstractmethod
+    async def take(self, rows: Sequence[Row]) -> bool:
+        """Give rows to the source; False when one of them could not be used.  Raises CheckpointDamaged."""
 
     @property
     def place(self) -> Place:
@@ -114,23 +110,6 @@ class View(Generic[K, V]):
         """True when so much time has passed since the last write that this one is a small part of it."""
         return time.monotonic() - self.written_at >= len(self.changes) * ROW_S / SHARE
 
-    def rows(self, keys: Sequence[K]) -> tuple[list[Row], list[K]]:
-        """Return the rows of these keys, and those of them that have none."""
-        entries, missing, row = self.source.entries(), self.source.missing, self._row
-        rows, gone = [], []
-        for key in keys:
-            record = entries.get(key)
-            if record is None:
-                gone.append(key)
-            else:
-                rows.append((*row(key, record), key in missing))
-        return rows, gone
-
-    async def take(self, rows: Sequence[Row]) -> bool:
-        """Give rows to the source; False when one of them could not be used.  Raises CheckpointDamaged."""
-        await self.follower.deliver([self._item(*row[:-1]) for row in rows])
-        return not self._sink.ignored
-
     def taken(self, missing: Collection[K], place: Place, *, grace: float) -> None:
         """All rows were given to the source: the view is whole and stands at `place`."""
         self.source.mark_missing(missing, time.monotonic() + grace)
@@ -146,11 +125,46 @@ class View(Generic[K, V]):
         self.changes.mark_many(self.source.entries())
 
 
+class KeyedView(View[K, V]):
+    """Records that come back by the way on which they came: as keys and values of etcd.
+
+    `row` says what is written of a record, `item` which key and value of etcd a row was.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        follower: Follower,
+        sink: TableSink[K, V],
+        row: Callable[[K, V], Row],
+        item: Callable[..., Item],
+    ) -> None:
+        super().__init__(shape, follower, sink)
+        self._sink = sink
+        self._row = row
+        self._item = item
+
+    def rows(self, keys: Sequence[K]) -> tuple[list[Row], list[K]]:
+        entries, missing, row = self.source.entries(), self.source.missing, self._row
+        rows, gone = [], []
+        for key in keys:
+            record = entries.get(key)
+            if record is None:
+                gone.append(key)
+            else:
+                rows.append((*row(key, record), key in missing))
+        return rows, gone
+
+    async def take(self, rows: Sequence[Row]) -> bool:
+        await self.follower.deliver([self._item(*row[:-1]) for row in rows])
+        return not self._sink.ignored
+
+
 class AddressView(View[str, Record]):
     """Addresses, by the hundred thousand: not as etcd wrote them, but as the table has them."""
 
     def __init__(self, follower: Follower, sink: TableSink[str, Record]) -> None:
-        super().__init__(ADDRESSES, follower, sink, _unused, _unused)
+        super().__init__(ADDRESSES, follower, sink)
 
     def rows(self, keys: Sequence[str]) -> tuple[list[Row], list[str]]:
         entries, missing = self.source.entries(), self.source.missing
@@ -170,7 +184,7 @@ class AddressView(View[str, Record]):
 
 
 def identity_view(follower: Follower, sink: TableSink[int, Labels]) -> View[int, Labels]:
-    return View(
+    return KeyedView(
         IDENTITIES,
         follower,
         sink,
@@ -180,7 +194,7 @@ def identity_view(follower: Follower, sink: TableSink[int, Labels]) -> View[int,
 
 
 def node_view(follower: Follower, sink: TableSink[str, schema.NodeRecord]) -> View[str, schema.NodeRecord]:
-    return View(
+    return KeyedView(
         NODES,
         follower,
         sink,
@@ -190,7 +204,7 @@ def node_view(follower: Follower, sink: TableSink[str, schema.NodeRecord]) -> Vi
 
 
 def policy_view(follower: Follower, keys: PolicyKeys) -> View[str, Document]:
-    return View(
+    return KeyedView(
         POLICIES,
         follower,
         keys,
@@ -285,6 +299,12 @@ class Remembered:
                 async with asyncio.timeout(WRITE_S):
                     await self._policies_change()
             await self.write(all_of_it=False)
+            if self._policies_wait:  # the disk is full, say: not five times a second
+                await asyncio.sleep(WRITE_S)
+
+    @property
+    def _policies_wait(self) -> bool:
+        return any(view.shape is POLICIES and len(view.changes) > 0 for view in self.views)
 
     async def _policies_change(self) -> None:
         """Return when a policy has changed: the next life enforces what the file says before etcd answers."""
@@ -365,10 +385,6 @@ class Remembered:
 
     def _do(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
-
-
-def _unused(*_: object) -> Any:
-    raise NotImplementedError
 
 
 def _records(rows: Sequence[Row]) -> list[tuple[str, Record]]:

@@ -157,7 +157,7 @@ class ViewFile:
         self._opened.executemany(shape.insert, rows[whole:])
 
     def drop(self, shape: Shape, keys: Iterable[Any]) -> None:
-        self._opened.executemany(f"DELETE FROM {shape.name} WHERE {shape.key} = ?", ((key,) for key in keys))
+        self._opened.executemany(shape.delete, ((key,) for key in keys))
 
     def stand(self, shape: Shape, place: Place) -> None:
         """Say where a view stands with what this transaction writes."""

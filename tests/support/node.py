@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,14 @@ from tests.support.places import Place, opened
 from tests.support.rules import Rule, document
 
 
-class Node(DockerHost):
+class Node(DockerHost, ABC):
     """What is the same of both."""
 
     socket: Path  # of the agent's API, as this machine sees it
 
+    @abstractmethod
     def cli(self, *arguments: str, check: bool = True, stdin: str | None = None) -> Any:
         """Run `holdfast …` in the host and return the finished process."""
-        raise NotImplementedError
 
     def api(self, path: str, *, method: str = "GET", body: Any = None, check: bool = True) -> Any:
         """Call the agent's API and return its JSON; None for a failure without `check`."""
