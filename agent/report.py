@@ -189,7 +189,10 @@ def _checkpoint(parts: Parts) -> models.Component:
     sizes = ", ".join(f"{view.shape.name} {len(view.source)}" for view in memory.views)
     if memory.damage:
         return models.Component(state=WARNING, msg=memory.damage)
-    saved = f"written {when(memory.written_at)}" if memory.written_at else "unchanged since the last life"
+    if memory.written_at:
+        saved = f"written {when(memory.written_at)}"
+    else:
+        saved = "unchanged since the last life" if memory.resumable else "not written yet"
     return models.Component(state=OK, msg=f"{sizes}; {saved}")
 
 
