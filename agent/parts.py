@@ -22,6 +22,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_network
 from pathlib import Path
 
 from agent import beside, ipcache, path_mtu, publish, remembered, sinks, viewfile
+from agent.allow_all import AllowAll
 from agent.beside import HealthSide, NamesSide
 from agent.checkpoint import Checkpoint, Node
 from agent.conntrack import Conntrack
@@ -145,6 +146,7 @@ class Knowledge:
 class Enforcement:
     """From the tables into the kernel: policy maps, ip→identity, endpoints, firewall, the host itself."""
 
+    allow_all: AllowAll
     policy_store: PolicyMapStore
     policy_maps: PolicyMaps
     derivations: Derivations
@@ -297,7 +299,8 @@ async def _memory(ground: Ground, grace: float) -> remembered.Remembered:
 
 def _enforcement(ground: Ground, store: Store, known: Knowledge) -> Enforcement:
     maps, config = ground.programs.maps, ground.config
-    policy_store = PolicyMapStore(ground.programs.catalogue, ground.programs.root)
+    allow_all = AllowAll(config["state-dir"])
+    policy_store = PolicyMapStore(ground.programs.catalogue, ground.programs.root, allow_all.entries)
     engine = PolicyEngine(limit=config["bpf-policy-map-max"], mode=EnforcementMode(config["enable-policy"]))
     policy_maps = PolicyMaps(engine, policy_store)
     derivations = Derivations(
@@ -314,6 +317,7 @@ def _enforcement(ground: Ground, store: Store, known: Knowledge) -> Enforcement:
     firewall = _firewall(config, ground.pool)
     derivations.attach(reconcilers["endpoints"], ip_reconciler, conntrack, firewall)
     return Enforcement(
+        allow_all,
         policy_store,
         policy_maps,
         derivations,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,10 +23,12 @@ from core import metrics
 from core.errors import HoldfastError
 from core.table import Table
 from datapath.addresses import host_prefix
+from datapath.allowall import laid_over
 from datapath.devices import Device, Devices, host_name
 from datapath.errors import DatapathError, DeviceError, SyscallError
 from datapath.maps import LxcMap, PolicyMap, PolicyWriting, RawPolicyEntry, RawPolicyKey
 from datapath.mapspec import MapCatalogue, policy_map_name
+from datapath.policy_order import RawPolicyMap
 from datapath.records import ENDPOINT_IS_HOST, LxcEntry
 from datapath.routes import EndpointRoute, Routes
 from policy.model import PolicyEntry, PolicyKey
@@ -73,12 +75,23 @@ class Placed:
         return same and time.monotonic() < self.trusted_until
 
 
-class PolicyMapStore:
-    """The open policy maps of this host's endpoints, by endpoint id (PolicyTarget of agent.policy_maps)."""
+def _nothing_ordered(endpoint_id: int) -> RawPolicyMap:
+    return {}
 
-    def __init__(self, catalogue: MapCatalogue, root: Path) -> None:
+
+class PolicyMapStore:
+    """The open policy maps of this host's endpoints, by endpoint id (PolicyTarget of agent.policy_maps).
+
+    `ordered` says which entries an operator has ordered for an endpoint (`agent.allow_all`): whatever is
+    written, they stay.
+    """
+
+    def __init__(
+        self, catalogue: MapCatalogue, root: Path, ordered: Callable[[int], RawPolicyMap] = _nothing_ordered
+    ) -> None:
         self._catalogue = catalogue
         self._root = root
+        self._ordered = ordered
         self._open: dict[int, PolicyMap] = {}
         # Maps that went with their interface: a late change of policy must not make them anew.
         self._removed: set[int] = set()
@@ -88,7 +101,7 @@ class PolicyMapStore:
         self._removed.discard(endpoint_id)
         policy_map = self.get(endpoint_id)
         if empty:
-            policy_map.sync(())
+            policy_map.sync(self._ordered(endpoint_id).items())
         return policy_map
 
     def get(self, endpoint_id: int) -> PolicyMap:
@@ -103,12 +116,15 @@ class PolicyMapStore:
     ) -> Iterator[None]:
         """Change the map; see `agent.policy_maps.PolicyTarget`."""
         if endpoint_id not in self._removed:
-            yield from self._written(endpoint_id, self.get(endpoint_id).applying(upserts.items(), deletes))
+            new, gone = laid_over(upserts.items(), deletes, self._ordered(endpoint_id))
+            yield from self._written(endpoint_id, self.get(endpoint_id).applying(new.items(), gone))
 
     def replacing(self, endpoint_id: int, wanted: Mapping[PolicyKey, PolicyEntry]) -> Iterator[None]:
         """Make the map hold exactly `wanted`; see `agent.policy_maps.PolicyTarget`."""
         if endpoint_id not in self._removed:
-            yield from self._written(endpoint_id, self.get(endpoint_id).syncing(wanted.items()))
+            added = self._ordered(endpoint_id)
+            new, _ = laid_over(wanted.items(), added.keys() - wanted.keys(), added)
+            yield from self._written(endpoint_id, self.get(endpoint_id).syncing(new.items()))
 
     def _written(self, endpoint_id: int, writing: PolicyWriting) -> Iterator[None]:
         """Make a change and raise what was refused; nothing more once the map is removed."""
@@ -130,10 +146,10 @@ class PolicyMapStore:
         PolicyMap.remove(endpoint_id, self._root)
 
     def held(self, endpoint_id: int) -> Mapping[RawPolicyKey, RawPolicyEntry]:
-        """Return what an endpoint's pinned map holds, nothing without one.  Raises DatapathError."""
+        """Return what a pinned map holds of a policy, nothing without one.  Raises DatapathError."""
         try:
             with PolicyMap.reader(policy_map_name(endpoint_id), self._root).handle as handle:
-                return dict(PolicyMap(handle).items())
+                return {key: entry for key, entry in PolicyMap(handle).items() if not entry[2]}
         except SyscallError as error:
             if error.errno == errno.ENOENT:
                 return {}

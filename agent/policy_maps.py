@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from loguru import logger
@@ -91,8 +91,7 @@ class PolicyMaps:
             return
         self.opened.set()
         self.flush()
-        for endpoint_id in self._wanted:
-            self._want(endpoint_id, None)
+        self.compare()
         self._source.mark_in_sync()
 
     def revision(self, endpoint_id: int) -> int:
@@ -111,6 +110,12 @@ class PolicyMaps:
         if self.is_open:
             self.flush()
             self._want(endpoint_id, None)
+
+    def compare(self, endpoint_ids: Collection[int] | None = None) -> None:
+        """Have maps, or all, compared with what they ought to hold: the target wants something else."""
+        if self.is_open:
+            for endpoint_id in self._wanted if endpoint_ids is None else endpoint_ids:
+                self._want(endpoint_id, None)
 
     def remove_endpoint(self, endpoint_id: int) -> None:
         """Forget an endpoint; its map is emptied and unpinned by whoever removes its programs."""

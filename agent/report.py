@@ -19,6 +19,7 @@ from core import metrics, waiting
 from core.errors import shorten
 from core.reconciler import Reconciler
 from core.table import Table
+from datapath.allowall import Now
 from identity.numbers import WORLD
 from kvstore.watcher import staleness
 
@@ -74,6 +75,8 @@ def status(process: AgentProcess) -> models.Status:
             for key, error in itertools.islice(ignored_records(parts).items(), IGNORED_SHOWN)
         ],
         checkpoint=_checkpoint(parts),
+        allow_all=_allow_all(parts),
+        allow_all_error=parts.allow_all.trouble,
         cluster_health=summary(parts.prober, parts.health_server),
         cluster_dns=_names(parts),
     )
@@ -194,6 +197,20 @@ def _checkpoint(parts: Parts) -> models.Component:
     else:
         saved = "unchanged since the last life" if memory.resumable else "not written yet"
     return models.Component(state=OK, msg=f"{sizes}; {saved}")
+
+
+def _allow_all(parts: Parts) -> list[models.AllowAll]:
+    now = Now.read()
+    return [
+        models.AllowAll(
+            endpoint=each.endpoint,
+            until=when(each.until),
+            seconds=each.left(now),
+            by=each.by,
+            reason=each.reason,
+        )
+        for each in parts.allow_all.orders(now)
+    ]
 
 
 def _monitor(process: AgentProcess) -> models.MonitorInfo:

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
+import msgspec
+
 from agent.api import models
 from agent.endpoint import Endpoint, State
 from agent.history import Event
@@ -14,6 +16,7 @@ from agent.parts import Parts
 from agent.plumbing import PolicyMapStore
 from core.errors import HoldfastError
 from core.reconciler import Kind
+from datapath.allowall import WHOLE_HOST
 from identity.labels import Labels
 from policy.model import ALLOW, ANY_TRANSPORT, Direction, PolicyKey
 
@@ -64,7 +67,7 @@ def _shown(parts: Parts, each: Endpoint, used: Counter[int]) -> models.Endpoint:
                 host_mac=each.node_mac,
                 published_ports=[str(port) for port in each.ports],
             ),
-            policy=_policy(parts, each),
+            policy=msgspec.structs.replace(_policy(parts, each), allow_all_until=_allowed_until(parts, each)),
             external_identifiers=models.ExternalIdentifiers(
                 container_id=each.container_id,
                 container_name=each.container_name,
@@ -108,6 +111,12 @@ def _policy(parts: Parts, each: Endpoint) -> models.EndpointPolicy:
         map_entries=entries,
         error=str(overflow) if overflow else status.error if status.kind is Kind.ERROR else "",
     )
+
+
+def _allowed_until(parts: Parts, each: Endpoint) -> str:
+    """Return the time until which an operator's order lets all pass; empty without one."""
+    ends = [order.until for order in parts.allow_all.orders() if order.endpoint in (each.id, WHOLE_HOST)]
+    return when(max(ends)) if ends else ""
 
 
 def held_policy(store: PolicyMapStore, endpoint_id: int) -> models.EndpointPolicy:

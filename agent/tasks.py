@@ -68,6 +68,7 @@ def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
     tasks["events of policies"] = told.follow_policies
     tasks["events of endpoints"] = told.follow_endpoints
     tasks["events of policy maps"] = told.follow_maps
+    tasks["orders to allow all"] = partial(parts.allow_all.run, parts.policy_maps)
     tasks["policy names"] = parts.policy_names.run
     held = parts.gates.behind_connect
     tasks["kvstore session"] = held(partial(_session, parts))

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +16,13 @@ import click
 from cli.client import AgentClient
 from cli.errors import Failure
 from core.errors import HoldfastError
+from prestart.options import STATE_DIR, STATE_DIR_VARIABLE
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_SOCKET = Path("/var/run/holdfast/holdfast.sock")
+# The start hook's name of the option, then the agent's.
+STATE_DIR_VARIABLES = (STATE_DIR_VARIABLE, "HOLDFAST_STATE_DIR")
 
 
 @dataclass(frozen=True)
@@ -78,3 +83,25 @@ def output_option(function: F) -> F:
 def headers_option(function: F) -> F:
     """Add ``--no-headers``."""
     return click.option("--no-headers", is_flag=True, help="Leave the header line out.")(function)
+
+
+def state_dir_option(text: str) -> Callable[[F], F]:
+    """Add ``--state-dir``."""
+    return click.option(
+        "--state-dir",
+        type=click.Path(path_type=Path),
+        default=STATE_DIR,
+        envvar=STATE_DIR_VARIABLES,
+        show_default=True,
+        help=text,
+    )
+
+
+def state_dir() -> Path:
+    """Return the state directory for commands that have no ``--state-dir``."""
+    return Path(next(filter(None, map(os.environ.get, STATE_DIR_VARIABLES)), STATE_DIR))
+
+
+def user() -> str:
+    """Return who types, behind sudo too."""
+    return os.environ.get("SUDO_USER") or getpass.getuser()

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
-from cli.base import DEFAULT_SOCKET, LazyGroup, Settings, examples
+from cli.base import DEFAULT_SOCKET, LazyGroup, Settings, examples, state_dir
 
 COMMANDS = {
+    "allow-all": ("cli.commands.allow_all:allow_all", "Emergency: let everything pass, for a time"),
     "agent": ("cli.commands.agent:agent", "Run the agent in the foreground"),
     "bpf": ("cli.commands.bpf:bpf", "Read the pinned BPF maps; works with the agent dead"),
     "bugtool": ("cli.commands.bugtool:bugtool", "Collect statuses, maps and logs in an archive"),
@@ -32,6 +34,9 @@ COMMANDS = {
     "version": ("cli.commands.status:version", "Show the versions of command and agent"),
     "vm": ("cli.commands.vm:vm", "Give VMs and bare metal an identity"),
 }
+
+# Every other command says on stderr that this host is open to all by an operator's order.
+SAY_IT_THEMSELVES = ("allow-all", "status", "agent")
 
 EXAMPLES = examples(
     "holdfast status",
@@ -63,6 +68,15 @@ def main(ctx: click.Context, socket: Path) -> None:
     not reachable; 4 no such thing.
     """
     ctx.obj = Settings(Path(str(socket).removeprefix("unix://")))
+    if ctx.invoked_subcommand not in SAY_IT_THEMSELVES and is_readable(state_dir() / "allow-all.json"):
+        from cli.commands.allow_all import announce
+
+        announce()
+
+
+def is_readable(path: Path) -> bool:
+    """True for a file that is there and that this user may see."""
+    return os.access(path, os.R_OK)
 
 
 if __name__ == "__main__":

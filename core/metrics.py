@@ -117,6 +117,8 @@ POLICY_COUNT = _gauge("cilium_policy", "Policy rules loaded")
 POLICY_REVISION = _gauge("cilium_policy_max_revision", "Highest policy revision")
 POLICY_IMPORT_ERRORS = _counter("cilium_policy_import_errors_total", "Policies refused")
 POLICY_REGENERATIONS = _counter("cilium_policy_regeneration_total", "Policy calculations of endpoints")
+ALLOW_ALL_ORDERS = _gauge("holdfast_allow_all_orders", "Operators' orders to allow all that are in force")
+ALLOW_ALL_SECONDS = _gauge("holdfast_allow_all_remaining_seconds", "Time until the last of them ends")
 
 # --- endpoints and datapath
 _section("Endpoints and data path")

@@ -394,12 +394,13 @@ class PolicyMap(TypedMap[RawPolicyKey, RawPolicyEntry]):
         return PolicyKey(identity, int.from_bytes(dport), protocol, direction & 1)
 
     def _pack_value(self, value: RawPolicyEntry) -> bytes:
-        deny, proxy_port = value
-        return layouts.POLICY_ENTRY.pack(proxy_port.to_bytes(2), int(deny), 0, 0, 0, 0, 0)
+        deny, proxy_port, until = value
+        low, high = until & 0xFFFF, until >> 16
+        return layouts.POLICY_ENTRY.pack(proxy_port.to_bytes(2), int(deny), 0, low, high, 0, 0)
 
     def _unpack_value(self, data: bytes) -> PolicyEntry:
-        proxy_port, verdict, *_ = layouts.POLICY_ENTRY.unpack(data)
-        return PolicyEntry(bool(verdict & 1), int.from_bytes(proxy_port))
+        proxy_port, verdict, _, low, high, *_ = layouts.POLICY_ENTRY.unpack(data)
+        return PolicyEntry(bool(verdict & 1), int.from_bytes(proxy_port), low | high << 16)
 
 
 def _at_once(writing: PolicyWriting) -> PolicyChange:

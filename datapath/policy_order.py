@@ -47,7 +47,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, NamedTuple
 
 RawPolicyKey = tuple[int, int, int, int]  # PolicyKey, or any tuple of the same shape
-RawPolicyEntry = tuple[bool, int]
+RawPolicyEntry = tuple[bool, int, int]  # PolicyEntry, likewise
 RawPolicyMap = Mapping[RawPolicyKey, RawPolicyEntry]
 
 EXACT, PORT, IDENTITY, ALL = RANKS = range(4)
@@ -83,7 +83,7 @@ def in_order(
         deleted[rank(key)].append(key)
     missed = dict(_NOTHING_MISSED)
     for each in RANKS:
-        verdicts = {deny for _, (deny, _) in written[each]}
+        verdicts = {deny for _, (deny, *_) in written[each]}
         waits = any(missed[not deny] < each for deny in verdicts)
         if written[each]:
             yield Write(written[each], [], waits)
@@ -115,8 +115,8 @@ def make_room(present: RawPolicyMap, wanted: RawPolicyMap, size: int) -> list[Ra
     missing = len(present.keys() | wanted.keys()) - size
     if missing <= 0:
         return []
-    allowing = [key for key, (deny, _) in present.items() if not deny]
-    denying = [key for key, (deny, _) in present.items() if deny and key not in wanted]
+    allowing = [key for key, (deny, *_) in present.items() if not deny]
+    denying = [key for key, (deny, *_) in present.items() if deny and key not in wanted]
     going = sorted((key for key in allowing if key not in wanted), key=_allowed_by(wanted))
     if len(going) < missing:
         allowed_by_the_rest = _allowed_by({key: present[key] for key in present.keys() & wanted.keys()})
@@ -126,7 +126,7 @@ def make_room(present: RawPolicyMap, wanted: RawPolicyMap, size: int) -> list[Ra
 
 def _allowed_by(state: RawPolicyMap) -> Callable[[RawPolicyKey], bool]:
     """Return what says of a key that is not in `state` whether this allows some packets that ask for it."""
-    allowed = {(key[0], key[3]) for key, (deny, _) in state.items() if not deny}
+    allowed = {(key[0], key[3]) for key, (deny, *_) in state.items() if not deny}
     directions = {direction for _, direction in allowed}
 
     def is_allowed(key: RawPolicyKey) -> bool:

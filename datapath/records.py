@@ -39,10 +39,14 @@ class PolicyKey(NamedTuple):
 
 
 class PolicyEntry(NamedTuple):
-    """What is done; `proxy_port` 0 means no proxy."""
+    """What is done; `proxy_port` 0 means no proxy.
+
+    `until` is the second of CLOCK_MONOTONIC from which an entry for all traffic counts for nothing, or 0.
+    """
 
     deny: bool
-    proxy_port: int
+    proxy_port: int = 0
+    until: int = 0
 
 
 class PolicyCounters(NamedTuple):

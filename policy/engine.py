@@ -158,7 +158,9 @@ class PolicyEngine:
         self._pending.add(shared)
         return True
 
-    def adopt(self, endpoint_id: int, held: Mapping[tuple[int, int, int, int], tuple[bool, int]]) -> MapState:
+    def adopt(
+        self, endpoint_id: int, held: Mapping[tuple[int, int, int, int], tuple[bool, int, int]]
+    ) -> MapState:
         """Take what a new endpoint's map holds already for its last state, and return what that leaves of it:
         nothing of identities that nobody has.  KeyError for an unknown endpoint.
         """

@@ -75,10 +75,14 @@ class PolicyKey(NamedTuple):
 
 
 class PolicyEntry(NamedTuple):
-    """Value of a policy map entry without its counters.  `proxy_port` 0: not redirected."""
+    """Value of a policy map entry without its counters.
+
+    `proxy_port` 0: not redirected.  `until` 0: for ever, as all that a policy says.
+    """
 
     deny: bool
     proxy_port: int = 0
+    until: int = 0
 
 
 ALLOW: Final = PolicyEntry(deny=False)

@@ -32,6 +32,16 @@ class Component(Model, frozen=True, kw_only=True):
     msg: str = ""
 
 
+class AllowAll(Model, frozen=True, kw_only=True):
+    """An operator's order to let everything pass that is in force."""
+
+    endpoint: int  # 0: every endpoint of this host
+    until: str  # RFC 3339
+    seconds: float  # that are left
+    by: str
+    reason: str
+
+
 class Ipam(Model, frozen=True, kw_only=True):
     """The node's pool of addresses."""
 
@@ -192,6 +202,8 @@ class Status(Model, frozen=True, kw_only=True):
     ignored_records: list[IgnoredRecord] = []  # the first of them
     maps: list[MapInfo] = []
     checkpoint: Component = Component(state="Disabled", msg="not started")
+    allow_all: list[AllowAll] = []
+    allow_all_error: str = ""  # why orders can not be read
     cluster_health: ClusterHealth = ClusterHealth(state="Disabled", msg="not started")
     cluster_dns: ClusterDns = ClusterDns(state="Disabled", msg="not started")
 
@@ -253,6 +265,7 @@ class EndpointPolicy(Model, frozen=True, kw_only=True):
     policy_revision: int = 0
     map_entries: int = 0
     error: str = ""  # why the desired policy is not in the map (overflow…); the last good state is
+    allow_all_until: str = ""  # RFC 3339: all passes until then, by an operator's order
 
 
 class ExternalIdentifiers(Model, frozen=True, kw_only=True):

@@ -51,6 +51,8 @@ struct policy_key {
 	__u8 egress : 1, pad : 7;
 };
 
+/* pad1 and, as the upper half, pad2 of an entry for all traffic are the second of CLOCK_MONOTONIC from which it
+ * counts for nothing, or 0; to Cilium they are padding. */
 struct policy_entry {
 	__be16 proxy_port;
 	__u8 deny : 1, pad : 7;

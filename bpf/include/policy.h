@@ -5,7 +5,8 @@
  *   ESTABLISHED, NEW    the policy map decides, at every packet: a rule taken back ends connections
  *
  * The map is asked in Cilium 1.11's order (identity and port; port; identity; all) and the first hit
- * decides.  No hit is a denial; a direction without rules carries an entry that allows all.
+ * decides.  No hit is a denial; a direction without rules carries an entry that allows all.  So does one that
+ * an operator has opened, for a time (`holdfast allow-all`).
  */
 #pragma once
 
@@ -21,6 +22,15 @@ volatile __u32 own_identity SEC(IDENTITY_SECTION) = 0;
 static __always_inline __be16 policy_port(struct __sk_buff *ctx)
 {
 	return flow_get(ctx, proto) == ICMP_PROTOCOL ? bpf_htons(flow_get(ctx, icmp_type)) : flow_get(ctx, dport);
+}
+
+/* policy_ended says whether an entry was written for a time that is over: an operator's order to allow all ends
+ * in the kernel, so that it ends with nobody there to end it. */
+static __always_inline bool policy_ended(const struct policy_entry *entry)
+{
+	__u32 until = entry->pad1 | (__u32)entry->pad2 << 16;
+
+	return unlikely(until) && clock_seconds() >= until;
 }
 
 static __always_inline struct policy_entry *policy_find(struct __sk_buff *ctx, __u32 remote, enum direction dir,
@@ -54,7 +64,8 @@ static __always_inline struct policy_entry *policy_find(struct __sk_buff *ctx, _
 		return entry;
 	key.sec_label = 0;
 	*match = MATCH_ALL;
-	return bpf_map_lookup_elem(&cilium_policy, &key);
+	entry = bpf_map_lookup_elem(&cilium_policy, &key);
+	return entry && !policy_ended(entry) ? entry : NULL;
 }
 
 static __always_inline int policy_decide(struct __sk_buff *ctx, __u32 remote, enum direction dir,

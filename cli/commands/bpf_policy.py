@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import click
 
 from cli.base import LazyGroup, Settings, examples, headers_option, output_option
 from cli.commands.bpf import globals_dir, labels_of_identities, reading
+from cli.commands.status import duration
 from cli.output import print_json, print_table
 from datapath.reasons import protocol_name
 
@@ -109,7 +111,7 @@ def row(found: PolicyCounters, names: Mapping[int, str]) -> tuple[object, ...]:
     key, entry = found.key, found.entry
     labels = names.get(key.identity) or ("ANY" if names and key.identity == 0 else key.identity)
     return (
-        "Deny" if entry.deny else "Allow",
+        verdict(found),
         DIRECTIONS[key.direction],
         labels,
         port(key.dport, key.protocol),
@@ -117,6 +119,14 @@ def row(found: PolicyCounters, names: Mapping[int, str]) -> tuple[object, ...]:
         found.bytes,
         found.packets,
     )
+
+
+def verdict(found: PolicyCounters) -> str:
+    """Return Allow or Deny; of an operator's order also how long it is in force."""
+    if not found.entry.until:
+        return "Deny" if found.entry.deny else "Allow"
+    left = found.entry.until - time.monotonic()
+    return f"Allow, by order, for {duration(left)}" if left > 0 else "Ended order"
 
 
 def port(dport: int, protocol: int) -> str:

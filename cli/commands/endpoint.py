@@ -65,10 +65,11 @@ def row(found: Json) -> tuple[object, ...]:
     status = found["status"]
     addresses = status["networking"]["addressing"] or [{}]
     enforced = status["policy"]["policy-enabled"]
+    opened = "ALLOW-ALL" if status["policy"].get("allow-all-until") else ""
     return (
         found["id"],
-        enforcement(enforced, "ingress"),
-        enforcement(enforced, "egress"),
+        opened or enforcement(enforced, "ingress"),
+        opened or enforcement(enforced, "egress"),
         status["identity"]["id"],
         "\n".join(status["labels"]["security-relevant"]) or "no labels",
         addresses[0].get("ipv6", ""),

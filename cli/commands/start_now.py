@@ -3,19 +3,16 @@
 
 from __future__ import annotations
 
-import getpass
-import os
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cli.base import Settings, examples, output_option
+from cli.base import Settings, examples, output_option, state_dir_option, user
 from cli.commands.status import duration
 from cli.errors import CliError, Unreachable
 from cli.output import print_json
 from core.files import write_atomic
-from prestart.options import STATE_DIR, STATE_DIR_VARIABLE
 from prestart.state import ORDER
 
 
@@ -24,14 +21,7 @@ from prestart.state import ORDER
     epilog=examples("holdfast start-now", "holdfast start-now --by 'alice, incident 4711'"),
 )
 @click.option("--by", default="", help="Who orders it, for the log.  [default: the user]")
-@click.option(
-    "--state-dir",
-    type=click.Path(path_type=Path),
-    default=STATE_DIR,
-    envvar=STATE_DIR_VARIABLE,
-    show_default=True,
-    help="Where a start hook that holds the agent back looks.",
-)
+@state_dir_option("Where a start hook that holds the agent back looks.")
 @output_option
 @click.pass_obj
 def start_now(settings: Settings, by: str, state_dir: Path, output: str | None) -> None:
@@ -41,7 +31,7 @@ def start_now(settings: Settings, by: str, state_dir: Path, output: str | None) 
     second. The next start waits for its slot again. Of a whole cluster that comes back from a power cut,
     order only what has to be there first: the window is what keeps etcd alive.
     """
-    who = by or _user()
+    who = by or user()
     try:
         found: Any = settings.agent().request("PUT", "/v1/start-now", {"by": who})
     except Unreachable:
@@ -65,7 +55,3 @@ def _leave(directory: Path, who: str) -> Path:
     write_atomic(path, who.encode())
     click.echo(f"no agent answers; the start hook finds the order in {path}", err=True)
     return path
-
-
-def _user() -> str:
-    return os.environ.get("SUDO_USER") or getpass.getuser()

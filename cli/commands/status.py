@@ -44,7 +44,7 @@ def status(settings: Settings, brief: bool, verbose: bool, timeout: float, outpu
     if output:
         print_json(found)
     elif brief:
-        click.echo(printable("; ".join(wrong) or "OK"))
+        click.echo(printable("; ".join([*(wrong or ["OK"]), *opened(found)])))
     else:
         for line in lines(found, verbose):
             click.echo(printable(line))
@@ -62,6 +62,8 @@ def lines(found: Json, verbose: bool) -> Iterator[str]:
     yield line("ContainerRuntime", component(found["container-runtime"]))
     yield line("NetworkDriver", component(found["network-driver"]))
     yield line("Holdfast", component(found["holdfast"]))
+    for each in opened(found):
+        yield line("AllowAll", each)
     yield line("Node", node(found["node"]))
     yield line("NodeMonitor", monitor(found["node-monitor"]))
     yield line("IPAM", ipam(found["ipam"]))
@@ -85,6 +87,20 @@ def lines(found: Json, verbose: bool) -> Iterator[str]:
     yield from unmanaged(found["unmanaged"], verbose)
     if verbose:
         yield from details(found)
+
+
+def opened(found: Json) -> Iterator[str]:
+    """Yield a sentence for each order to allow all that is in force, and what is wrong with them."""
+    for each in found.get("allow-all", []):
+        left = duration(each["seconds"])
+        yield f"ALL IS ALLOWED {place(each['endpoint'])} for {left} more, by {each['by']}: {each['reason']}"
+    if found.get("allow-all-error"):
+        yield found["allow-all-error"]
+
+
+def place(endpoint: int) -> str:
+    """Return where an order to allow all holds; 0 is the whole host."""
+    return f"to and from endpoint {endpoint}" if endpoint else "to and from every endpoint of this host"
 
 
 def line(label: str, text: str) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +19,7 @@ def command(*words: str, socket: Path | None = None) -> list[str]:
 
 
 def run(
-    *words: str, socket: Path | None = None, stdin: str | None = None
+    *words: str, socket: Path | None = None, stdin: str | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run `holdfast WORDS` without a terminal and return what it said."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HOLDFAST_")}
@@ -29,6 +30,6 @@ def run(
         text=True,
         timeout=60,
         cwd=ROOT,
-        env=environment,
+        env=environment | dict(env or {}),
         check=False,
     )

@@ -164,7 +164,10 @@ def test_lxc_round_trip(address: str, entry: LxcEntry) -> None:
     assert lxc._unpack_value(lxc._pack_value(entry)) == entry
 
 
-@given(st.builds(PolicyKey, _u32, _u16, _u8, st.integers(0, 1)), st.builds(PolicyEntry, st.booleans(), _u16))
+@given(
+    st.builds(PolicyKey, _u32, _u16, _u8, st.integers(0, 1)),
+    st.builds(PolicyEntry, st.booleans(), _u16, _u32),
+)
 def test_policy_round_trip(key: PolicyKey, entry: PolicyEntry) -> None:
     policy = codec(PolicyMap)
     assert policy._unpack_key(policy._pack_key(key)) == key

@@ -398,7 +398,7 @@ def test_map_of_a_former_life_is_kept_without_those_who_are_gone() -> None:
         engine.upsert_identity(number, labels)
     engine.upsert_endpoint(1, app("web"))
     assert engine.take_changes() == {}
-    kept = engine.adopt(1, dict.fromkeys([(each, 0, 0, 0) for each in (0, 300, 301)], (False, 0)))
+    kept = engine.adopt(1, dict.fromkeys([(each, 0, 0, 0) for each in (0, 300, 301)], (False, 0, 0)))
     assert kept == dict(engine.map_state(1)) == dict.fromkeys((entry(0), entry(301)), ALLOW)
     assert engine.errors().keys() == {1}
     engine.delete_identity(301)
