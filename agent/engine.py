@@ -33,6 +33,8 @@ ANSWER_TIMEOUT_S = 10.0
 HURRIED_TIMEOUT_S = 2.0
 # So long after one driver call has waited in vain the next ones do not: a start has two, and there are many.
 HOLD_OFF_S = 5.0
+# A start has a dozen calls of the driver and the mounts of the image in it.
+START_TIMEOUT_S = 60.0
 DRIVER = "holdfast"
 
 
@@ -53,7 +55,10 @@ class EngineNetwork(msgspec.Struct, frozen=True):
 
 
 class EngineContainer(msgspec.Struct, frozen=True):
-    """A container as `/containers/json` lists it; `endpoints` maps network id → engine endpoint id."""
+    """A container as `/containers/json` lists it; `endpoints` maps network id → engine endpoint id.
+
+    `networks` are the ids of all its networks, those too that it is not connected to while it does not run.
+    """
 
     id: str
     name: str
@@ -61,6 +66,14 @@ class EngineContainer(msgspec.Struct, frozen=True):
     labels: dict[str, str]
     endpoints: dict[str, str]
     network_mode: str
+    networks: frozenset[str] = frozenset()
+
+
+class EngineEnd(msgspec.Struct, frozen=True):
+    """Why a container does not run: `error` is empty for one that ended by itself or was stopped."""
+
+    error: str
+    restart_policy: str
 
 
 class Engine:
@@ -131,6 +144,33 @@ class Engine:
         """Return every container, running or not."""
         path = "/containers/json"
         return self._read(_containers, await self._get(path, {"all": "1"}), path)
+
+    async def end_of(self, container_id: str) -> EngineEnd | None:
+        """Return why an exited container does not run; None when the engine does not have it.
+
+        Never for one that may be starting: the engine answers once the driver has.
+        """
+        path = f"/containers/{quote(container_id, safe='')}/json"
+        try:
+            return self._read(_end, await self._get(path), path)
+        except _NotFound:
+            return None
+
+    async def start(self, container_id: str) -> None:
+        """Start a container.  Raises EngineError with what the engine says against it."""
+        path = f"/containers/{quote(container_id, safe='')}/start"
+        try:
+            timeout = aiohttp.ClientTimeout(total=START_TIMEOUT_S)
+            async with self._client().post(self._base + path, timeout=timeout) as response:
+                if response.status not in (204, 304):  # started; runs already
+                    said = shorten(await response.read())
+                    raise EngineError(
+                        f"engine {self.socket_path} answered {response.status} to {path}: {said}"
+                    )
+        except _TROUBLE as error:
+            raise EngineError(
+                f"engine {self.socket_path} did not answer {path}: {type(error).__name__} {error}"
+            ) from error
 
     async def events(self, subscribed: asyncio.Event) -> AsyncIterator[dict[str, Any]]:
         """Yield container and network events; none is missed from the moment that `subscribed` is set.
@@ -250,4 +290,10 @@ def _container(data: Any) -> EngineContainer:
             if each and each.get("EndpointID")
         },
         network_mode=str((data.get("HostConfig") or {}).get("NetworkMode", "")),
+        networks=frozenset(str(each.get("NetworkID")) for each in networks.values() if each),
     )
+
+
+def _end(data: Any) -> EngineEnd:
+    policy = (data.get("HostConfig") or {}).get("RestartPolicy") or {}
+    return EngineEnd(str(data["State"].get("Error") or ""), str(policy.get("Name") or ""))

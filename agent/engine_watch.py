@@ -4,7 +4,8 @@
 
 The driver is told of starts and stops; this watch repairs what the driver missed while the agent or the
 engine was down: endpoints whose container is gone are collected after a grace, endpoints without an
-identity get it.  It also knows which running containers are not managed at all, so that status can say it.
+identity get it, containers that could not start without it are started.  It also knows which running
+containers are not managed at all, so that status can say it.
 
 Events can not be replayed over an engine restart, so each connection subscribes first and lists then.
 
@@ -28,6 +29,7 @@ from agent.endpoint import Endpoint
 from agent.endpoints import EndpointManager
 from agent.engine import Engine, EngineContainer
 from agent.errors import AgentError, EngineError
+from agent.late_starts import LateStarts
 from core.backoff import Backoff, jittered
 from core.waiting import waiting
 
@@ -81,6 +83,8 @@ class EngineWatch:
         self._list_took_s = 0.0
         self._changed = asyncio.Event()
         self._turns = asyncio.Semaphore(AT_ONCE)
+        self._late = LateStarts(engine)
+        self._starting: asyncio.Task[None] | None = None
         self._asked_to_end: dict[int, float] = {}  # endpoint → when its container was, monotonic seconds
 
     async def run(self) -> None:
@@ -97,6 +101,7 @@ class EngineWatch:
 
     async def _connect(self, backoff: Backoff) -> None:
         self.view.version = await self._engine.version()
+        self._late = LateStarts(self._engine)
         await self._driver.learn_networks()
         subscribed = asyncio.Event()
         reader = asyncio.create_task(self._read_events(subscribed), name="engine-events")
@@ -108,8 +113,11 @@ class EngineWatch:
             await self._lists(backoff, reader)
             await reader
         finally:
-            reader.cancel()
-            await asyncio.wait({reader})
+            ending = {reader, self._starting} if self._starting else {reader}
+            self._starting = None
+            for each in ending:
+                each.cancel()
+            await asyncio.wait(ending)
 
     async def _read_events(self, subscribed: asyncio.Event) -> None:
         async for event in self._engine.events(subscribed):
@@ -161,11 +169,21 @@ class EngineWatch:
         self._gone_since = {number: at for number, at in self._gone_since.items() if number in present}
         self._asked_to_end = {number: at for number, at in self._asked_to_end.items() if number in present}
         self._driver.identified &= present
+        self._start_late(containers)
         # Which endpoints there are is known now; identities may take as long as etcd is away.
         self.first_list.set()
         async with asyncio.TaskGroup() as checks:
             for endpoint in managed:
                 checks.create_task(self._check_in_turn(endpoint, alive.get(endpoint.engine_endpoint_id)))
+
+    def _start_late(self, containers: list[EngineContainer]) -> None:
+        """Start what the engine could not, beside the lists: a start waits for the driver's calls."""
+        if self._starting is not None:
+            if not self._starting.done():
+                return
+            self._starting.result()
+        late = self._late.start_again(containers, set(self._driver.networks))
+        self._starting = asyncio.create_task(late, name="late starts")
 
     async def _check_in_turn(self, endpoint: Endpoint, container: EngineContainer | None) -> None:
         async with self._turns:

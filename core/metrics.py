@@ -131,6 +131,9 @@ ENDPOINT_REGENERATION_SECONDS = _histogram(
     "Time to load an endpoint's programs",
     ("scope", "status"),
 )
+LATE_STARTS = _counter(
+    "holdfast_late_starts_total", "Containers started again that the engine could not start", ("outcome",)
+)
 IPAM_EVENTS = _counter(
     "cilium_ipam_events_total", "Addresses handed out and taken back", ("action", "family")
 )

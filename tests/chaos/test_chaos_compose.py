@@ -8,12 +8,9 @@ allowed does not notice, what is denied stays denied, and everybody has his numb
 from __future__ import annotations
 
 import contextlib
-import http.server
 import json
 import socket
-import socketserver
 import subprocess
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +30,7 @@ from tests.support.engine import (
 from tests.support.engine_fixtures import engine_parts, hub
 from tests.support.host import REPO, Hub, wait_for
 from tests.support.places import PORTS, PacketTap, Place, opened
+from tests.support.refusing import calls_of_the_engine_fail
 from tests.support.rules import document, element, rule, selects
 
 __all__ = ["engine_parts", "hub"]
@@ -220,35 +218,6 @@ def test_project_restarted(project: Project, traffic: Traffic, restart: Restart)
     wait_for(project.healthy, "healthy agent", seconds=120, pause=0.5)
     assert project.numbers() == before
     traffic.check()
-
-
-class Refusal(http.server.BaseHTTPRequestHandler):
-    """Answers every call of the engine with an error."""
-
-    def do_POST(self) -> None:
-        body = b'{"Err": "nobody is here"}'
-        self.send_response(500)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None: ...
-
-
-@contextlib.contextmanager
-def calls_of_the_engine_fail(host: DockerHost) -> Iterator[None]:
-    """Have the engine give up on the driver at once: where nobody listens it takes 45 s, and gives up too."""
-    path = host.private("/run/docker") / "plugins" / "holdfast.sock"
-    path.unlink(missing_ok=True)
-    with socketserver.ThreadingUnixStreamServer(str(path), Refusal) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield
-        finally:
-            server.shutdown()
-            thread.join()
-            path.unlink()
 
 
 def test_container_ends_while_the_project_is_away(project: Project, traffic: Traffic) -> None:

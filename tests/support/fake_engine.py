@@ -26,8 +26,11 @@ class FakeEngine:
         self.networks: dict[str, dict[str, Any]] = {}
         self.containers: dict[str, dict[str, Any]] = {}
         self.broken: dict[str, tuple[int, bytes]] = {}  # path → (status, body)
+        self._ends: dict[str, dict[str, Any]] = {}  # container → its inspection while it does not run
         self.cut: set[str] = set()  # paths whose answer ends in the middle
         self.asked: list[str] = []
+        self.started: list[str] = []
+        self.refusal = ""  # of every start
         self.serving = asyncio.Event()
         self.serving.set()
         self.listeners = 0
@@ -37,6 +40,7 @@ class FakeEngine:
     async def __aenter__(self) -> FakeEngine:
         app = web.Application()
         app.router.add_get("/{path:.*}", self._answer)
+        app.router.add_post("/v1.40/containers/{id}/start", self._start)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.UnixSite(self._runner, str(self.socket)).start()
@@ -83,6 +87,15 @@ class FakeEngine:
         if network:
             self.networks[network]["Containers"][container_id] = {"EndpointID": endpoint, "Name": name}
 
+    def end(self, container_id: str, error: str = "", restart_policy: str = "always") -> None:
+        """Have a container be exited; with an error it could not be started."""
+        self.containers[container_id]["State"] = "exited"
+        self._ends[container_id] = {
+            "Id": container_id,
+            "State": {"Status": "exited", "Error": error},
+            "HostConfig": {"RestartPolicy": {"Name": restart_policy}},
+        }
+
     def remove_container(self, container_id: str) -> None:
         self.containers.pop(container_id, None)
         for network in self.networks.values():
@@ -115,6 +128,14 @@ class FakeEngine:
             return await self._half(request, json.dumps(found).encode())
         return web.json_response(found)
 
+    async def _start(self, request: web.Request) -> web.Response:
+        container_id = request.match_info["id"]
+        self.started.append(container_id)
+        if self.refusal:
+            return web.json_response({"message": self.refusal}, status=500)
+        self.containers[container_id]["State"] = "running"
+        return web.Response(status=204)
+
     def _find(self, path: str, request: web.Request) -> Any:
         filters = json.loads(request.query.get("filters", "{}"))
         if path == "/version":
@@ -128,6 +149,8 @@ class FakeEngine:
             ]
         if path.startswith("/networks/"):
             return self.networks.get(path.removeprefix("/networks/"))
+        if path.startswith("/containers/") and path.endswith("/json") and path.count("/") == 3:
+            return self._ends.get(path.split("/")[2])
         if path == "/containers/json":
             wanted = filters.get("id")
             return [each for key, each in self.containers.items() if wanted is None or key in wanted]

@@ -132,6 +132,64 @@ def test_events_are_followed_and_the_stream_is_opened_again(tmp_path: Path) -> N
     run(tmp_path, story)
 
 
+LATE = 'failed to add endpoint: legacy plugin: Post "http://%2Frun%2Fdocker%2Fplugins%2Fholdfast.sock/Plugin'
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        LATE,
+        "failed to add endpoint: legacy plugin: Plugin.Activate: nobody is here",
+        "failed to create endpoint web on network hf: NetworkDriver.CreateEndpoint: nobody is here",
+        'plugin "holdfast" not found',
+    ],
+)
+def test_a_container_that_was_left_exited_is_started_again_once(tmp_path: Path, error: str) -> None:
+    async def story(host: DriverHost) -> None:
+        host.fake.add_container("c1", "web", network=NETWORK)
+        host.fake.end("c1", error)
+        host.fake.refusal = "no space left on device"
+        async with watching(host) as watch:
+            await until(lambda: host.fake.started)
+            for _ in range(3):
+                listed = watch.view.listed_at
+                host.fake.emit(b'{"Action": "die"}\n')
+                await until(lambda: watch.view.listed_at > listed)  # noqa: B023
+            assert host.fake.started == ["c1"]
+            host.fake.refusal = ""
+            host.fake.end_streams()  # another engine, another chance
+            await until(lambda: host.fake.containers["c1"]["State"] == "running")
+
+    run(tmp_path, story)
+
+
+@pytest.mark.parametrize(
+    ("network", "error", "restart_policy"),
+    [
+        pytest.param(NETWORK, "", "always", id="ended by itself"),
+        pytest.param(NETWORK, "OCI runtime create failed: exec: no such file", "always", id="broken image"),
+        pytest.param(NETWORK, LATE, "no", id="whoever started it was told"),
+        pytest.param(NETWORK, LATE, "on-failure", id="not started at boot"),
+        pytest.param("", LATE, "always", id="not on our network"),
+    ],
+)
+def test_what_nobody_waits_for_is_not_started(
+    tmp_path: Path, network: str, error: str, restart_policy: str
+) -> None:
+    async def story(host: DriverHost) -> None:
+        host.fake.add_container("c1", "web", network=network)
+        host.fake.end("c1", error, restart_policy)
+        async with watching(host) as watch:
+            await until(lambda: not network or any("c1" in each for each in host.fake.asked))
+            listed = watch.view.listed_at
+            host.fake.emit(b'{"Action": "die"}\n')
+            await until(lambda: watch.view.listed_at > listed)
+        assert host.fake.started == []
+        assert host.fake.containers["c1"]["State"] == "exited"
+
+    run(tmp_path, story)
+
+
 def test_an_endpoint_without_identity_gets_it(tmp_path: Path) -> None:
     async def story(host: DriverHost) -> None:
         await host.on("CreateEndpoint", "e1", Interface={})
