@@ -126,22 +126,13 @@ async def test_snapshot_can_be_restored(etcd: EtcdServer, tmp_path: Path) -> Non
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert list(path.parent.iterdir()) == [path]
     restored = EtcdServer(tmp_path / "restored")
-    restore(path, restored)
+    restored.restore(path)
     try:
         restored.start()
         assert restored.ctl("get", "test/7").split() == ["test/7", "xxxxxxx"]
         assert len(restored.ctl("get", "--prefix", "--keys-only", "test/").split()) == 20
     finally:
         restored.stop()
-
-
-def restore(path: Path, into: EtcdServer) -> None:
-    data = into.directory / "data"
-    words = ["etcdctl", "snapshot", "restore", str(path), "--name", into.name, "--data-dir", str(data)]
-    peer = next(word for word in into._command() if word.startswith(f"{into.name}=")).split("=")[1]
-    words += ["--initial-cluster", f"{into.name}={peer}", "--initial-advertise-peer-urls", peer]
-    done = subprocess.run(words, env={**os.environ, "ETCDCTL_API": "3"}, capture_output=True, timeout=60)
-    assert done.returncode == 0, done.stderr
 
 
 async def test_newest_are_kept_and_what_is_not_ours(etcd: EtcdServer, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 server = EtcdServer(tmp_path).start()
 client = Client(server.config)
 server.pause(); server.resume(); server.restart(); server.kill(); server.wipe(); server.compact()
+server.snapshot(path); server.restore(path)
 cluster = EtcdCluster(tmp_path).start()          # three members
 server = EtcdServer(tmp_path, tls=True)          # client certificates required; server.config_for("agent")
 """
@@ -18,7 +19,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,18 @@ class EtcdServer:
         shutil.rmtree(self.directory / "data", ignore_errors=True)
         self.start()
 
+    def restore(self, path: Path) -> None:
+        """Stop if it runs, and take the data of a snapshot instead; `start` is the caller's."""
+        self.stop()
+        shutil.rmtree(self.directory / "data", ignore_errors=True)
+        peers = self._peers()
+        words = ["etcdctl", "snapshot", "restore", str(path), "--data-dir", str(self.directory / "data")]
+        words += ["--name", self.name, "--initial-advertise-peer-urls", peers[self.name]]
+        words += ["--initial-cluster", _members(peers)]
+        environment = {**os.environ, "ETCDCTL_API": "3"}
+        done = subprocess.run(words, capture_output=True, text=True, timeout=30, env=environment, check=False)
+        assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
+
     def pause(self) -> None:
         """Hang: the process stops, its connections stay."""
         os.kill(self.pid, signal.SIGSTOP)
@@ -154,9 +167,9 @@ class EtcdServer:
 
     # --- as its operator
 
-    def ctl(self, *arguments: str) -> str:
+    def ctl(self, *arguments: str, stdin: str | None = None) -> str:
         """Run etcdctl (as user root with TLS) and return what it printed."""
-        done = self._ctl(list(arguments), timeout=30)
+        done = self._ctl(list(arguments), timeout=30, stdin=stdin)
         assert done.returncode == 0, f"etcdctl {' '.join(arguments)}: {done.stderr}"
         return done.stdout
 
@@ -169,6 +182,10 @@ class EtcdServer:
         revision = self.revision()
         self.ctl("compact", str(revision), "--physical")
         return revision
+
+    def snapshot(self, path: Path) -> None:
+        """Save everything to a file."""
+        self.ctl("snapshot", "save", str(path))
 
     def enable_auth(self, user: str, *prefixes: str, readable: str = "") -> None:
         """Turn on users by certificate: root, and `user` who may read and write `prefixes` only.
@@ -199,12 +216,20 @@ class EtcdServer:
     def log_tail(self) -> str:
         return self._log.read_text(errors="replace")[-2000:]
 
-    def _ctl(self, arguments: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    def _ctl(
+        self, arguments: list[str], timeout: float, stdin: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
         command = ["etcdctl", "--endpoints", self.endpoint, *self._ctl_tls(), *arguments]
         environment = {**os.environ, "ETCDCTL_API": "3"}
         try:
             return subprocess.run(
-                command, capture_output=True, text=True, timeout=timeout, env=environment, check=False
+                command,
+                input=stdin,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                env=environment,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             return subprocess.CompletedProcess(command, 124, "", "timed out")
@@ -215,8 +240,11 @@ class EtcdServer:
         files = self.config
         return ["--cacert", str(files.ca), "--cert", str(files.cert), "--key", str(files.key)]
 
+    def _peers(self) -> dict[str, str]:
+        return {name: f"http://127.0.0.1:{port}" for name, port in self._cluster.items()}
+
     def _command(self) -> list[str]:
-        peers = {name: f"http://127.0.0.1:{port}" for name, port in self._cluster.items()}
+        peers = self._peers()
         command = [
             "etcd",
             *("--name", self.name),
@@ -225,7 +253,7 @@ class EtcdServer:
             *("--advertise-client-urls", self.endpoint),
             *("--listen-peer-urls", peers[self.name]),
             *("--initial-advertise-peer-urls", peers[self.name]),
-            *("--initial-cluster", ",".join(f"{name}={url}" for name, url in peers.items())),
+            *("--initial-cluster", _members(peers)),
             *("--logger", "zap"),
             *self._options,
             "--unsafe-no-fsync" if _knows_no_fsync() else "--log-level=info",
@@ -272,6 +300,10 @@ class EtcdCluster:
     def member_at(self, target: str) -> EtcdServer:
         """Return the member that listens on host:port."""
         return next(member for member in self.members if member.endpoint.endswith(target))
+
+
+def _members(peers: Mapping[str, str]) -> str:
+    return ",".join(f"{name}={url}" for name, url in peers.items())
 
 
 def _knows_no_fsync() -> bool:

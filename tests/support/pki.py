@@ -13,6 +13,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 
+VALID, EXPIRED = datetime.timedelta(days=1), datetime.timedelta(minutes=-30)
+
+
 class TestPki:
     """Writes `ca.crt` and `<name>.crt`, `<name>.key` into a directory."""
 
@@ -28,14 +31,17 @@ class TestPki:
         self.ca = directory / "ca.crt"
         self.ca.write_bytes(self._certificate.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, name: str) -> tuple[Path, Path]:
-        """Return the paths of a certificate (client and server, for loopback) and its key."""
+    def issue(self, name: str, *, expired: bool = False) -> tuple[Path, Path]:
+        """Return the paths of a certificate (client and server, for loopback) and its key.
+
+        `expired`: it was good until half an hour ago.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         names = x509.SubjectAlternativeName(
             [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         )
         certificate = (
-            _builder(name, "test-ca", key)
+            _builder(name, "test-ca", key, EXPIRED if expired else VALID)
             .add_extension(names, critical=False)
             .sign(self._key, hashes.SHA256())
         )
@@ -51,7 +57,9 @@ class TestPki:
         return crt, private
 
 
-def _builder(subject: str, issuer: str, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+def _builder(
+    subject: str, issuer: str, key: ec.EllipticCurvePrivateKey, until: datetime.timedelta = VALID
+) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
@@ -60,5 +68,5 @@ def _builder(subject: str, issuer: str, key: ec.EllipticCurvePrivateKey) -> x509
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
+        .not_valid_after(now + until)
     )

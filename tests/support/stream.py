@@ -4,6 +4,7 @@
     client ◀──▶ server             a stream of container to container
     machine ◀──▶ host:8900 → server    one through a published port     (with a machine only)
     client ◀──▶ machine            one of a container to a VM         (with a machine only)
+    client ◀──▶ server             numbered datagrams with answers, each way
     client ──▶ server              datagrams, echo requests, SYNs: they pass
     stranger ─✗─▶ server           the same: ingress of server denies them
     client ─✗─▶ stranger           the same: egress of client denies them
@@ -27,9 +28,10 @@ from typing import Any
 from tests.support.agent import ETCD_PORT, AgentHost
 from tests.support.host import Hub, wait_for
 from tests.support.places import Neighbour
-from tests.support.stream_programs import CLIENT, CONTROL, COUNTER, MACHINE, SENDER, SERVER
+from tests.support.stream_programs import CLIENT, CONTROL, COUNTER, MACHINE, PROBER, SENDER, SERVER
 
 PAUSE_MS = 100.0
+LATE_S = 1.0  # a datagram without an answer for so long is lost
 PORT, PUBLISHED = 9000, 8900
 PROTOCOLS = ("1", "6", "17")  # ICMP, TCP, UDP
 POLICY = """
@@ -142,6 +144,13 @@ class Flows:
         self.client_ip, self.stranger_ip = self._container("client"), self._container("stranger")
         self.counters = {name: self._launch(name, "counter", COUNTER) for name in ("server", "stranger")}
         self.streams = self._streams(machine)
+        self.probers = {
+            f"{name} to {peer}": self._launch(name, "prober", PROBER, address, str(LATE_S))
+            for name, peer, address in (
+                ("client", "server", self.server_ip),
+                ("server", "client", self.client_ip),
+            )
+        }
         self.control = self._launch("client", "control", CONTROL)
         self.allowed = self._sender("client", self.server_ip)
         self.denied = {
@@ -150,7 +159,8 @@ class Flows:
         }
         self.wait_progress(20)
         wait_for(lambda: self._allowed_kinds() <= set(self._reached_server()), "packets that are allowed")
-        self._since = time.monotonic()
+        wait_for(lambda: all(each.facts()["answered"] for each in self.probers.values()), "answers each way")
+        self._since = self._undecided = time.monotonic()
 
     def _allowed_kinds(self) -> set[str]:
         return {f"{self.client_ip} {protocol}" for protocol in PROTOCOLS}
@@ -182,7 +192,7 @@ class Flows:
         return [*ends, self._launch("client", "client", CLIENT, *targets)]
 
     def check(self) -> None:
-        """Nothing was reset, nothing paused longer than the machine itself, nothing denied passed."""
+        """Nothing was reset or lost, nothing paused longer than the machine itself, nothing denied passed."""
         since, self._since = self._since, time.monotonic()
         pauses = {
             f"{name} at {program.role}": longest(stream, since)
@@ -193,7 +203,17 @@ class Flows:
         ends = self.control.fresh()["streams"].values()
         limit = PAUSE_MS + 2 * max(longest(each, since) for each in ends)
         assert max(pauses.values()) <= limit, (pauses, limit)
+        self.check_lost()
         self.check_denied()
+
+    def check_lost(self) -> None:
+        """Each datagram was answered; those of the last second are looked at the next time."""
+        facts = {name: program.fresh() for name, program in self.probers.items()}
+        since, now = self._undecided, min(each["now"] for each in facts.values())
+        self._undecided = max(since, now - LATE_S)
+        lost = {name: [sent - since for sent in each["lost"] if sent >= since] for name, each in facts.items()}
+        found = {name: (len(each), each[0], each[-1], now - since) for name, each in lost.items() if each}
+        assert not found, f"datagrams without an answer (how many; s of the first, the last, now): {found}"
 
     def check_unbroken(self) -> None:
         """Nothing was reset or closed; pauses do not matter."""

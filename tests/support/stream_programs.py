@@ -127,7 +127,51 @@ while True:
         report("counter", count=count)
 """
 )
-# SENDER <address>: a datagram, an echo request and a SYN every 20 ms, each SYN from another port.
+# PROBER <address> <s>: a numbered datagram every 10 ms to the prober there, and an answer to each of its own.
+# `lost` are the times at which those were sent that had no answer within so many seconds.
+PROBER = (
+    _COMMON
+    + """
+PORT, LATE_S = 9200, float(sys.argv[2])
+there = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+here = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+here.bind(("0.0.0.0", PORT))
+for each in (here, there):
+    each.setblocking(False)
+selector = selectors.DefaultSelector()
+selector.register(here, selectors.EVENT_READ)
+selector.register(there, selectors.EVENT_READ)
+waiting, lost, sent, answered = {}, collections.deque(maxlen=1000), 0, 0
+said = tick = 0
+def send():
+    try:
+        there.sendto(str(sent).encode(), (sys.argv[1], PORT))
+    except OSError:
+        pass
+while True:
+    for key, _ in selector.select(0.005):
+        try:
+            data, peer = key.fileobj.recvfrom(64)
+            if key.fileobj is here:
+                here.sendto(data, peer)
+            elif waiting.pop(int(data), None) is not None:
+                answered += 1
+        except OSError:
+            pass
+    now = time.monotonic()
+    if now - tick >= 0.01:
+        tick, waiting[sent] = now, now
+        send()
+        sent += 1
+    while waiting and now - (oldest := next(iter(waiting.items())))[1] > LATE_S:
+        del waiting[oldest[0]]
+        lost.append(oldest[1])
+    if now - said >= 0.05:
+        said = now
+        report("prober", sent=sent, answered=answered, lost=list(lost))
+"""
+)
+# SENDER <address>: a datagram, an echo request and a SYN every 10 ms, each SYN from another port.
 SENDER = (
     _COMMON
     + """
@@ -154,6 +198,6 @@ while True:
     if time.monotonic() - said >= 0.05:
         said = time.monotonic()
         report(f"sender-{sys.argv[1]}", sent=sent)
-    time.sleep(0.02)
+    time.sleep(0.01)
 """
 )

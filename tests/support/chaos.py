@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two hosts under traffic, and between each and etcd a wire: where etcd's failures are tried.
+
+    host 1   client, stranger, and what starts meanwhile     ── Wire ──┐
+    host 2   server                                          ── Wire ──┴─ etcd, with TLS, on the machine's loopback
+
+`Scene.watched` is the promise that each scenario keeps: from its begin to its end nothing allowed is reset or
+lost and nothing denied passes, the agents are the same processes, and in the end the checker finds etcd, the
+agents' tables and the kernels' maps equal.  Used by tests/chaos; needs root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from kvstore import schema
+from tests.support.agent import ETCD_PORT
+from tests.support.checker import Checker
+from tests.support.engine import WORKLOAD_IMAGE
+from tests.support.etcd import EtcdServer
+from tests.support.fleet import Fleet, FleetHost, new_fleet
+from tests.support.host import wait_for
+from tests.support.stream import POLICY, Flows
+from tests.support.wire import Wire
+
+QUOTA = 8 << 20  # bytes of etcd's database: soon full
+# Seconds for which the hosts keep what a list lacks; an hour for users, who have to bring it back by hand.
+GRACE_S = 20
+# An agent's patience grows to half a minute.
+RECOVERED_S = 90.0
+POLICY_KEY = f"{schema.POLICIES}server"
+INIT = 5
+
+
+class Scene:
+    """All of it; `wires` in the order of the hosts."""
+
+    def __init__(self, fleet: Fleet, etcd: EtcdServer, wires: list[Wire], directory: Path) -> None:
+        self.fleet, self.etcd, self.wires = fleet, etcd, wires
+        self.one, self.two = fleet.hosts
+        self.certificates = directory
+        self.show_certificate(etcd.directory / "agent.crt", etcd.directory / "agent.key")
+        assert etcd.pki is not None
+        self._config = directory / "etcd.config"
+        files = {"cert-file": f"{directory}/agent.crt", "key-file": f"{directory}/agent.key"}
+        endpoints = {"endpoints": [f"https://127.0.0.1:{ETCD_PORT}"], "trusted-ca-file": str(etcd.pki.ca)}
+        self._config.write_text(json.dumps(endpoints | files))
+        self.checker = Checker(fleet.hosts, etcd.ctl)
+        self.put_policy()
+        fleet.start(**self.options)
+        self.flows = Flows(self.one, elsewhere={"server": self.two})
+        self.checker.wait_agreed()
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What the agents are started with."""
+        return {
+            "tunnel": "vxlan",
+            "kvstore_opt": f"etcd.config={self._config}",
+            "kvstore_missing_grace_period": f"{GRACE_S}s",
+        }
+
+    @contextlib.contextmanager
+    def watched(self, *, dying: FleetHost | None = None) -> Iterator[None]:
+        """See the module's text; the agent of `dying` may be another process afterwards."""
+        self.flows.check()
+        living = [host for host in self.fleet.hosts if host is not dying]
+        pids = [host.agent.pid for host in living if host.agent]
+        yield
+        for host in self.fleet.hosts:
+            wait_for(host.healthy, f"healthy agent on {host.name}", seconds=RECOVERED_S)
+        self.checker.wait_agreed()
+        assert [host.agent.pid for host in living if host.agent and host.agent.running] == pids
+        self.flows.wait_progress(100)
+        self.flows.check()
+
+    # --- etcd
+
+    def put_policy(self) -> None:
+        self.etcd.ctl("put", POLICY_KEY, stdin=POLICY)
+
+    def show_certificate(self, certificate: Path, key: Path) -> None:
+        """Have agents that connect from now on show this one."""
+        shutil.copy(key, self.certificates / "agent.key")
+        shutil.copy(certificate, self.certificates / "agent.crt")
+
+    @contextlib.contextmanager
+    def cut(self, *wires: Wire) -> Iterator[None]:
+        """Have no way to etcd in the block, on these wires or all."""
+        for wire in wires or self.wires:
+            wire.cut()
+        try:
+            yield
+        finally:
+            for wire in wires or self.wires:
+                wire.mend()
+
+    def wait_trouble(self) -> None:
+        """Wait until both agents say that something is wrong with etcd."""
+        for host in self.fleet.hosts:
+            what = f"word of trouble with etcd on {host.name}"
+            wait_for(lambda: self.kvstore(host) != "Ok", what, seconds=RECOVERED_S)  # noqa: B023
+
+    def kvstore(self, host: FleetHost) -> str:
+        return str(host.api("/v1/healthz")["kvstore"]["state"])
+
+    # --- containers of host 1
+
+    @contextlib.contextmanager
+    def containers(self, *names: str) -> Iterator[None]:
+        """Remove these in the end."""
+        try:
+            yield
+        finally:
+            self.one.engine.docker("rm", "-f", *names, check=False)
+
+    @contextlib.contextmanager
+    def starting(self, containers: Mapping[str, Mapping[str, str]]) -> Iterator[dict[str, Future[int]]]:
+        """Have containers (name → labels) started beside the block, which is given how each start ends."""
+        with ThreadPoolExecutor(len(containers)) as pool:
+            yield {name: pool.submit(self._start, name, labels) for name, labels in containers.items()}
+
+    def _start(self, name: str, labels: Mapping[str, str]) -> int:
+        docker = self.one.engine.docker
+        words = [part for label in labels.items() for part in ("-l", "=".join(label))]
+        create = ("create", "--init", "--name", name, "--network", "holdfast", *words)
+        docker(*create, WORKLOAD_IMAGE, "sleep", "infinity")
+        return docker("start", name, check=False).returncode
+
+    def identity(self, container: str, host: FleetHost | None = None) -> int:
+        return int((host or self.one).endpoint_of(container)["status"]["identity"]["id"])
+
+    def state(self, container: str) -> str:
+        found: Any = self.one.api(f"/v1/endpoint/container-name:{container}", check=False)
+        return str(found["status"]["state"]) if found else ""
+
+    def reaches(self, container: str) -> bool:
+        """True when a container of host 1 gets an answer of the server on host 2."""
+        ping = ("ping", "-n", "-c1", "-W1", self.flows.server_ip)
+        return bool(self.one.inside(container, *ping, check=False).returncode == 0)
+
+
+@contextlib.contextmanager
+def new_scene(directory: Path) -> Iterator[Scene]:
+    """Make all of it, in force and in agreement."""
+    with contextlib.ExitStack() as stack:
+        fleet = stack.enter_context(new_fleet(2, etcd=False))
+        etcd = EtcdServer(directory / "etcd", tls=True, options=(f"--quota-backend-bytes={QUOTA}",))
+        stack.callback(etcd.stop)
+        etcd.start()
+        wires = [stack.enter_context(Wire(host, etcd.client_port)) for host in fleet.hosts]
+        yield Scene(fleet, etcd, wires, directory)
