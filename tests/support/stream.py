@@ -211,7 +211,9 @@ class Flows:
         facts = {name: program.fresh() for name, program in self.probers.items()}
         since, now = self._undecided, min(each["now"] for each in facts.values())
         self._undecided = max(since, now - LATE_S)
-        lost = {name: [sent - since for sent in each["lost"] if sent >= since] for name, each in facts.items()}
+        lost = {
+            name: [sent - since for sent in each["lost"] if sent >= since] for name, each in facts.items()
+        }
         found = {name: (len(each), each[0], each[-1], now - since) for name, each in lost.items() if each}
         assert not found, f"datagrams without an answer (how many; s of the first, the last, now): {found}"
 
