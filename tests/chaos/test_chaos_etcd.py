@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.support.chaos import INIT, RECOVERED_S, Scene, new_scene
 from tests.support.engine_fixtures import engine_parts
 from tests.support.host import wait_for
+from tests.support.pki import TestPki
 
 __all__ = ["engine_parts"]
 
@@ -76,8 +76,6 @@ def full(scene: Scene) -> Iterator[None]:
 @contextlib.contextmanager
 def refusing(scene: Scene, *, expired: bool) -> Iterator[None]:
     """Agents show a certificate that ran out, or one of another authority of the same name."""
-    from tests.support.pki import TestPki
-
     pki = scene.etcd.pki
     assert pki is not None
     if not expired:
@@ -107,19 +105,15 @@ Trouble = Callable[[Scene], contextlib.AbstractContextManager[None]]
 @pytest.mark.parametrize("trouble", [hung, unreachable, full, expired, of_another_ca])
 def test_no_answer(scene: Scene, trouble: Trouble) -> None:
     """Known labels have their number at once, new ones are denied until etcd answers again."""
-    known, friend, foe = (f"{trouble.__name__}-{name}".replace("_", "-") for name in ("known", "friend", "foe"))
-    new = {
-        friend: {"app": "client", "env": trouble.__name__},
-        foe: {"app": "stranger", "env": trouble.__name__},
-    }
+    env = trouble.__name__.replace("_", "-")
+    known, friend, foe = f"{env}-known", f"{env}-friend", f"{env}-foe"
+    new = {friend: {"app": "client", "env": env}, foe: {"app": "stranger", "env": env}}
     with scene.watched(), scene.containers(known, *new):
         with trouble(scene), scene.starting(new) as started:
             scene.one.container(known, "sleep", "infinity", labels={"app": "client"})
             assert scene.identity(known) == scene.identity("client")
             assert scene.reaches(known)
-            wait_for(
-                lambda: {scene.state(name) for name in new} == {"waiting-for-identity"}, "two that wait"
-            )
+            wait_for(lambda: {scene.state(name) for name in new} == {"waiting-for-identity"}, "two that wait")
             for name, start in started.items():
                 assert start.result() == 0
                 assert scene.identity(name) == INIT

@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import os
 import stat
-import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path

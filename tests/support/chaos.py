@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two hosts under traffic, and between each and etcd a wire: where etcd's failures are tried.
 
-    host 1   client, stranger, and what starts meanwhile     ── Wire ──┐
-    host 2   server                                          ── Wire ──┴─ etcd, with TLS, on the machine's loopback
+    host 1   client, stranger, and what starts meanwhile   ── Wire ──┐
+    host 2   server                                        ── Wire ──┴─ etcd, with TLS
 
 `Scene.watched` is the promise that each scenario keeps: from its begin to its end nothing allowed is reset or
 lost and nothing denied passes, the agents are the same processes, and in the end the checker finds etcd, the

@@ -12,7 +12,6 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-
 VALID, EXPIRED = datetime.timedelta(days=1), datetime.timedelta(minutes=-30)
 
 

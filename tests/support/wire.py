@@ -83,8 +83,11 @@ class Wire:
                 self._open |= ends
             try:
                 said: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
-                work = [(self._pass_on, agent, etcd), (self._hear, etcd, said), (self._tell, said, agent)]
-                threads = [threading.Thread(target=each, args=rest, daemon=True) for each, *rest in work]
+                threads = [
+                    threading.Thread(target=self._pass_on, args=(agent, etcd), daemon=True),
+                    threading.Thread(target=self._hear, args=(etcd, said), daemon=True),
+                    threading.Thread(target=self._tell, args=(said, agent), daemon=True),
+                ]
                 for thread in threads:
                     thread.start()
                 for thread in threads:
