@@ -16,7 +16,7 @@ from loguru import logger
 from agent.conntrack import Conntrack
 from agent.endpoint import Endpoint
 from agent.firewall import FirewallRules
-from agent.ipcache import CIDR_SOURCE, LOCAL_SOURCE, IpTable, Record
+from agent.ipcache import CIDR_SOURCE, LOCAL_SOURCE, IpTable, Record, used
 from agent.policies import PolicyTable
 from agent.policy_maps import PolicyMaps
 from core import metrics
@@ -57,6 +57,8 @@ class Derivations:
         self._firewall: FirewallRules | None = None
         self._identity_changes: Subscription[int] | None = None
         self._identities_taken = 0
+        # Identities that are deleted while addresses have them; the policy maps know them until none has.
+        self._fading: set[int] = set()
         self._identity_pulse = asyncio.Event()
         self._policy_changes: Subscription[str] | None = None
         self._policies_taken = asyncio.Event()
@@ -85,25 +87,45 @@ class Derivations:
         try:
             while True:
                 await changes.wait()
-                self._take_identities(changes.take(IDENTITIES_AT_ONCE))
+                await self._take_identities(changes.take(IDENTITIES_AT_ONCE))
                 if self.identities.complete and not len(changes):
                     self._caught_up("identities")
                 await asyncio.sleep(0)
         finally:
             self.identities.unsubscribe(changes)
 
-    def _take_identities(self, numbers: Sequence[int]) -> None:
-        engine = self.policy_maps.engine
+    async def _take_identities(self, numbers: Sequence[int]) -> None:
+        engine, gone = self.policy_maps.engine, list[int]()
         for number in numbers:
             labels = self.identities.get(number)
             if labels is None:
-                engine.delete_identity(number)
+                gone.append(number)
             else:
                 engine.upsert_identity(number, labels)
+        self._fading.update(gone)
+        if gone:
+            await self.forget_unused()
         self.policy_maps.flush()
         self._identities_taken += len(numbers)
         self._identity_pulse.set()
         self._identity_pulse = asyncio.Event()
+
+    async def forget_unused(self) -> None:
+        """Take deleted identities out of the policy maps, but for those that an address still has.
+
+        A host that had no etcd for a while goes on to speak as the number that it knows until it has heard of
+        another one: what is allowed to it has to be allowed until then.
+        """
+        if not self._fading:
+            return
+        having = await used(self._addresses, self._fading)
+        for number in list(self._fading):
+            back = self.identities.get(number) is not None
+            if back or number not in having:
+                self._fading.discard(number)
+            if not back and number not in having:
+                self.policy_maps.engine.delete_identity(number)
+        self.policy_maps.flush()
 
     async def wait_idle(self) -> None:
         """Wait until the policy maps know every identity of now: what addresses wait for.

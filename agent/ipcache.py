@@ -9,7 +9,7 @@ policy named (Cilium: a host entry beats a CIDR of the same /32).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -136,6 +136,18 @@ def reconciler(
     """Return the map's reconciler; `hosts` are those that packets are encapsulated to, as of each write."""
     target = IpcacheMapTarget(ipcache, before, hosts, is_ours=ipcache.handle.is_new)
     return Reconciler("ipcache", table, target, batch=WRITTEN_AT_ONCE)
+
+
+async def used(table: IpTable, numbers: Collection[int]) -> set[int]:
+    """Return those of these identities that an address has, by any source; the loop gets its turn."""
+    found: set[int] = set()
+    for source in table.sources:
+        records = list(source.entries().values())
+        for at in range(0, len(records), LOOKED_AT_ONCE):
+            some = records[at : at + LOOKED_AT_ONCE]
+            found.update(record.identity for record in some if record.identity in numbers)
+            await asyncio.sleep(0)
+    return found
 
 
 async def behind(table: IpTable, hosts: Container[str]) -> list[str]:

@@ -167,6 +167,7 @@ async def _expire(parts: Parts) -> None:
         if ended:
             logger.warning("{} records stayed missing in etcd for their whole grace: removed", ended)
         parts.derivations.free_restored_prefixes()
+        await parts.derivations.forget_unused()
 
 
 async def _checkpoint(parts: Parts) -> None:

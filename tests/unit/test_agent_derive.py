@@ -220,6 +220,32 @@ def test_a_number_is_known_before_an_address_has_it() -> None:
     run(story)
 
 
+def test_a_number_that_etcd_has_deleted_is_allowed_as_long_as_an_address_has_it() -> None:
+    async def story(host: Host) -> None:
+        entries = host.addresses.source(ipcache.KVSTORE_SOURCE)
+        host.in_sync()
+        host.put(FROM_CLIENT)
+        await host.endpoint()
+        host.kernel.expected.update((400, 401))
+        host.identities.source.upsert(400, CLIENT)
+        entries.upsert(CLIENT_IP, ipcache.Record(400))
+        await host.idle()
+        host.identities.source.delete(400)
+        host.identities.source.upsert(401, CLIENT)
+        await host.idle()
+        await host.derivations.forget_unused()
+        await host.idle()
+        assert {400, 401} <= host.kernel.allowed()
+        entries.upsert(CLIENT_IP, ipcache.Record(401))
+        await host.idle()
+        await host.derivations.forget_unused()
+        await host.idle()
+        assert 400 not in host.kernel.allowed()
+        assert 401 in host.kernel.allowed()
+
+    run(story)
+
+
 def test_a_prefix_is_known_before_and_forgotten_after() -> None:
     async def story(host: Host) -> None:
         host.in_sync()
