@@ -152,11 +152,21 @@ async def _restored(parts: Parts) -> None:
 
 
 async def _former_keys(parts: Parts) -> None:
-    """Have what former lives left in etcd deleted as soon as it is known what this one wants there."""
-    await parts.endpoints.table.wait_in_sync()
-    await parts.reconcilers["own-entries"].wait_idle()
-    await former.abandon_all(parts.client, parts.session, parts.allocator.value_keys)
-    await asyncio.Event().wait()
+    """Have what former lives left in etcd deleted as soon as it is known what this one wants there.
+
+    And again after each full list: a store restored from a snapshot has what this life has deleted since.
+    """
+    listed = asyncio.Event()
+    parts.identities.on_listed.append(listed.set)
+    try:
+        await parts.endpoints.table.wait_in_sync()
+        while True:
+            listed.clear()
+            await parts.reconcilers["own-entries"].wait_idle()
+            await former.abandon_all(parts.client, parts.session, parts.allocator.value_keys)
+            await listed.wait()
+    finally:
+        parts.identities.on_listed.remove(listed.set)
 
 
 async def _expire(parts: Parts) -> None:
