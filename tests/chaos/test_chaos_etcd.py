@@ -13,13 +13,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.chaos import INIT, RECOVERED_S, Scene, new_scene
+from kvstore import schema
+from tests.support.chaos import GRACE_S, INIT, RECOVERED_S, Scene, new_scene
+from tests.support.checker import labels_of
 from tests.support.engine_fixtures import engine_parts
 from tests.support.host import wait_for
 from tests.support.pki import TestPki
+from tests.support.stream import POLICY
 
 __all__ = ["engine_parts"]
 
@@ -123,3 +128,156 @@ def test_no_answer(scene: Scene, trouble: Trouble) -> None:
         wait_for(lambda: scene.reaches(friend), "way to the server", seconds=RECOVERED_S)
         assert not scene.reaches(foe)
         scene.checker.wait_agreed()
+
+
+# --- slow
+
+
+def test_two_seconds_a_call(scene: Scene) -> None:
+    """A new number comes within the engine's patience, and what others write arrives, each a little later."""
+    new = {"slow-friend": {"app": "client", "env": "slow"}, "slow-foe": {"app": "stranger", "env": "slow"}}
+    with scene.watched(), scene.containers(*new):
+        for wire in scene.wires:
+            wire.delay = 2.0
+            wire.drop()  # sessions and views begin anew, as slowly
+        try:
+            with scene.starting(new) as started:
+                assert {name: start.result() for name, start in started.items()} == dict.fromkeys(new, 0)
+            for name in new:
+                wait_for(lambda: scene.identity(name) > 255, f"identity of {name}")  # noqa: B023
+            wait_for(lambda: scene.reaches("slow-friend"), "way to the server", seconds=RECOVERED_S)
+            assert not scene.reaches("slow-foe")
+            scene.checker.wait_agreed()
+        finally:
+            for wire in scene.wires:
+                wire.delay = 0.0
+
+
+# --- another history
+
+MACHINE = f"{schema.IPS}default/10.99.0.7"
+
+
+def put_machine(scene: Scene) -> None:
+    """Say of an address, as an injector does, that it is one like server."""
+    record = schema.ip_record("10.99.0.7", scene.identity("server", scene.two))
+    scene.etcd.ctl("put", MACHINE, stdin=schema.encode_ip(record).decode())
+
+
+def machine_known(scene: Scene) -> list[str]:
+    """Return the hosts whose kernel has the machine."""
+    return [host.name for host in scene.fleet.hosts if "10.99.0.7/32" in scene.ipcache(host)]
+
+
+def missing(scene: Scene) -> int:
+    """Return how many records the hosts keep although a list lacked them."""
+    tables = [table for host in scene.fleet.hosts for table in host.api("/v1/healthz")["tables"]]
+    return sum(table["missing"] for table in tables)
+
+
+def test_compacted_while_away(scene: Scene) -> None:
+    """What was deleted meanwhile no event tells any more: a list lacks it, and it goes after its grace."""
+    put_machine(scene)
+    scene.checker.wait_agreed()
+    with scene.watched():
+        with scene.cut():
+            scene.wait_trouble()
+            scene.etcd.ctl("del", MACHINE)
+            scene.etcd.ctl("put", f"{schema.POLICIES}second", stdin=POLICY)
+            scene.etcd.compact()
+        wait_for(lambda: missing(scene) == 2, "two hosts that miss the machine", seconds=RECOVERED_S)
+        assert len(machine_known(scene)) == 2, "its grace is not over"
+        wait_for(lambda: not machine_known(scene), "end of the machine", seconds=2 * GRACE_S)
+        scene.checker.wait_agreed()
+        scene.etcd.ctl("del", f"{schema.POLICIES}second")
+
+
+def test_wiped(scene: Scene) -> None:
+    """Owners write their own again; policies, which nobody owns, are in force until they are brought back."""
+    put_machine(scene)
+    scene.checker.wait_agreed()
+    numbers = {name: scene.identity(name) for name in ("client", "stranger")}
+    with scene.watched():
+        scene.etcd.wipe()
+        wait_for(lambda: missing(scene) > 0, "host that misses something", seconds=RECOVERED_S)
+        scene.put_policy()
+        put_machine(scene)
+        for host in scene.fleet.hosts:
+            wait_for(host.healthy, f"healthy agent on {host.name}", seconds=RECOVERED_S)
+        scene.checker.wait_agreed()
+        assert {name: scene.identity(name) for name in numbers} == numbers
+        scene.etcd.ctl("del", MACHINE)
+
+
+def test_restored_from_an_old_snapshot(scene: Scene, tmp_path: Path) -> None:
+    """History goes back: what has an owner is as it was before, and what ended meanwhile does not return."""
+    snapshot = tmp_path / "old.snapshot"
+    put_machine(scene)
+    with scene.watched(), scene.containers("ended", "begun"):
+        scene.one.container("ended", "sleep", "infinity", labels={"app": "client", "env": "ended"})
+        scene.checker.wait_agreed()
+        scene.etcd.snapshot(snapshot)
+        scene.one.engine.docker("rm", "-f", "ended")
+        scene.one.container("begun", "sleep", "infinity", labels={"app": "client", "env": "begun"})
+        scene.etcd.ctl("del", MACHINE)
+        scene.checker.wait_agreed()
+        number = scene.identity("begun")
+        assert scene.reaches("begun")
+        before = scene.etcd.revision()
+        scene.etcd.restore(snapshot)
+        scene.etcd.start()
+        assert scene.etcd.revision() < before
+        wait_for(lambda: len(machine_known(scene)) == 2, "machine of the snapshot", seconds=RECOVERED_S)
+        for host in scene.fleet.hosts:
+            wait_for(host.healthy, f"healthy agent on {host.name}", seconds=RECOVERED_S)
+        scene.checker.wait_agreed()
+        assert scene.identity("begun") == number
+        assert scene.reaches("begun")
+        scene.etcd.ctl("del", MACHINE)
+
+
+# --- another number
+
+
+def renumber(scene: Scene, known: Any) -> int:
+    """Have etcd call labels by another number, as if somebody else had asked for it; return that.
+
+    `known` is the identity as an endpoint of the API has it.
+    """
+    labels, old = labels_of(known["labels"]), known["id"]
+    new = old % 60_000 + 1_000
+    scene.etcd.ctl("del", schema.identity_id_key(old))
+    scene.etcd.ctl("del", "--prefix", schema.identity_value_prefix(labels.serialized))
+    scene.etcd.ctl("put", schema.identity_id_key(new), stdin=labels.serialized)
+    elsewhere = schema.identity_value_key(labels.serialized, "10.77.0.99")
+    scene.etcd.ctl("put", elsewhere, stdin=str(new))
+    return new
+
+
+@pytest.mark.parametrize("away", [1, 2], ids=["one host away", "both away"])
+def test_number_of_etcd_wins_over_that_of_an_agent_that_was_away(scene: Scene, away: int) -> None:
+    """The endpoint moves to it, and its streams go on: each host knows the new number before it is used."""
+    with scene.watched():
+        with scene.cut(*scene.wires[:away]):
+            for host in scene.fleet.hosts[:away]:
+                wait_for(lambda: scene.kvstore(host) != "Ok", "trouble with etcd", seconds=RECOVERED_S)  # noqa: B023
+            number = renumber(scene, scene.one.endpoint_of("client")["status"]["identity"])
+            scene.flows.wait_progress(100)
+        wait_for(lambda: scene.identity("client") == number, "number of etcd", seconds=RECOVERED_S)
+
+
+def test_number_of_etcd_wins_over_that_of_a_checkpoint(scene: Scene) -> None:
+    """The agent dies, and starts without etcd with the number that it knew; then etcd has another one."""
+    known = scene.one.endpoint_of("client")["status"]["identity"]
+    with scene.watched(dying=scene.one), scene.containers("checkpointed"):
+        with scene.cut(scene.wires[0]):
+            scene.one.kill_agent()
+            number = renumber(scene, known)
+            scene.one.launch_agent(**scene.options)
+            wait_for(lambda: bool(scene.one.api("/v1/endpoint", check=False)), "endpoints restored")
+            scene.one.container("checkpointed", "sleep", "infinity", labels={"app": "client"})
+            assert scene.identity("checkpointed") == scene.identity("client") == known["id"]
+            assert scene.reaches("checkpointed")
+        for name in ("client", "checkpointed"):
+            wait_for(lambda: scene.identity(name) == number, "number of etcd", seconds=RECOVERED_S)  # noqa: B023
+        assert scene.reaches("checkpointed")

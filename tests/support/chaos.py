@@ -19,9 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from datapath.maps import IpcacheMap
+from datapath.records import IpcacheEntry
 from kvstore import schema
 from tests.support.agent import ETCD_PORT
-from tests.support.checker import Checker
+from tests.support.checker import Checker, opened, pins
 from tests.support.engine import WORKLOAD_IMAGE
 from tests.support.etcd import EtcdServer
 from tests.support.fleet import Fleet, FleetHost, new_fleet
@@ -109,6 +111,11 @@ class Scene:
 
     def kvstore(self, host: FleetHost) -> str:
         return str(host.api("/v1/healthz")["kvstore"]["state"])
+
+    def ipcache(self, host: FleetHost) -> dict[str, IpcacheEntry]:
+        """Return what the kernel of a host holds."""
+        with opened(IpcacheMap, "cilium_ipcache", pins(host)) as kernel:
+            return dict(kernel.items())
 
     # --- containers of host 1
 

@@ -154,7 +154,7 @@ class Books:
         wanted = {node_key: "wanted"}
         for endpoint in self._endpoints.values():
             if is_global(endpoint["identity"]["id"]):
-                labels = Labels.parse(";".join(endpoint["identity"]["labels"]) + ";").serialized
+                labels = labels_of(endpoint["identity"]["labels"]).serialized
                 for address in addresses(endpoint):
                     wanted[schema.ip_key(schema.DEFAULT_SPACE, address)] = "wanted"
                 wanted[schema.identity_value_key(labels, own["ipv4-address"])] = "wanted"
@@ -226,9 +226,9 @@ class Books:
             for policy in parse_policies(json.dumps(each["document"]), each["origin"], name=each["name"]):
                 engine.upsert_policy(policy)
         for number, labels in self._identities.items():
-            engine.upsert_identity(number, Labels.parse(";".join(labels) + ";"))
+            engine.upsert_identity(number, labels_of(labels))
         for number, endpoint in self._endpoints.items():
-            engine.upsert_endpoint(number, Labels.parse(";".join(endpoint["identity"]["labels"]) + ";"))
+            engine.upsert_endpoint(number, labels_of(endpoint["identity"]["labels"]))
         return engine
 
     def _pools(self) -> dict[str, str]:
@@ -271,6 +271,11 @@ def opened(kind: type[M], name: str, root: Path) -> Iterator[M]:
         yield found
     finally:
         found.close()
+
+
+def labels_of(shown: Sequence[str]) -> Labels:
+    """Return labels as the API shows them."""
+    return Labels.parse(";".join(shown) + ";")
 
 
 def addresses(endpoint: Any) -> list[str]:
