@@ -57,6 +57,7 @@ from agent.policy_sources import PolicyDirectory, PolicyKeys
 from agent.pool import Pool
 from agent.programs import HostPrograms
 from agent.registration import Registration
+from agent.renumbering import Renumbering
 from agent.standing import etcd_config, ipv6_range, own_node
 from core.options import Config
 from core.reconciler import Reconciler
@@ -70,7 +71,6 @@ from datapath.tunnel import OVERHEAD, Shape, Tunnel
 from identity.allocator import Allocator
 from identity.cache import IdentityCache
 from identity.filter import LabelFilter
-from identity.labels import Labels
 from identity.local import LocalIdentities
 from kvstore import schema
 from kvstore.client import Client
@@ -153,6 +153,7 @@ class Enforcement:
     ipcache: Reconciler[str, ipcache.Record]
     allocator: Allocator
     endpoints: EndpointManager
+    renumbering: Renumbering
     reconcilers: dict[str, Reconciler[int, Endpoint]]
     node_follower: NodeFollower
     node_reconcilers: NodeReconcilers
@@ -307,7 +308,7 @@ def _enforcement(ground: Ground, store: Store, known: Knowledge) -> Enforcement:
         known.identities.table, known.policies, known.local, known.addresses, policy_maps
     )
     table: Table[int, Endpoint] = Table("endpoints", ("agent",))
-    allocator, endpoints = _endpoints(ground, store, known, table, derivations)
+    allocator, endpoints, renumbering = _endpoints(ground, store, known, table, derivations)
     reconcilers = {
         "endpoints": Reconciler("endpoints", table, _endpoint_target(ground, policy_store)),
         "own-entries": publish.reconciler(table, _own_entries(ground, store)),
@@ -324,6 +325,7 @@ def _enforcement(ground: Ground, store: Store, known: Knowledge) -> Enforcement:
         ip_reconciler,
         allocator,
         endpoints,
+        renumbering,
         reconcilers,
         _node_follower(ground, known, ip_reconciler),
         _node_reconcilers(ground, known),
@@ -372,28 +374,22 @@ def _endpoints(
     known: Knowledge,
     table: Table[int, Endpoint],
     kernel: Derivations,
-) -> tuple[Allocator, EndpointManager]:
-    """Return the allocator and the manager; each has to know the other."""
-    slot: list[EndpointManager] = []
+) -> tuple[Allocator, EndpointManager, Renumbering]:
+    """Return the allocator, the manager, and what moves its endpoints to other numbers."""
+    renumbering = Renumbering(known.identities.table)
     allocator = Allocator(
         store.client,
         store.session,
         known.identities,
         owner=str(ground.host.node_ip),
         cluster_id=ground.config["cluster-id"],
-        on_renumbered=partial(_renumbered, slot),
+        on_renumbered=renumbering.heard,
     )
     label_filter = LabelFilter(ground.config["labels"])
     manager = EndpointManager(table, ground.pool, ground.checkpoint, allocator, label_filter, kernel)
     manager.store.last_id = ground.node.last_endpoint_id
     manager.refused_because = lambda: store.registration.refusal
-    slot.append(manager)
-    return allocator, manager
-
-
-def _renumbered(slot: list[EndpointManager], labels: Labels, old: int, new: int) -> None:
-    for manager in slot:
-        manager.renumber(labels, new)
+    return allocator, manager, renumbering
 
 
 def _endpoint_target(ground: Ground, policy_store: PolicyMapStore) -> EndpointTarget:

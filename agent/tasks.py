@@ -84,6 +84,7 @@ def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
         parts.election,
     )
     tasks["identity allocator"] = held(parts.allocator.run)
+    tasks["renumbering"] = partial(parts.renumbering.run, parts.endpoints.renumber)
     for follower in parts.followers:
         gated = follower.prefix == schema.IPS
         run = partial(_follow_after_gate, parts, follower) if gated else follower.run
