@@ -13,11 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from agent.names_wire import why_no_domain
 from agent.options import CONFIG_DIR, OPTIONS
+from core.errors import shorten
 from core.options import Config, OptionError, Type, load, render
 from identity.errors import FilterError
 from identity.filter import LabelFilter
 
-_KVSTORE_KEYS = frozenset({"etcd.config", "etcd.address"})
+_KVSTORE_KEYS = frozenset({"etcd.config", "etcd.address", "etcd.qps"})
+# More than any etcd answers.
+_QPS_MAX = 100_000
 _LOG_KEYS = frozenset({"level", "syslog.address", "syslog.facility"})
 _LEVELS = frozenset({"TRACE", "DEBUG", "INFO", "WARNING", "ERROR"})
 
@@ -65,6 +68,13 @@ def load_config(argv: Sequence[str] = (), environment: Mapping[str, str] | None 
 def check(config: Config) -> None:
     """Raise OptionError for values that are right each by itself but not as a whole."""
     _check_keys(config, "kvstore-opt", _KVSTORE_KEYS)
+    qps = config["kvstore-opt"].get("etcd.qps", "1")
+    _require(
+        config,
+        "kvstore-opt",
+        qps.isascii() and qps.isdigit() and 1 <= int(qps[:20]) <= _QPS_MAX,
+        f"etcd.qps is {shorten(qps)!r}, and must be a whole number of requests a second, 1 to {_QPS_MAX}",
+    )
     _check_keys(config, "log-opt", _LOG_KEYS)
     level = config["log-opt"].get("level", "INFO").upper()
     _require(config, "log-opt", level in _LEVELS, f"level must be one of {', '.join(sorted(_LEVELS))}")

@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from email.utils import formatdate
 from functools import partial
 
-from agent.listener import Allowance, Connections, Listening
+from agent.listener import Connections, Listening
+from core.allowance import Allowance
 
 # Questions come as long as the longest packet that anybody tries (agent.path_mtu).
 REQUEST_MAX = 10_240

@@ -2,8 +2,7 @@
 """Listening on this host's addresses where strangers reach it: patiently, and with an end to everything.
 
     Listening     binds; an address that can not be had is said in status and tried again
-    Connections   takes TCP connections: bounded in number, one more ends the oldest
-    Allowance     so many things at once, and so many a second in the long run
+    Connections   takes TCP connections: bounded in number and a second, one more ends the oldest
 
 A flood costs this process a bounded part of a CPU, at the price of the others who ask the same server.
 Called by: agent.health_server, agent.names_server.
@@ -18,37 +17,11 @@ from collections.abc import Callable, Coroutine
 
 from loguru import logger
 
+from core.allowance import Allowance
 from core.backoff import Backoff
 
 BACKLOG = 128
 ACCEPT_PAUSE_S = 1.0
-
-
-class Allowance:
-    """So many things at once, and so many a second in the long run.  Pure: times are handed in."""
-
-    def __init__(self, rate: float, burst: float) -> None:
-        self._rate = rate
-        self._burst = burst
-        self._left = burst
-        self._at = 0.0
-
-    def spend(self, now: float, things: int = 1) -> float:
-        """Take some; return the seconds to pause before the next."""
-        self._left = self._refilled(now) - things
-        return max(0.0, -self._left / self._rate)
-
-    def grants(self, now: float) -> bool:
-        """Take one if there is one left; what is not granted costs nothing."""
-        self._left = self._refilled(now)
-        granted = self._left >= 1.0
-        self._left -= granted
-        return granted
-
-    def _refilled(self, now: float) -> float:
-        left = min(self._burst, self._left + (now - self._at) * self._rate)
-        self._at = now
-        return left
 
 
 class Listening:

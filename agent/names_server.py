@@ -17,9 +17,10 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from ipaddress import ip_address, ip_network
 
-from agent.listener import Allowance, Connections, Listening
+from agent.listener import Connections, Listening
 from agent.names_zone import Outcome, Reply, Zone
 from core import metrics
+from core.allowance import Allowance
 
 PORT = 53
 # A query is a name of at most 255 bytes and some 30 more; EDNS may pad it.

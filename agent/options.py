@@ -14,6 +14,9 @@ from pathlib import Path
 from core.options import Option, Type
 
 CONFIG_DIR = Path("/etc/holdfast/config")
+ETCD_CONFIG = "/etc/holdfast/etcd.config"
+# Requests a second; docs/performance.md has what a host makes.
+ETCD_QPS = 100
 
 # Durations have an end: in the programs a second is 32 bits, and a time-out is added to the present one.
 _YEAR = 365 * 86400.0
@@ -102,8 +105,10 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "kvstore-opt",
         Type.MAP,
-        {"etcd.config": "/etc/holdfast/etcd.config"},
-        "How to reach etcd: etcd.config=FILE (endpoints and certificates) or etcd.address=URL",
+        {"etcd.config": ETCD_CONFIG},
+        f"How to reach etcd: etcd.config=FILE (endpoints and certificates; {ETCD_CONFIG} unless given) or "
+        f"etcd.address=URL; etcd.qps={ETCD_QPS}: requests a second in the long run, ten seconds' worth at "
+        "once",
         section=_KVSTORE,
     ),
     Option(

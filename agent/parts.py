@@ -58,7 +58,7 @@ from agent.pool import Pool
 from agent.programs import HostPrograms
 from agent.registration import Registration
 from agent.renumbering import Renumbering
-from agent.standing import etcd_config, ipv6_range, own_node
+from agent.standing import etcd_config, ipv6_range, own_node, requests_per_s
 from core.options import Config
 from core.reconciler import Reconciler
 from core.table import Table
@@ -224,7 +224,7 @@ def _overlay(config: Config, host: HostView, programs: HostPrograms, netlink: Ne
 
 
 def _store(ground: Ground) -> Store:
-    client = Client(etcd_config(ground.config), gate=ground.gates.connect)
+    client = Client(etcd_config(ground.config), gate=ground.gates.connect, qps=requests_per_s(ground.config))
     session = Session(
         client,
         ttl=int(ground.config["kvstore-lease-ttl"]),

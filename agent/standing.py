@@ -14,6 +14,7 @@ from pathlib import Path
 from agent.checkpoint import Checkpoint, Node, own_lease
 from agent.gate import Gates
 from agent.host import HostView, node_name
+from agent.options import ETCD_CONFIG, ETCD_QPS
 from agent.pool import automatic_network, automatic_network6
 from agent.registration import first_pool
 from core.options import Config
@@ -83,4 +84,9 @@ def etcd_config(config: Config) -> EtcdConfig:
     given = config["kvstore-opt"]
     if "etcd.address" in given:
         return EtcdConfig((given["etcd.address"],))
-    return EtcdConfig.load(Path(given["etcd.config"]))
+    return EtcdConfig.load(Path(given.get("etcd.config", ETCD_CONFIG)))
+
+
+def requests_per_s(config: Config) -> int:
+    """Return how many requests a second etcd gets from this host."""
+    return int(config["kvstore-opt"].get("etcd.qps", ETCD_QPS))

@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 from loguru import logger
 
+from agent.options import ETCD_QPS
 from bench import harness
 from identity import transactions
 from identity.allocator import Allocator
@@ -67,7 +68,7 @@ class Sample(NamedTuple):
 @contextlib.asynccontextmanager
 async def agent(etcd: EtcdServer, address: str) -> AsyncIterator[Allocator]:
     """Yield an allocator with everything that runs beside it in an agent."""
-    client = Client(etcd.config)
+    client = Client(etcd.config, qps=ETCD_QPS)
     session, cache = Session(client, ttl=60, name=address), IdentityCache()
     allocator = Allocator(client, session, cache, owner=address)
     mains = (session.run(), allocator.run(), follow(client, schema.IDENTITY_IDS, cache))

@@ -105,6 +105,11 @@ KVSTORE_OWN_KEYS_RESTORED = _counter(
     "holdfast_kvstore_own_keys_restored_total", "Own keys that were gone or changed and were written again"
 )
 KVSTORE_LEASE_LOST = _counter("holdfast_kvstore_lease_lost_total", "Times the session's lease was lost")
+KVSTORE_LIMITER_WAIT_SECONDS = _histogram(
+    "holdfast_kvstore_limiter_wait_duration_seconds",
+    "Time for which requests to etcd were held back by etcd.qps; those that were not are not counted",
+    buckets=(0.01, 0.1, 0.5, 1.0, 5.0, 20.0, 60.0, 300.0),
+)
 KVSTORE_STALENESS_SECONDS = _gauge(
     "holdfast_kvstore_staleness_seconds", "Time since the kvstore last proved that this view is current"
 )

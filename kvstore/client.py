@@ -49,6 +49,7 @@ from kvstore.ops import (
     txn_to_wire,
     write_batches,
 )
+from kvstore.pace import Pace
 from kvstore.transport import MAX_IN_FLIGHT, TIMEOUT_S, Peer, Transport, translate
 from kvstore.watch import HANG_S, IDLE_S, WatchBatch, WatchStream, changes_after
 
@@ -100,7 +101,8 @@ class MemberStatus(msgspec.Struct, frozen=True):
 class Client:
     """See the module's text.  `idle` and `hang` are the watchdog's times of `kvstore.watch`, seconds.
 
-    `gate` is awaited before every request: until it returns, etcd is not asked for anything.
+    `gate` is awaited before every request: until it returns, etcd is not asked for anything.  `qps` limits
+    the requests a second (see `kvstore.pace`); 0: no limit.
     """
 
     def __init__(
@@ -112,9 +114,11 @@ class Client:
         idle: float = IDLE_S,
         hang: float = HANG_S,
         gate: Callable[[], Awaitable[None]] | None = None,
+        qps: int = 0,
     ) -> None:
         self.config = config
-        self.transport = Transport(config, max_in_flight=max_in_flight, timeout=timeout, gate=gate)
+        pace = Pace(qps) if qps else None
+        self.transport = Transport(config, max_in_flight=max_in_flight, timeout=timeout, gate=gate, pace=pace)
         self._idle = idle
         self._hang = hang
 

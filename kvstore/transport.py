@@ -31,6 +31,7 @@ from kvstore.errors import (
     RequestRefused,
     Unavailable,
 )
+from kvstore.pace import Pace
 from kvstore.rpc import Method, Request, Response
 from kvstore.schema.keys import scope_of
 
@@ -129,7 +130,10 @@ async def _close(channel: Channel) -> None:
 
 
 class Transport:
-    """Sends requests to the current peer; at most `max_in_flight` at once, each at most `timeout` s."""
+    """Sends requests to the current peer; at most `max_in_flight` at once, each at most `timeout` s.
+
+    `gate` holds back everything, `pace` what is neither a lease nor a watch.
+    """
 
     def __init__(
         self,
@@ -138,9 +142,11 @@ class Transport:
         max_in_flight: int = MAX_IN_FLIGHT,
         timeout: float = TIMEOUT_S,
         gate: Callable[[], Awaitable[None]] | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self.timeout = timeout
         self._gate = gate
+        self._pace = pace
         self.cluster_id = 0
         self.peers = [Peer(config, target) for target in config.targets()]
         random.shuffle(self.peers)
@@ -171,6 +177,9 @@ class Transport:
         """
         if self._gate is not None:
             await self._gate()
+        # Not for leases: with its lease a host would lose all of its keys.
+        if self._pace is not None and method.kind != "lease":
+            await self._pace.turn()
         async with self._slots:
             started = time.perf_counter()
             outcome = "fail"

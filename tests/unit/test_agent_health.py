@@ -24,7 +24,6 @@ from agent.health import (
     first_within,
 )
 from agent.health_server import HealthServer, answer_to
-from agent.listener import Allowance
 from agent.probes import ECHO_TRIES, Outcome, checksum, echo_request, replied
 from agent.report_health import SERIES_NODES_MAX, SHOWN, HealthCollector, health, summary
 from core.backoff import cluster_interval
@@ -325,13 +324,3 @@ def test_hello_is_all_that_is_answered(request_: bytes, code: int) -> None:
         b"Content-Length: 0",
         b"Connection: close",
     ]
-
-
-def test_a_flood_is_held_to_its_rate_and_a_burst_is_not_held() -> None:
-    allowance = Allowance(rate=10.0, burst=5.0)
-    assert [allowance.spend(100.0) for _ in range(5)] == [0.0] * 5
-    now, began = 100.0, 100.0
-    for _ in range(100):
-        now += allowance.spend(now)
-    assert now - began == pytest.approx(10.0)
-    assert [allowance.spend(now + 60.0) for _ in range(5)] == [0.0] * 5

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from agent.configuration import docs_page, load_config, parse_arguments
-from agent.options import OPTIONS
+from agent.options import ETCD_QPS, OPTIONS
 from agent.programs import speaks_ipv6
+from agent.standing import requests_per_s
 from core.options import OptionError, Type, parse, render, sample
 
 
@@ -67,6 +68,13 @@ def test_arguments_in_all_their_forms() -> None:
         (["--cluster-id", "5"], "cluster-name"),
         (["--cluster-id", "256"], "at most 255"),
         (["--kvstore-opt", "etcd.user=x"], "etcd.address"),
+        (["--kvstore-opt", "etcd.qps=0"], "'0'.*1 to 100000"),
+        (["--kvstore-opt", "etcd.qps=-5"], "'-5'.*1 to 100000"),
+        (["--kvstore-opt", "etcd.qps=fast"], "'fast'.*whole number"),
+        (["--kvstore-opt", "etcd.qps=2.5"], "'2.5'.*whole number"),
+        (["--kvstore-opt", "etcd.qps="], "''.*whole number"),
+        (["--kvstore-opt", "etcd.qps=100001"], "from command line.*1 to 100000"),
+        (["--kvstore-opt", f"etcd.qps={'9' * 5000}"], "1 to 100000"),
         (["--log-opt", "level=loud"], "loud"),
         (["--prometheus-serve-addr", "9090"], "host:port"),
         (["--prometheus-serve-addr", ":0"], "host:port"),
@@ -94,6 +102,14 @@ def test_arguments_in_all_their_forms() -> None:
 def test_what_can_not_be_used_is_named(argv: list[str], named: str) -> None:
     with pytest.raises(OptionError, match=named):
         load_config(argv, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("etcd.config=/elsewhere", ETCD_QPS), ("etcd.qps=7", 7), ("etcd.qps=100000", 100000)],
+)
+def test_requests_a_second_are_the_options_or_the_default(given: str, expected: int) -> None:
+    assert requests_per_s(load_config(["--kvstore-opt", given], {})) == expected
 
 
 def test_ipv6_is_not_had_from_a_kernel_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
