@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
+from agent.limit_settings import LimitError, limits_of
 from agent.names_wire import why_no_domain
 from agent.options import CONFIG_DIR, OPTIONS
 from core.errors import shorten
@@ -79,6 +80,7 @@ def check(config: Config) -> None:
     level = config["log-opt"].get("level", "INFO").upper()
     _require(config, "log-opt", level in _LEVELS, f"level must be one of {', '.join(sorted(_LEVELS))}")
     _check_labels(config)
+    _check_limits(config)
     meshed = config["cluster-id"] > 0
     _require(
         config, "cluster-id", not meshed or config["cluster-name"] != "default", "it needs a cluster-name"
@@ -123,6 +125,13 @@ def _check_labels(config: Config) -> None:
         LabelFilter(config["labels"])
     except FilterError as error:
         _require(config, "labels", False, error.message)
+
+
+def _check_limits(config: Config) -> None:
+    try:
+        limits_of(config["api-rate-limit"])
+    except LimitError as error:
+        _require(config, "api-rate-limit", False, error.message)
 
 
 def _check_address(config: Config) -> None:

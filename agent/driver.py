@@ -36,6 +36,8 @@ from agent.endpoint import Endpoint
 from agent.endpoints import EndpointManager
 from agent.engine import DRIVER, Engine, EngineContainer, EngineNetwork
 from agent.errors import AgentError, DriverError, EngineError, UnknownNetwork
+from agent.limit_settings import CREATE
+from agent.limits import Limits
 from agent.ports import parse_portmap, taken_ports
 from core import metrics
 from core.errors import HoldfastError, shorten
@@ -57,7 +59,12 @@ class Driver:
     """Serves the protocol; owns the plugin socket and the table of networks."""
 
     def __init__(
-        self, socket_path: Path, endpoints: EndpointManager, engine: Engine, checkpoint: Checkpoint
+        self,
+        socket_path: Path,
+        endpoints: EndpointManager,
+        engine: Engine,
+        checkpoint: Checkpoint,
+        limits: Limits | None = None,
     ) -> None:
         self.socket_path = socket_path
         self.endpoints = endpoints
@@ -66,6 +73,7 @@ class Driver:
         # Endpoints whose labels were looked at in this life; the engine watch drops those that are gone.
         self.identified: set[int] = set()
         self._checkpoint = checkpoint
+        self._limits = limits or Limits()
         self._handlers: dict[str, tuple[type[calls.Call], Handler]] = {
             "NetworkDriver.GetCapabilities": (calls.Call, self._capabilities),
             "NetworkDriver.CreateNetwork": (calls.CreateNetwork, self._create_network),
@@ -200,6 +208,11 @@ class Driver:
     # --- endpoints
 
     async def _create_endpoint(self, call: calls.CreateEndpoint) -> Answer:
+        # Only here: what follows is of a container half made, and a held deletion keeps an address.
+        async with self._limits.turn(CREATE):
+            return await self._create(call)
+
+    async def _create(self, call: calls.CreateEndpoint) -> Answer:
         if call.network_id not in self.networks:
             await self._network(call.network_id)
         given = call.interface or calls.Interface()

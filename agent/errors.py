@@ -9,6 +9,7 @@ AgentError
 ├── AddressTaken       an address that was asked for belongs to another endpoint
 ├── EndpointNotFound   an endpoint number that this host does not have
 ├── EndpointRefused    an endpoint that can not be made as it was asked for
+├── TooManyCalls       a call that did not get its turn in time (option api-rate-limit)
 └── CheckpointDamaged  a record in the state directory that this agent can not have written
 """
 
@@ -47,6 +48,10 @@ class EndpointNotFound(AgentError):
 
 class EndpointRefused(AgentError):
     """Raised when an endpoint can not be made from what was given."""
+
+
+class TooManyCalls(AgentError):
+    """Raised when a call waited for its turn for as long as its limit lets it."""
 
 
 class CheckpointDamaged(AgentError):

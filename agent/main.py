@@ -29,6 +29,8 @@ from agent.api.server import ApiServer, refuse_if_alive
 from agent.configuration import load_config
 from agent.events import EventPump
 from agent.gate import Gates
+from agent.limit_settings import limits_of
+from agent.limits import Limits
 from agent.parts import Parts, build
 from agent.process import AgentProcess
 from agent.programs import HostPrograms
@@ -83,8 +85,9 @@ async def run(config: Config) -> bool:
     supervisor = Supervisor()
     events = EventPump(_queue_size(config))
     process = AgentProcess(config, supervisor, events.hub)
-    server = ApiServer(process, config["socket-path"], config["prometheus-serve-addr"])
-    starting = asyncio.create_task(_start(process, server, config, events, ended), name="start")
+    limits = Limits(limits_of(config["api-rate-limit"]))
+    server = ApiServer(process, config["socket-path"], config["prometheus-serve-addr"], limits)
+    starting = asyncio.create_task(_start(process, server, events, ended), name="start")
     try:
         await ended.wait()
         moved = not asked.is_set()
@@ -113,10 +116,9 @@ async def _withdraw(parts: Parts) -> None:
         logger.warning("what was said under the former address stays until its lease is given up: {}", error)
 
 
-async def _start(
-    process: AgentProcess, server: ApiServer, config: Config, events: EventPump, ended: asyncio.Event
-) -> None:
+async def _start(process: AgentProcess, server: ApiServer, events: EventPump, ended: asyncio.Event) -> None:
     """Serve the API, then build and start the parts; set `ended` when they have to begin anew."""
+    config = process.config
     await _alone(config["socket-path"])
     process.supervisor.start("api", server.run)
     programs = await _patiently(process, lambda: asyncio.to_thread(HostPrograms.open, config))
@@ -124,7 +126,7 @@ async def _start(
     gates = process.gates = Gates(Handover.read(os.environ))
 
     async def build_and_start() -> Parts:
-        parts = await build(config, events, programs, gates)
+        parts = await build(config, events, programs, gates, server.limits)
         start(parts, process.supervisor)
         return parts
 

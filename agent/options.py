@@ -75,6 +75,14 @@ OPTIONS: tuple[Option, ...] = (
         section=_AGENT,
     ),
     Option(
+        "api-rate-limit",
+        Type.SETTINGS,
+        {},
+        "Limits of calls to the agent, replacing single settings of the built-in ones (docs/patience.md): "
+        "endpoint-create=rate-limit:10/s,rate-burst:4,parallel-requests:4,max-wait-duration:15s",
+        section=_AGENT,
+    ),
+    Option(
         "prometheus-serve-addr",
         Type.TEXT,
         "",

@@ -37,6 +37,7 @@ from agent.firewall import FamilyRules, FirewallRules, FirewallTarget
 from agent.gate import Gates
 from agent.host import HostView, look
 from agent.keeper import Keeper
+from agent.limits import Limits
 from agent.node_routes import (
     Direct,
     NodeReconcilers,
@@ -176,13 +177,15 @@ class Parts(EngineSide, HealthSide, NamesSide, Enforcement, Knowledge, Store, Gr
     """Everything that was built; each part says in its own module who owns it."""
 
 
-async def build(config: Config, events: EventPump, programs: HostPrograms, gates: Gates) -> Parts:
+async def build(
+    config: Config, events: EventPump, programs: HostPrograms, gates: Gates, limits: Limits
+) -> Parts:
     """Build everything.  Raises HoldfastError for what the host or the configuration makes impossible."""
     ground = await _ground(config, events, programs, gates)
     store = _store(ground)
     knowledge = await _knowledge(ground, store)
     enforcement = _enforcement(ground, store, knowledge)
-    engine = _engine(ground, enforcement)
+    engine = _engine(ground, enforcement, limits)
     sides = (beside.health(ground, knowledge), beside.names(ground, knowledge))
     stages = (ground, store, knowledge, enforcement, engine, *sides)
     return Parts(**{name: part for stage in stages for name, part in vars(stage).items()})
@@ -439,13 +442,13 @@ def _chosen_addresses(ground: Ground) -> frozenset[IPv4Address | IPv6Address]:
     return frozenset(chosen)
 
 
-def _engine(ground: Ground, enforcement: Enforcement) -> EngineSide:
+def _engine(ground: Ground, enforcement: Enforcement, limits: Limits) -> EngineSide:
     socket = ground.config["docker-endpoint"].removeprefix("unix://")
     if not socket:
         return EngineSide()
     engine = Engine(socket)
     plugin = ground.config["docker-plugin-socket"]
-    driver = Driver(plugin, enforcement.endpoints, engine, ground.checkpoint)
+    driver = Driver(plugin, enforcement.endpoints, engine, ground.checkpoint, limits)
     return EngineSide(engine, driver, EngineWatch(engine, enforcement.endpoints, driver))
 
 

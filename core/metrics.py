@@ -162,6 +162,27 @@ DRIVER_SECONDS = _histogram("holdfast_driver_seconds", "Duration of network driv
 API_SECONDS = _histogram(
     "cilium_agent_api_process_time_seconds", "Duration of API requests", ("path", "method", "return_code")
 )
+API_LIMITER_WAIT_SECONDS = _histogram(
+    "cilium_api_limiter_wait_history_duration_seconds",
+    "Time that calls of the API and the network driver waited for their turn (option api-rate-limit)",
+    ("api_call",),
+    buckets=(0.001, 0.01, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0),
+)
+API_LIMITER_PROCESSED = _counter(
+    "cilium_api_limiter_processed_requests_total",
+    "Calls that were limited, by what became of them; refused: they did not get their turn in time",
+    ("api_call", "outcome"),
+)
+API_LIMITER_IN_FLIGHT = _gauge(
+    "cilium_api_limiter_requests_in_flight",
+    "Calls under way (in-flight) and how many may be (limit; 0: any number)",
+    ("api_call", "value"),
+)
+API_LIMITER_RATE = _gauge(
+    "cilium_api_limiter_rate_limit",
+    "Calls a second that are allowed (limit; 0: any number), and how many at once (burst)",
+    ("api_call", "value"),
+)
 
 # --- probes between nodes (agent.health, agent.report_health)
 _section("Probes between nodes")

@@ -40,6 +40,7 @@ class Type(enum.Enum):
     DURATION = "a duration such as 500ms, 30s, 5m, 24h"
     LIST = "a list, separated by spaces or commas"
     MAP = "a map such as key=value,key=value or a JSON object"
+    SETTINGS = "a map of settings such as name=key:value,key:value or a JSON object"
     CIDR4 = "an IPv4 network such as 10.16.0.0/16"
     CIDR6 = "an IPv6 network such as fd00:1::/96"
     ADDRESS = "an IP address"
@@ -129,6 +130,31 @@ def _parse_map(text: str) -> dict[str, str]:
     return result
 
 
+def _parse_settings(text: str) -> dict[str, str]:
+    """Return name → its settings, still as text; the commas inside them are theirs."""
+    if text.lstrip().startswith("{"):
+        return {name: _settings_text(each) for name, each in json.loads(text).items()}
+    result: dict[str, str] = {}
+    last = ""
+    for part in filter(None, re.split(r"[,\s]+", text.strip())):
+        name, separator, value = part.partition("=")
+        if separator and name in result:
+            raise ValueError(f"{shorten(name)!r} is given twice")
+        if separator:
+            last, result[name] = name, value
+        elif last:
+            result[last] += f",{part}"
+        else:
+            raise ValueError(f"{shorten(part)!r} has no '='")
+    return result
+
+
+def _settings_text(value: object) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{key}:{_settings_text(each)}" for key, each in value.items())
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _parse_path(text: str) -> Path:
     if not text.startswith("/"):
         raise ValueError("not absolute")
@@ -142,6 +168,7 @@ _PARSERS: dict[Type, Callable[[str], Any]] = {
     Type.DURATION: parse_duration,
     Type.LIST: lambda text: tuple(filter(None, re.split(r"[,\s]+", text.strip()))),
     Type.MAP: _parse_map,
+    Type.SETTINGS: _parse_settings,
     Type.CIDR4: IPv4Network,
     Type.CIDR6: IPv6Network,
     Type.ADDRESS: ip_address,

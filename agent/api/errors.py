@@ -13,7 +13,7 @@ An `AgentView` raises these.  Errors of the libraries have a code of their own, 
 
 from __future__ import annotations
 
-from agent.errors import AddressTaken, AgentError, EndpointNotFound, EndpointRefused
+from agent.errors import AddressTaken, AgentError, EndpointNotFound, EndpointRefused, TooManyCalls
 from core.errors import HoldfastError
 from core.options import OptionError
 from identity.errors import IdentityError
@@ -57,12 +57,14 @@ class NotReady(ApiError):
     code = 503
 
 
-# The first that fits counts.  Whoever asks gives a policy, a label or an option: 400.  The pool, the engine
-# and etcd may be back later: 503.  Anything else, the kernel's refusals above all, is ours: 500.
+# The first that fits counts.  Whoever asks gives a policy, a label or an option: 400; asks too often: 429.
+# The pool, the engine and etcd may be back later: 503.  Anything else, the kernel's refusals above all, is
+# ours: 500.
 _CODES: tuple[tuple[type[HoldfastError], int], ...] = (
     (EndpointNotFound, 404),
     (AddressTaken, 409),
     (EndpointRefused, 400),
+    (TooManyCalls, 429),
     (AgentError, 503),
     (PolicyError, 400),
     (IdentityError, 400),

@@ -17,7 +17,8 @@ from agent.api.errors import BadRequest, NotReady
 from agent.api.models import EndpointRequest, PolicyText, StartOrder, TraceRequest
 from agent.api.monitor import Listener, MonitorFilter
 from agent.api.view import AgentView
-from agent.api.wire import json_response, number, read_body
+from agent.api.wire import Handler, json_response, number, read_body
+from agent.limits import Limits
 from core.errors import shorten
 from policy.language import check_name
 
@@ -32,10 +33,11 @@ IDENTITY_MAX = (1 << 25) - 1  # 16 bits, cluster id, local flag
 
 
 class Handlers:
-    """One method a route; `view` is the agent."""
+    """One method a route; `view` is the agent, `limits` who has to wait."""
 
-    def __init__(self, view: AgentView) -> None:
+    def __init__(self, view: AgentView, limits: Limits) -> None:
         self.view = view
+        self._limits = limits
 
     def routes(self) -> list[web.RouteDef]:
         """Return the table of routes."""
@@ -48,12 +50,12 @@ class Handlers:
             web.get("/v1/metrics", self.metrics),
             web.get("/metrics", self.metrics),
             web.get("/v1/monitor", self.monitor),
-            web.get("/v1/endpoint", self.endpoints),
-            web.get("/v1/endpoint/{id}", self.endpoint),
-            web.get("/v1/endpoint/{id}/log", self.endpoint_log),
-            web.get("/v1/endpoint/{id}/healthz", self.endpoint_health),
-            web.put("/v1/endpoint/{id}", self.put_endpoint),
-            web.delete("/v1/endpoint/{id}", self.delete_endpoint),
+            web.get("/v1/endpoint", self._limited("endpoint-list", self.endpoints)),
+            web.get("/v1/endpoint/{id}", self._limited("endpoint-get", self.endpoint)),
+            web.get("/v1/endpoint/{id}/log", self._limited("endpoint-get", self.endpoint_log)),
+            web.get("/v1/endpoint/{id}/healthz", self._limited("endpoint-get", self.endpoint_health)),
+            web.put("/v1/endpoint/{id}", self._limited("endpoint-create", self.put_endpoint)),
+            web.delete("/v1/endpoint/{id}", self._limited("endpoint-delete", self.delete_endpoint)),
             web.get("/v1/identity", self.identities),
             web.get("/v1/identity/{id}", self.identity),
             web.get("/v1/ip", self.addresses),
@@ -64,11 +66,20 @@ class Handlers:
             web.get("/v1/policy", self.policies),
             web.get("/v1/policy/selectors", self.selectors),
             web.post("/v1/policy/resolve", self.resolve),
-            web.put("/v1/policy/{name:.+}", self.put_policy),
-            web.delete("/v1/policy/{name:.+}", self.delete_policy),
+            web.put("/v1/policy/{name:.+}", self._limited("policy-apply", self.put_policy)),
+            web.delete("/v1/policy/{name:.+}", self._limited("policy-apply", self.delete_policy)),
             web.get("/v1/map", self.maps),
             web.get("/v1/map/{name}", self.map_dump),
         ]
+
+    def _limited(self, call: str, handler: Handler) -> Handler:
+        """Return a handler whose requests wait for their turn."""
+
+        async def limited(request: web.Request) -> web.StreamResponse:
+            async with self._limits.turn(call):
+                return await handler(request)
+
+        return limited
 
     # --- the agent itself
 

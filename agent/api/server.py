@@ -4,7 +4,7 @@
 The socket appears under its name only once it accepts connections, replaces what a dead agent left, and is
 refused when a living agent has it.  Called by the composition root, as a supervised child::
 
-    await ApiServer(view, socket_path, prometheus_address).run()
+    await ApiServer(view, socket_path, prometheus_address, limits).run()
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from agent.api.errors import Conflict
 from agent.api.handlers import Handlers
 from agent.api.view import AgentView
 from agent.api.wire import MAX_BODY, errors_as_json, timed
+from agent.limits import Limits
 
 SOCKET_MODE = 0o660  # root and whoever the socket's group is given to
 BACKLOG = 128
@@ -30,35 +31,40 @@ BACKLOG = 128
 SHUTDOWN_S = 2.0
 
 
-def build_app(view: AgentView) -> web.Application:
+def build_app(view: AgentView, limits: Limits) -> web.Application:
     """Return the application with every route."""
     app = web.Application(middlewares=[timed, errors_as_json], client_max_size=MAX_BODY)
-    app.add_routes(Handlers(view).routes())
+    app.add_routes(Handlers(view, limits).routes())
     return app
 
 
-def build_metrics_app(view: AgentView) -> web.Application:
+def build_metrics_app(view: AgentView, limits: Limits) -> web.Application:
     """Return the application of the TCP port: it shows metrics and nothing else."""
     app = web.Application(middlewares=[errors_as_json], client_max_size=1)
-    app.add_routes([web.get("/metrics", Handlers(view).metrics)])
+    app.add_routes([web.get("/metrics", Handlers(view, limits).metrics)])
     return app
 
 
 class ApiServer:
-    """Serves one view until cancelled.  `prometheus` is host:port, :port or empty."""
+    """Serves one view until cancelled.  `prometheus` is host:port, :port or empty; `limits` else built-in."""
 
-    def __init__(self, view: AgentView, path: Path, prometheus: str = "") -> None:
+    def __init__(
+        self, view: AgentView, path: Path, prometheus: str = "", limits: Limits | None = None
+    ) -> None:
         self.view = view
         self.path = path
         self.prometheus = prometheus
+        self.limits = limits or Limits()
         self.ready = asyncio.Event()
 
     async def run(self) -> None:
         """Serve; Conflict when another agent has the socket, OSError when an address can not be bound."""
         async with contextlib.AsyncExitStack() as stack:
-            await stack.enter_async_context(_on_socket(build_app(self.view), self.path))
+            await stack.enter_async_context(_on_socket(build_app(self.view, self.limits), self.path))
             if self.prometheus:
-                await stack.enter_async_context(_on_port(build_metrics_app(self.view), self.prometheus))
+                await stack.enter_async_context(
+                    _on_port(build_metrics_app(self.view, self.limits), self.prometheus)
+                )
             stack.callback(
                 self.view.monitor.close
             )  # first of all when this ends: streams never do by themselves

@@ -20,6 +20,7 @@ from agent.api import models, models_health
 from agent.api.errors import BadRequest, Conflict, NotFound
 from agent.api.monitor import MonitorHub
 from agent.api.server import ApiServer
+from agent.limits import Limits
 from policy.language import parse_policies
 
 WEB = ["container:app=web", "container:env=prod"]
@@ -272,11 +273,13 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serving(view: FakeAgent, path: Path, prometheus: str = "") -> Iterator[Serving]:
+def serving(
+    view: FakeAgent, path: Path, prometheus: str = "", limits: Limits | None = None
+) -> Iterator[Serving]:
     """Serve `view` on `path` until the block ends."""
     served = Serving(view, path)
     ready = threading.Event()
-    server = ApiServer(view, path, prometheus)
+    server = ApiServer(view, path, prometheus, limits)
 
     async def main() -> None:
         task = served.task = asyncio.create_task(server.run())
