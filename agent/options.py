@@ -138,6 +138,15 @@ OPTIONS: tuple[Option, ...] = (
         section=_KVSTORE,
     ),
     Option(
+        "kvstore-staleness-threshold",
+        Type.DURATION,
+        600.0,
+        "How old the view of etcd may be before status and a metric warn and the log says so, once",
+        low=60,  # an idle watch is confirmed every 30 to 50 s
+        high=_YEAR,
+        section=_KVSTORE,
+    ),
+    Option(
         "allocator-list-timeout",
         Type.DURATION,
         10800.0,

@@ -59,6 +59,7 @@ def status(process: AgentProcess) -> models.Status:
         version=version("holdfast"),
         uptime=time.time() - process.started,
         staleness=staleness(),
+        staleness_threshold=parts.config["kvstore-staleness-threshold"],
         policy_revision=engine.revision,
         policies=len(parts.policies),
         policy_errors=_policy_errors(parts),

@@ -19,6 +19,7 @@ from agent.checkpoint import Node
 from agent.collector import MapCollector
 from agent.parts import Parts
 from agent.report_health import HealthCollector
+from agent.staleness import StalenessAlarm
 from core import metrics
 from core.backoff import jittered
 from core.files import write_atomic
@@ -95,6 +96,7 @@ def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
     tasks["path MTUs to routes"] = parts.node_reconcilers.follow_mtus
     if not parts.overlay.enabled:
         tasks["firewall pools"] = partial(parts.firewall.follow_pools, parts.pools, parts.endpoints.table)
+    tasks["staleness"] = StalenessAlarm(parts.config["kvstore-staleness-threshold"]).run
     tasks["conntrack"] = parts.conntrack.run
     tasks["grace periods"] = partial(_expire, parts)
     tasks["checkpoint"] = partial(_checkpoint, parts)

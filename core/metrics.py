@@ -113,6 +113,9 @@ KVSTORE_LIMITER_WAIT_SECONDS = _histogram(
 KVSTORE_STALENESS_SECONDS = _gauge(
     "holdfast_kvstore_staleness_seconds", "Time since the kvstore last proved that this view is current"
 )
+KVSTORE_STALE = _gauge(
+    "holdfast_kvstore_stale", "1 while that is longer than the option kvstore-staleness-threshold"
+)
 
 # --- identities and policy
 _section("Identities and policy")
@@ -280,6 +283,27 @@ Scraped at `/metrics` of the address in the option `prometheus-serve-addr`, and 
 `NAME_count`. Counters begin again with the agent, but for those of the last section: they live in the kernel.
 """
 
+_TAIL = """
+## Rules for alerts
+
+Where a person is needed; everything else ends by itself. `holdfast status` on the host says more.
+
+```yaml
+groups:
+- name: holdfast
+  rules:
+  - alert: HoldfastViewIsStale        # policy that was changed since may not be in force on this host
+    expr: holdfast_kvstore_stale == 1
+    for: 1m
+    annotations: {summary: "{{ $labels.instance }}: etcd has confirmed nothing for a long time"}
+  - alert: HoldfastAsksEtcdTooMuch    # more than etcd.qps for minutes
+    expr: rate(holdfast_kvstore_limiter_wait_duration_seconds_count[5m]) > 10
+    for: 10m
+  - alert: HoldfastRefusesCalls       # api-rate-limit
+    expr: increase(cilium_api_limiter_processed_requests_total{outcome="refused"}[10m]) > 0
+```
+"""
+
 
 def docs_page() -> str:
     """Return docs/metrics.md."""
@@ -287,7 +311,7 @@ def docs_page() -> str:
     for title, described in DESCRIBED.items():
         parts.append(f"\n## {title}\n\n| Metric | Kind | Labels | Meaning |\n|---|---|---|---|\n")
         parts += [_row(each) for each in described]
-    return "".join(parts)
+    return "".join([*parts, _TAIL])
 
 
 def _row(each: Description) -> str:

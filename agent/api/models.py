@@ -188,6 +188,7 @@ class Status(Model, frozen=True, kw_only=True):
     version: str
     uptime: float
     staleness: float  # seconds since the kvstore last proved this view current; -1 = never since the start
+    staleness_threshold: float = 0.0  # seconds after which that is a warning
     policy_revision: int
     policies: int
     policy_errors: list[PolicyError] = []  # refused; the last good ones stay in force

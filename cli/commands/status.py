@@ -72,7 +72,7 @@ def lines(found: Json, verbose: bool) -> Iterator[str]:
     yield line("Endpoints", endpoints(found["endpoints"]))
     yield line("Policy", policy(found))
     yield line("Identities", identities(found))
-    yield line("Staleness", staleness(found["staleness"]))
+    yield line("Staleness", staleness(found["staleness"], found.get("staleness-threshold", 0)))
     if "checkpoint" in found:  # an older agent does not say
         yield line("Checkpoint", component(found["checkpoint"]))
     yield from cluster_health(found.get("cluster-health"))
@@ -171,10 +171,14 @@ def identities(found: Json) -> str:
     return f"{found['identities']}, range {found['identity-range']}" if found["identity-range"] else NOT_KNOWN
 
 
-def staleness(seconds: float) -> str:
+def staleness(seconds: float, threshold: float) -> str:
+    """`threshold` is 0 where an older agent has none."""
     if seconds < 0:
         return "the kvstore has not been heard since the start"
-    return f"the kvstore confirmed this view {duration(seconds)} ago"
+    text = f"the kvstore confirmed this view {duration(seconds)} ago"
+    if 0 < threshold < seconds:
+        return f"Warning {text}: longer than kvstore-staleness-threshold, {duration(threshold)}"
+    return text
 
 
 def cluster_health(found: Json | None) -> Iterator[str]:

@@ -16,7 +16,7 @@ import pytest
 from msgspec import structs
 
 from agent.api import models
-from cli.commands.status import NOT_KNOWN, duration, identities, ipam, node, waits
+from cli.commands.status import NOT_KNOWN, duration, identities, ipam, node, staleness, waits
 from tests.support.agent_view import FakeAgent, Serving, make_endpoint, serving
 from tests.support.cli import ROOT, command, run
 from tests.support.fake_engine import FakeEngine
@@ -74,6 +74,15 @@ def test_status_says_what_is_not_known_yet() -> None:
     lacking = {"pool": "10.0.0.0/24", "used": 1, "available": 2, "lacking": "no IPv6: …"}
     assert ipam(lacking) == "IPv4: 1/3 allocated from 10.0.0.0/24 (no IPv6: …)"
     assert identities({"identity-range": ""}) == NOT_KNOWN
+
+
+def test_an_old_view_is_a_warning_that_names_the_option() -> None:
+    assert staleness(-1, 600) == "the kvstore has not been heard since the start"
+    assert staleness(600, 600) == "the kvstore confirmed this view 10m0s ago"
+    assert staleness(9000, 0) == "the kvstore confirmed this view 2h30m ago"
+    assert staleness(601, 600) == (
+        "Warning the kvstore confirmed this view 10m1s ago: longer than kvstore-staleness-threshold, 10m0s"
+    )
 
 
 def test_what_waits_for_the_same_is_one_line_of_status() -> None:
