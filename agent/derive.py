@@ -9,6 +9,7 @@ things go engine → policy maps → ip→identity table, and old things the oth
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from loguru import logger
@@ -43,11 +44,14 @@ class Derivations:
         local: LocalIdentities,
         addresses: IpTable,
         policy_maps: PolicyMaps,
+        *,
+        restore_grace: float = 0.0,
     ) -> None:
         self.identities = identities
         self.policies = policies
         self.local = local
         self.policy_maps = policy_maps
+        self._restored_until = time.monotonic() + restore_grace
         self._addresses = addresses
         self._own = addresses.source(LOCAL_SOURCE)
         self._prefixes = addresses.source(CIDR_SOURCE)
@@ -237,12 +241,16 @@ class Derivations:
     def free_restored_prefixes(self) -> int:
         """Free the numbers of a former life whose prefixes no policy names any more; return how many.
 
-        Not before cilium_ipcache was pruned, which is after all policies were taken: until then packets of
-        such a prefix still bear its number, and whoever got it next would be taken for the prefix.
+        Not before their grace has ended, for a policy that comes back, and not before cilium_ipcache was
+        pruned, which is after all policies were taken: until then packets of such a prefix still bear its
+        number, and whoever got it next would be taken for the prefix.
         """
-        if self._ipcache is None or not self._ipcache.has_pruned:
+        if self._ipcache is None or not self._ipcache.has_pruned or time.monotonic() < self._restored_until:
             return 0
-        return self.local.forget_restored()
+        freed = self.local.forget_restored()
+        if freed:
+            logger.warning("{} identities of prefixes that no policy has named since the start: freed", freed)
+        return freed
 
     # --- agent.kernel.Kernel
 

@@ -70,6 +70,8 @@ class EndpointManager:
         self._histories = Histories()
         self._endings: dict[int, asyncio.Task[None]] = {}
         self._restoring: set[int] = set()
+        # Seconds for which a start waits for its identity; afterwards the container starts denied.
+        self.identity_patience = IDENTITY_PATIENCE_S
         # Why no endpoint may be made, empty when one may: this node has no standing in the cluster.
         self.refused_because: Callable[[], str] = lambda: ""
 
@@ -230,14 +232,14 @@ class EndpointManager:
 
     async def _wait_for_identity(self, endpoint_id: int, labels: Labels) -> None:
         request = self._uses.request(endpoint_id, labels)
-        done, _ = await asyncio.wait({request}, timeout=IDENTITY_PATIENCE_S)
+        done, _ = await asyncio.wait({request}, timeout=self.identity_patience)
         if not done:
             self._histories.note(
                 endpoint_id, State.WAITING_FOR_IDENTITY, "etcd has not answered; still asking", ok=False
             )
             raise AgentError(
                 f"endpoint {endpoint_id} ({shorten(labels.serialized)}) has no identity after "
-                f"{IDENTITY_PATIENCE_S:g} s",
+                f"{self.identity_patience:g} s",
                 hint="it is denied until etcd answers; see holdfast status",
             )
         if request.cancelled():

@@ -129,6 +129,16 @@ OPTIONS: tuple[Option, ...] = (
         section=_KVSTORE,
     ),
     Option(
+        "kvstore-periodic-sync",
+        Type.DURATION,
+        300.0,
+        "How often this node reads back its own keys that it does not watch; grows with the logarithm of the "
+        "cluster's size",
+        low=10,
+        high=86400,
+        section=_KVSTORE,
+    ),
+    Option(
         "kvstore-missing-grace-period",
         Type.DURATION,
         3600.0,
@@ -188,6 +198,25 @@ OPTIONS: tuple[Option, ...] = (
         (),
         "Labels that make an identity, beside the built-in list: "
         "[source:][!]regular expression, anchored at the key's start",
+        section=_IDENTITY,
+    ),
+    Option(
+        "identity-allocation-timeout",
+        Type.DURATION,
+        8.0,
+        "How long the start of a container waits for its identity; afterwards it starts, denied until etcd "
+        "answers",
+        low=0.1,
+        high=9,  # the engine asks twice a start, and the driver answers it within 20 s
+        section=_IDENTITY,
+    ),
+    Option(
+        "identity-restore-grace-period",
+        Type.DURATION,
+        10800.0,
+        "How long after a start prefixes that no policy names any more keep the last life's identities",
+        low=0,
+        high=_YEAR,
         section=_IDENTITY,
     ),
     Option(

@@ -83,8 +83,10 @@ from kvstore.watcher import Follower
 from policy.engine import PolicyEngine
 from policy.model import EnforcementMode
 
-# The elected role changes hands within this time after its holder is gone.
-ROLE_TTL_S = 30
+# The elected role changes hands within this time after its holder is gone.  It grows with the cluster, as
+# every node renews such a lease at a third of it; a heartbeat a minute later is still younger than the three
+# minutes after which a real cilium-agent reports failure.
+ROLE_TTL_S, LONGEST_ROLE_TTL_S = 30, 100
 OPERATOR = "operator"
 
 
@@ -233,8 +235,10 @@ def _store(ground: Ground) -> Store:
         ttl=int(ground.config["kvstore-lease-ttl"]),
         lease=ground.node.lease,
         elsewhere=(schema.IPS, schema.IDENTITY_VALUES),
+        read_elsewhere=(schema.IDENTITY_VALUES,),  # by the allocator, together with id/ keys
+        sync=ground.config["kvstore-periodic-sync"],
     )
-    role_session = Session(client, ttl=ROLE_TTL_S, name=ground.node.name)
+    role_session = Session(client, ttl=ROLE_TTL_S, longest_ttl=LONGEST_ROLE_TTL_S, name=ground.node.name)
     registration = Registration(
         client,
         ground.config["cluster-name"],
@@ -257,7 +261,7 @@ async def _knowledge(ground: Ground, store: Store) -> Knowledge:
     addresses = ipcache.new_table(ipv6=ground.pool.network6 is not None)
     nodes: NodeTable = Table("nodes", ("kvstore",))
     pools: PoolTable = Table("node-pools", ("nodes",))
-    store.session.nodes = nodes.__len__
+    store.session.nodes = store.role_session.nodes = nodes.__len__
     hosts = {host for _, host in ground.programs.maps.tunnel.items()} if ground.overlay.enabled else set()
     ip_sink = sinks.IpSink(addresses.source(ipcache.KVSTORE_SOURCE), grace)
     node_sink = TableSink(nodes.source("kvstore"), sinks.node_entry, sinks.node_name, grace=grace)
@@ -308,7 +312,12 @@ def _enforcement(ground: Ground, store: Store, known: Knowledge) -> Enforcement:
     engine = PolicyEngine(limit=config["bpf-policy-map-max"], mode=EnforcementMode(config["enable-policy"]))
     policy_maps = PolicyMaps(engine, policy_store)
     derivations = Derivations(
-        known.identities.table, known.policies, known.local, known.addresses, policy_maps
+        known.identities.table,
+        known.policies,
+        known.local,
+        known.addresses,
+        policy_maps,
+        restore_grace=config["identity-restore-grace-period"],
     )
     table: Table[int, Endpoint] = Table("endpoints", ("agent",))
     allocator, endpoints, renumbering = _endpoints(ground, store, known, table, derivations)
@@ -387,9 +396,12 @@ def _endpoints(
         owner=str(ground.host.node_ip),
         cluster_id=ground.config["cluster-id"],
         on_renumbered=renumbering.heard,
+        sync=ground.config["kvstore-periodic-sync"],
+        nodes=known.nodes.__len__,
     )
     label_filter = LabelFilter(ground.config["labels"])
     manager = EndpointManager(table, ground.pool, ground.checkpoint, allocator, label_filter, kernel)
+    manager.identity_patience = ground.config["identity-allocation-timeout"]
     manager.store.last_id = ground.node.last_endpoint_id
     manager.refused_because = lambda: store.registration.refusal
     return allocator, manager, renumbering

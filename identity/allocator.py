@@ -8,7 +8,7 @@
 Each set of labels in use on this host is one `_Use` with a count.  *Settling* makes etcd agree with it:
 id/<N> and our own value/ key exist while the count is positive, the value/ key is gone when it is not.
 Everything that goes wrong (a lost lease, a deleted key, a restart, an etcd that was away) ends in
-settling again; every five minutes all of them are read back.  If the store has another number than this
+settling again; now and then all of them are read back.  If the store has another number than this
 host took from its cache or checkpoint, the store's wins and `on_renumbered` is told.
 
 Called by the agent; it runs `Allocator.run` as a task.  Belongs to the loop's thread.
@@ -26,7 +26,7 @@ from typing import TypeVar
 from loguru import logger
 
 from core import metrics
-from core.backoff import Backoff, jittered
+from core.backoff import Backoff, cluster_interval, jittered
 from core.errors import shorten
 from core.waiting import waiting
 from identity import transactions
@@ -41,12 +41,10 @@ from kvstore.client import Client
 from kvstore.errors import KvstoreError
 from kvstore.group import GroupCommit
 from kvstore.ops import KeyValue, delete_op, lease_is
-from kvstore.session import Session
+from kvstore.session import SYNC_S, Session
 
 T = TypeVar("T")
 
-# Cilium's identity-allocation-sync-interval.
-VERIFY_INTERVAL_S = 300.0
 # Identities read back in one transaction: two reads each, etcd allows 128 operations.
 VERIFIED_AT_ONCE = 32
 
@@ -66,7 +64,10 @@ class _Use:
 
 
 class Allocator:
-    """See the module's text.  `owner` is this node's address, as it stands in value/ keys."""
+    """See the module's text.  `owner` is this node's address, as it stands in value/ keys.
+
+    Everything is read back every `sync` seconds, a period that grows with the `nodes` of the cluster.
+    """
 
     def __init__(
         self,
@@ -77,6 +78,8 @@ class Allocator:
         owner: str,
         cluster_id: int = 0,
         on_renumbered: Renumbered | None = None,
+        sync: float = SYNC_S,
+        nodes: Callable[[], int] = lambda: 1,
         rng: random.Random | None = None,
     ) -> None:
         self.range = allocation_range(cluster_id)
@@ -86,6 +89,8 @@ class Allocator:
         self._cache = cache
         self._owner = owner
         self._on_renumbered = on_renumbered
+        self._sync = sync
+        self._nodes = nodes
         self._rng = rng or random.Random()
         self._uses: dict[Labels, _Use] = {}
         self._by_number: dict[int, _Use] = {}
@@ -168,7 +173,7 @@ class Allocator:
     # --- the background
 
     async def run(self) -> None:
-        """Settle what needs it, at once and every five minutes.  Never returns."""
+        """Settle what needs it, at once, and everything now and then.  Never returns."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._follow_cache(), name="identity:follow-cache")
             tasks.create_task(self._verify_periodically(), name="identity:verify")
@@ -202,7 +207,7 @@ class Allocator:
 
     async def _verify_periodically(self) -> None:
         while True:
-            await asyncio.sleep(jittered(VERIFY_INTERVAL_S))
+            await asyncio.sleep(jittered(cluster_interval(self._sync, self._nodes())))
             self.verify_all()
 
     async def _follow_cache(self) -> None:

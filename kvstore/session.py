@@ -11,7 +11,8 @@ overwrites comes back; a key of somebody else is never touched, not even when we
 
 An own key has an exact watch of its own, all on one stream: etcd then sends this host nothing but what
 happens to its own keys.  But not those under prefixes that are looked after `elsewhere`, of which a fleet has
-millions: what is followed anyway comes by `seen`, and all of them are read now and then.
+millions: what is followed anyway comes by `seen`, and all of them are read now and then, but for those that
+somebody else in this process reads (`read_elsewhere`).
 
 An agent's lease lasts a day, so that its keys survive its restarts and long outages; a role that must
 change hands quickly (kvstore.election) uses a session of its own with a short one.
@@ -30,7 +31,7 @@ from typing import Any
 from loguru import logger
 
 from core import metrics
-from core.backoff import jittered
+from core.backoff import cluster_interval, jittered
 from kvstore.client import Client
 from kvstore.errors import (
     KvstoreError,
@@ -62,8 +63,8 @@ DEFAULT_TTL_S = 24 * 3600
 # A lease is renewed at a third of its time, and at least this often: renewal is also how the loss of a
 # long lease is noticed.
 LONGEST_KEEPALIVE_S = 60.0
-# Own keys without a watch are read so often.
-LOOK_ELSEWHERE_S = 300.0
+# Own keys without a watch are read so often; Cilium's kvstore-periodic-sync.
+SYNC_S = 300.0
 # Who has so many keys to write at once is hardly alone with it: a rollout, or etcd has lost all leases.
 MANY_KEYS = 32
 # Events that one etcd hands out a second, and the longest time over which hosts spread their writes.
@@ -92,7 +93,9 @@ ADOPT_CALM_S, ADOPT_LATEST_S = 0.5, 2.0
 class Session:
     """See the module's text.  `lease` is the number of a lease from before (a checkpoint's), or 0.
 
-    `elsewhere` are prefixes whose own keys are not watched, `nodes` says how many hosts have such a session.
+    `elsewhere` are prefixes whose own keys are not watched but read every `sync` seconds, unless they are
+    `read_elsewhere` too.  `nodes` says how many hosts have such a session: the period grows with them, and so
+    does the time of a lease up to `longest_ttl`, when it is granted.
     Owner of all state: the event loop; `run` must be running for anything to reach etcd.
     """
 
@@ -104,6 +107,9 @@ class Session:
         lease: int = 0,
         name: str = "agent",
         elsewhere: tuple[str, ...] = (),
+        read_elsewhere: tuple[str, ...] = (),
+        sync: float = SYNC_S,
+        longest_ttl: int = 0,
         nodes: Callable[[], int] = lambda: 1,
     ) -> None:
         self.ttl = ttl
@@ -112,6 +118,9 @@ class Session:
         self.error = ""
         self._client = client
         self._elsewhere = elsewhere
+        self._read_elsewhere = read_elsewhere
+        self._sync = sync
+        self._ttls = ttl, max(longest_ttl, ttl)
         self.nodes = nodes
         self._keys = OwnKeys()
         self._proven_at = 0.0
@@ -222,6 +231,8 @@ class Session:
         if self.lease_id:
             await self._keep_alive_once()
         else:
+            shortest, longest = self._ttls
+            self.ttl = int(min(cluster_interval(shortest, self.nodes()), longest))
             self.lease_id = await self._client.lease_grant(self.ttl)
             self._proven_at = time.monotonic()
             logger.info("{}: lease {:016x} for {} s", self.name, self.lease_id, self.ttl)
@@ -264,8 +275,12 @@ class Session:
     async def _look_elsewhere(self) -> None:
         """Read the keys that nobody watches for us, now and then."""
         while True:
-            await asyncio.sleep(jittered(LOOK_ELSEWHERE_S))
-            keys = [key for key in self._keys.watchable() if key.startswith(self._elsewhere)]
+            await asyncio.sleep(jittered(cluster_interval(self._sync, self.nodes())))
+            keys = [
+                key
+                for key in self._keys.watchable()
+                if key.startswith(self._elsewhere) and not key.startswith(self._read_elsewhere)
+            ]
             for key in await self._verify(keys):
                 logger.warning("own key {} was not in etcd as it should be", key)
                 self._changed.set()

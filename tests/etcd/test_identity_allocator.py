@@ -23,7 +23,7 @@ from identity.labels import Labels
 from identity.transactions import Slot
 from kvstore import schema
 from kvstore.client import Client
-from kvstore.session import Session
+from kvstore.session import SYNC_S, Session
 from kvstore.watcher import follow
 from tests.support.etcd import EtcdServer
 
@@ -50,9 +50,19 @@ def etcd(shared_etcd: EtcdServer) -> EtcdServer:
 class Host:
     """One agent's share of identity: session, cache and allocator on a client of its own."""
 
-    def __init__(self, etcd: EtcdServer, address: str, *, cluster_id: int = 0) -> None:
+    def __init__(
+        self,
+        etcd: EtcdServer,
+        address: str,
+        *,
+        cluster_id: int = 0,
+        sync: float = SYNC_S,
+        unwatched: tuple[str, ...] = (),
+    ) -> None:
         self.client = Client(etcd.config)
-        self.session = Session(self.client, ttl=60, name=address)
+        self.session = Session(
+            self.client, ttl=60, name=address, elsewhere=unwatched, read_elsewhere=unwatched
+        )
         self.cache = IdentityCache()
         self.renumbered: list[tuple[Labels, int, int]] = []
         self.allocator = Allocator(
@@ -61,6 +71,7 @@ class Host:
             self.cache,
             owner=address,
             cluster_id=cluster_id,
+            sync=sync,
             on_renumbered=lambda labels, old, new: self.renumbered.append((labels, old, new)),
         )
         self._tasks: list[asyncio.Task[None]] = []
@@ -88,8 +99,15 @@ class Host:
 
 
 @contextlib.asynccontextmanager
-async def host(etcd: EtcdServer, address: str = "10.0.0.1", *, cluster_id: int = 0) -> AsyncIterator[Host]:
-    each = Host(etcd, address, cluster_id=cluster_id)
+async def host(
+    etcd: EtcdServer,
+    address: str = "10.0.0.1",
+    *,
+    cluster_id: int = 0,
+    sync: float = SYNC_S,
+    unwatched: tuple[str, ...] = (),
+) -> AsyncIterator[Host]:
+    each = Host(etcd, address, cluster_id=cluster_id, sync=sync, unwatched=unwatched)
     try:
         yield await each.start()
     finally:
@@ -538,6 +556,15 @@ async def test_a_deleted_value_key_is_written_again(etcd: EtcdServer) -> None:
 
 async def value_equals(one: Host, number: int) -> bool:
     return await one.value(WEB) == str(number).encode()
+
+
+async def test_keys_that_nobody_watches_are_read_back_now_and_then(etcd: EtcdServer) -> None:
+    """As in an agent: the session leaves value/ keys to the allocator, which reads id/ keys as well."""
+    async with host(etcd, sync=0.3, unwatched=(schema.IDENTITY_VALUES,)) as one:
+        number = await one.allocator.allocate(WEB)
+        for _ in range(2):
+            await one.client.delete(Slot(WEB, "10.0.0.1").value_key)
+            await eventually(lambda: value_equals(one, number))
 
 
 async def test_after_a_wiped_store_everything_in_use_is_there_again(etcd: EtcdServer) -> None:

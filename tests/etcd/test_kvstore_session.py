@@ -16,7 +16,7 @@ from core.table import Table
 from kvstore import schema
 from kvstore.client import Client
 from kvstore.election import Election
-from kvstore.ops import Compare, Op, TxnResult
+from kvstore.ops import Compare, Get, Op, TxnResult
 from kvstore.session import Session
 from kvstore.sink import TableSink
 from kvstore.watch import WatchStream
@@ -135,8 +135,7 @@ async def test_keys_looked_after_elsewhere_have_no_watch_and_come_back_all_the_s
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One prefix is followed and told to the session; the other is read now and then."""
-    monkeypatch.setattr("kvstore.session.LOOK_ELSEWHERE_S", 1.0)
-    session = Session(client, elsewhere=("followed/", "read/"))
+    session = Session(client, elsewhere=("followed/", "read/"), sync=1.0)
     watched: list[str] = []
     create = WatchStream.create
 
@@ -159,6 +158,54 @@ async def test_keys_looked_after_elsewhere_have_no_watch_and_come_back_all_the_s
             await eventually(holds(client, session, key, b"mine"), f"{key} is back")
         assert session.errors == {}
     assert set(watched) == {"followed/", "own/a"}
+
+
+async def test_what_somebody_else_reads_back_is_not_read_twice(client: Client) -> None:
+    session = Session(client, elsewhere=("read/", "theirs/"), read_elsewhere=("theirs/",), sync=0.3)
+    for key in ("read/a", "theirs/a"):
+        await session.own(key, "mine")
+    async with running(session):
+        await asyncio.wait_for(session.settled(), 20)
+        for _ in range(3):  # rounds that are over, by what they have brought back
+            await client.delete("theirs/a")
+            await client.delete("read/a")
+            await eventually(holds(client, session, "read/a", b"mine"), "what it reads is back")
+            assert await client.get("theirs/a") is None
+
+
+async def test_keys_are_read_back_less_often_in_a_large_cluster(client: Client) -> None:
+    rounds = {1: 0, 10_000: 0}
+
+    class Counted(Client):
+        async def txn(
+            self, compares: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()
+        ) -> TxnResult:
+            rounds[nodes_of[id(self)]] += all(isinstance(each, Get) for each in success)
+            return await super().txn(compares, success, failure)
+
+    clients = {nodes: Counted(client.config) for nodes in rounds}
+    nodes_of = {id(each): nodes for nodes, each in clients.items()}
+    sessions = [
+        Session(each, elsewhere=(f"k{nodes}/",), sync=0.1, nodes=lambda nodes=nodes: nodes)  # type: ignore[misc]
+        for nodes, each in clients.items()
+    ]
+    for nodes, session in zip(rounds, sessions, strict=True):
+        await session.own(f"k{nodes}/a", "mine")
+    async with running(*sessions):
+        await eventually(lambda: rounds[1] >= 30, "30 rounds in a cluster of one")
+        # ln(1 + 10 000) = 9.2 times as long; half of that for what the scheduler does to either.
+        assert rounds[10_000] * 4 <= rounds[1], rounds
+    for each in clients.values():
+        await each.close()
+
+
+async def test_a_short_lease_grows_with_the_cluster_up_to_its_end(client: Client) -> None:
+    for nodes, expected in ((0, 30), (1, 30), (10, 71), (10_000, 100)):
+        session = Session(client, ttl=30, longest_ttl=100, nodes=lambda nodes=nodes: nodes)  # type: ignore[misc]
+        async with running(session):
+            lease = await asyncio.wait_for(session.ready(), 20)
+            assert (await client.lease_keepalive(lease), session.ttl) == (expected, expected)
+            await session.revoke()
 
 
 async def test_many_keys_are_deleted_at_once_and_those_of_others_stay(client: Client) -> None:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from loguru import logger
 
 from agent import ipcache, tasks
 from agent.derive import IDENTITIES_AT_ONCE, PREFIXES_AT_ONCE, Derivations
@@ -113,7 +114,7 @@ class Nothing:
 
 
 class Host:
-    def __init__(self) -> None:
+    def __init__(self, restore_grace: float = 0.0) -> None:
         self.kernel = Kernel()
         self.identities = IdentityCache()
         self.local = LocalIdentities(self.identities.local)
@@ -121,7 +122,12 @@ class Host:
         self.maps = PolicyMaps(PolicyEngine(), self.kernel)
         self.addresses = ipcache.new_table()
         self.derivations = Derivations(
-            self.identities.table, self.policies, self.local, self.addresses, self.maps
+            self.identities.table,
+            self.policies,
+            self.local,
+            self.addresses,
+            self.maps,
+            restore_grace=restore_grace,
         )
         self.reconciler: Reconciler[str, ipcache.Record] = Reconciler(
             "ipcache", self.addresses, AddressTarget(self.kernel, self.derivations)
@@ -163,9 +169,9 @@ class Host:
         await self.derivations.policies_enforced()
 
 
-def run(test: Callable[[Host], Coroutine[Any, Any, None]]) -> None:
+def run(test: Callable[[Host], Coroutine[Any, Any, None]], *, restore_grace: float = 0.0) -> None:
     async def main() -> None:
-        host = Host()
+        host = Host(restore_grace)
         tasks = [
             asyncio.create_task(each)
             for each in (
@@ -422,3 +428,28 @@ def test_an_address_waits_for_every_identity_of_before() -> None:
         assert last in host.kernel.allowed()
 
     run(story)
+
+
+@pytest.mark.parametrize("grace", [0.0, 3600.0])
+def test_prefixes_of_the_last_life_keep_their_numbers_for_their_grace(grace: float) -> None:
+    """At its end they are freed, with a warning; before, and before the kernel is pruned, they stay."""
+    said: list[str] = []
+    sink = logger.add(lambda message: said.append(message.record["level"].name), filter="agent.derive")
+
+    async def story(host: Host) -> None:
+        host.local.restore({"10.7.0.0/16": FIRST + 7})
+        assert host.derivations.free_restored_prefixes() == 0
+        host.in_sync()
+        await host.idle()
+        for source in host.addresses.sources:
+            source.mark_in_sync()
+        while not host.reconciler.has_pruned:
+            await asyncio.sleep(0.005)
+        assert host.derivations.free_restored_prefixes() == (0 if grace else 1)
+        assert host.local.numbers() == ({"10.7.0.0/16": FIRST + 7} if grace else {})
+
+    try:
+        run(story, restore_grace=grace)
+    finally:
+        logger.remove(sink)
+    assert said == ([] if grace else ["WARNING"])
