@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
-import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
@@ -32,10 +30,7 @@ async def client(etcd: EtcdServer) -> AsyncIterator[Client]:
 
 def asked(etcd: EtcdServer) -> int:
     """Return how many reads etcd has begun to answer, as it says itself."""
-    with urllib.request.urlopen(f"{etcd.endpoint}/metrics", timeout=10) as answer:
-        text = answer.read().decode()
-    found = re.search(r'^grpc_server_started_total\{grpc_method="Range",.*\} (\S+)$', text, re.MULTILINE)
-    return int(float(found[1])) if found else 0
+    return etcd.counted("grpc_server_started_total", "Range")
 
 
 def limited() -> tuple[int, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
@@ -94,6 +95,35 @@ async def test_list_then_events(client: Client) -> None:
         assert staleness() >= follower.age() - 1
         assert current() == []
     assert (len(sink.lists), sink.synced) == (1, 1)
+
+
+async def test_events_are_signs_of_life_and_only_silence_is_asked_about(
+    etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted by etcd: a busy watch sends nothing but its creation, an idle one asks."""
+    idle = 2.0
+    monkeypatch.setattr("kvstore.client.SETTLE_S", idle)
+    watching, writing = Client(etcd.config, idle=idle, hang=20), Client(etcd.config)
+    sink = Recorder()
+
+    def questions() -> int:
+        return etcd.counted("grpc_server_msg_received_total", "Watch") - 1
+
+    async with following(Follower(watching, "k/", sink)) as follower:
+        await eventually(lambda: sink.synced == 1 or follower.state is State.WATCHING, "the watch")
+        began, number, longest = time.monotonic(), 0, 0.0
+        while time.monotonic() - began < 3 * 1.1 * idle:  # long enough for three questions
+            number += 1
+            await writing.put("k/a", f"{number}")
+            await asyncio.sleep(0.05)
+            longest = max(longest, follower.age())
+        assert number > 3
+        assert longest < idle, "the machine stood still, and so did the events"
+        assert questions() == 0
+        await eventually(lambda: questions() >= 2, "silence is asked about, again and again")
+        assert follower.state is State.WATCHING
+    await watching.close()
+    await writing.close()
 
 
 async def test_restart_of_etcd_is_resumed_without_a_list(etcd: EtcdServer, client: Client) -> None:

@@ -14,11 +14,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -176,6 +178,13 @@ class EtcdServer:
     def revision(self) -> int:
         answer: list[dict[str, Any]] = json.loads(self.ctl("endpoint", "status", "-w", "json"))
         return int(answer[0]["Status"]["header"]["revision"])
+
+    def counted(self, metric: str, method: str) -> int:
+        """Return what a counter of gRPC says of one method: grpc_server_started_total of Range, say."""
+        with urllib.request.urlopen(f"{self.endpoint}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        found = re.search(rf'^{metric}\{{grpc_method="{method}",.*\}} (\S+)$', text, re.MULTILINE)
+        return int(float(found[1])) if found else 0
 
     def compact(self) -> int:
         """Compact everything up to now and return that revision."""
