@@ -29,6 +29,7 @@ COMMANDS = {
     "network": ("cli.commands.network:network", "Create and list docker networks"),
     "node": ("cli.commands.node:node", "Show the nodes of the cluster"),
     "policy": ("cli.commands.policy:policy", "Apply, show, check and trace policy"),
+    "prestart": ("cli.commands.prestart:prestart", "Show what the start window does to etcd"),
     "start-now": ("cli.commands.start_now:start_now", "End this start's wait for its slot"),
     "status": ("cli.commands.status:status", "Show how the agent is"),
     "version": ("cli.commands.status:version", "Show the versions of command and agent"),

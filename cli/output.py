@@ -70,3 +70,8 @@ def plural(number: int, noun: str) -> str:
     if noun.endswith("y"):
         return f"{number} {noun[:-1]}ies"
     return f"{number} {noun}s"
+
+
+def rounded(number: float) -> str:
+    """Return a number in three digits, or in all where it has more."""
+    return f"{number:.3g}" if number < 1000 else f"{number:.0f}"

@@ -5,7 +5,8 @@ It is the entrypoint of the agent's container (``… prestart [--flags] -- COMMA
 start passes through it: a crash, `docker restart`, a restart of the engine, a reboot.  It asks nothing
 central: node count and names come from a small file that the agent leaves beside its checkpoint.
 
-Called by the container's engine; the agent reads `prestart.handover` and writes `prestart.cluster`.
+Called by the container's engine; the agent reads `prestart.handover` and writes `prestart.cluster`; the
+command line and the benches ask `prestart.simulation` what it does to a fleet (the hook never loads it).
 May import the standard library and `core.errors` and `core.files` (which import nothing else), because it
-has to start in 50 ms and 15 MB on a host that is busy booting.
+has to start in 50 ms and 15 MB on a host that is busy booting; `simulation` also `core.backoff`.
 """

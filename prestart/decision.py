@@ -98,9 +98,21 @@ def decide(
     `override` names the person who wants it now; the same word as at the previous start is not honoured, so
     that a forgotten environment variable is an override of one start and not of a crash loop.
     """
+    fraction = slot_fraction(setting.name, cluster.names if cluster else ())
+    return decide_at(fraction, now, setting, cluster, last, override)
+
+
+def decide_at(
+    fraction: float,
+    now: Now,
+    setting: Setting,
+    cluster: Cluster | None,
+    last: Last | None,
+    override: str = "",
+) -> Decision:
+    """Return what `decide` does, for a host of which it is known where in the window its slot is."""
     kind = _kind(cluster)
     window, relist_window = _windows(kind, setting, cluster)
-    fraction = slot_fraction(setting.name, cluster.names if cluster else ())
     connect_at, failures = _connect(now, kind, window, fraction, last)
     accepted = "" if last is not None and last.override == override else override
     if accepted:

@@ -78,7 +78,8 @@ def _nodes(text: str) -> int:
     return int(text)
 
 
-def _window(text: str) -> float | None:
+def parse_window(text: str) -> float | None:
+    """Return the seconds of a window, None for auto; ValueError with the reason."""
     if text == "auto":
         return None
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smh]?)", text)
@@ -102,7 +103,9 @@ TABLE = (
     Option(
         "nodes", "0", _nodes, "Hosts in the cluster until a checkpoint tells; 0: unknown, 1: alone, no wait."
     ),
-    Option("window", "auto", _window, "Length of the window; auto: by cluster size (1000: 20m, 5000: 60m)."),
+    Option(
+        "window", "auto", parse_window, "Length of the window; auto: by cluster size (1000: 20m, 5000: 60m)."
+    ),
     Option("gate", "connect", _gate, "connect: start at once, talk to etcd later; start: hold the process."),
 )
 

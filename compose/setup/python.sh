@@ -44,7 +44,7 @@ dev() {
     stamp=$VENV/.installed-$(sha256sum "$REPO/pyproject.toml" | cut -c1-16)
     [ ! -e "$stamp" ] || return 0
     run_step "installing the project and its development packages into .venv" \
-        "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input --editable "${REPO}[dev]"
+        "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input --editable "${REPO}[chart,dev]"
     touch "$stamp"
 }
 

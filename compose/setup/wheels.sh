@@ -26,7 +26,8 @@ requirements() {
     "$1" - "$REPO/pyproject.toml" <<'PYTHON'
 import sys, tomllib
 project = tomllib.load(open(sys.argv[1], "rb"))
-print(*project["project"]["dependencies"], *project["build-system"]["requires"], "wheel", sep="\n")
+chart = project["project"]["optional-dependencies"]["chart"]
+print(*project["project"]["dependencies"], *chart, *project["build-system"]["requires"], "wheel", sep="\n")
 PYTHON
 }
 

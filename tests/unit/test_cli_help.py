@@ -96,6 +96,7 @@ def test_the_socket_is_the_agents() -> None:
         (["endpoint", "list"], {"grpc", "aiohttp", "yaml", "msgspec", "kvstore", "policy"}),
         (["policy", "get"], {"grpc", "aiohttp", "kvstore"}),
         (["bpf", "ipcache", "list"], {"grpc", "aiohttp", "kvstore", "pyroute2"}),
+        (["prestart", "simulate", "--nodes", "9"], {"grpc", "aiohttp", "kvstore", "PIL", "policy"}),
         (["monitor"], {"grpc", "aiohttp", "rich", "kvstore"}),
     ],
 )
