@@ -6,6 +6,8 @@
     <state-dir>/node.json                the node's pool and name
     <state-dir>/views.db                 what etcd said last (see agent.viewfile)
 
+Fields of a newer version survive: what a file holds beyond what is known here is written back with it.
+
 Each file is written whole and private (0600).  One that is damaged, or that holds what this agent can
 never have written (an interface that is not an endpoint's, say: it would be deleted one day), is set aside
 and reported; it never stops the start.  Blocking file work is a millisecond; callers run it in a thread.
@@ -28,9 +30,12 @@ from core.errors import HoldfastError, shorten
 from core.files import set_aside, write_atomic
 from datapath.devices import host_name, temporary_name
 from identity.labels import Labels
+from kvstore.schema import codec
+from kvstore.schema.codec import unknown_fields
 
 VERSION = 1
 T = TypeVar("T", bound=msgspec.Struct)
+Check = Callable[[Path, T], None]
 
 # What the engine calls a network; also the name of our file, so nothing that could leave the directory.
 _NETWORK_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,127}")
@@ -64,6 +69,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._newer: dict[Path, bytes] = {}  # files with fields that this version does not know, as they were
         self._endpoints = directory / "endpoints"
         self._networks = directory / "networks"
         for each in (directory, self._endpoints, self._networks):
@@ -79,29 +85,59 @@ class Checkpoint:
             other = found.setdefault(endpoint.ipv4, endpoint)
             _require(other is endpoint, f"address {endpoint.ipv4} is endpoint {other.id}'s as well")
 
-        return list(_read_all(self._endpoints, Endpoint, check))
+        return list(self._read_all(self._endpoints, Endpoint, check))
 
     def save_endpoint(self, endpoint: Endpoint) -> None:
         # Not flushed: after a power cut no endpoint exists any more, whatever the file says.
-        write_atomic(self._endpoint_path(endpoint.id), msgspec.json.encode(endpoint), durable=False)
+        self._write(self._endpoint_path(endpoint.id), endpoint, durable=False)
 
     def drop_endpoint(self, endpoint_id: int) -> None:
-        self._endpoint_path(endpoint_id).unlink(missing_ok=True)
+        self._drop(self._endpoint_path(endpoint_id))
 
     def networks(self) -> list[Network]:
-        return list(_read_all(self._networks, Network, _check_network))
+        return list(self._read_all(self._networks, Network, _check_network))
 
     def save_network(self, network: Network) -> None:
-        write_atomic(self._network_path(network.id), msgspec.json.encode(network))
+        self._write(self._network_path(network.id), network)
 
     def drop_network(self, network_id: str) -> None:
-        self._network_path(network_id).unlink(missing_ok=True)
+        self._drop(self._network_path(network_id))
 
     def node(self) -> Node | None:
-        return _read(self.directory / "node.json", Node, _check_node)
+        return self._read(self.directory / "node.json", Node, _check_node)
 
     def save_node(self, node: Node) -> None:
-        write_atomic(self.directory / "node.json", msgspec.json.encode(node))
+        self._write(self.directory / "node.json", node)
+
+    def _read_all(self, directory: Path, kind: type[T], check: Check[T]) -> Iterator[T]:
+        for path in sorted(directory.glob("*.json")):
+            record = self._read(path, kind, check)
+            if record is not None:
+                yield record
+
+    def _read(self, path: Path, kind: type[T], check: Check[T]) -> T | None:
+        try:
+            data = path.read_bytes()
+            record = msgspec.json.decode(data, type=kind)
+            check(path, record)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            logger.error("checkpoint {} can not be read: {}", path, error.strerror)
+            return None
+        except (msgspec.DecodeError, HoldfastError, ValueError) as error:
+            _report(path, error)
+            return None
+        if unknown_fields(record, data):
+            self._newer[path] = data
+        return record
+
+    def _write(self, path: Path, record: msgspec.Struct, *, durable: bool = True) -> None:
+        write_atomic(path, codec.rewrite(record, self._newer.get(path)), durable=durable)
+
+    def _drop(self, path: Path) -> None:
+        self._newer.pop(path, None)
+        path.unlink(missing_ok=True)
 
     def _endpoint_path(self, endpoint_id: int) -> Path:
         return self._endpoints / f"{endpoint_id:05d}.json"
@@ -168,33 +204,6 @@ def _check_node(path: Path, node: Node) -> None:
 def _require(right: bool, reason: str) -> None:
     if not right:
         raise CheckpointDamaged(reason)
-
-
-# --- reading
-
-Check = Callable[[Path, T], None]
-
-
-def _read_all(directory: Path, kind: type[T], check: Check[T]) -> Iterator[T]:
-    for path in sorted(directory.glob("*.json")):
-        record = _read(path, kind, check)
-        if record is not None:
-            yield record
-
-
-def _read(path: Path, kind: type[T], check: Check[T]) -> T | None:
-    try:
-        record = msgspec.json.decode(path.read_bytes(), type=kind)
-        check(path, record)
-        return record
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        logger.error("checkpoint {} can not be read: {}", path, error.strerror)
-        return None
-    except (msgspec.DecodeError, HoldfastError, ValueError) as error:
-        _report(path, error)
-        return None
 
 
 def _report(path: Path, error: Exception) -> None:

@@ -70,13 +70,14 @@ def rewrite(record: msgspec.Struct, old: bytes | None) -> bytes:
     A newer writer's fields then survive us.  Garbage in `old` is replaced.
     """
     text = encode(record)
-    unknown = _unknown_fields(record, old) if old else {}
+    unknown = unknown_fields(record, old) if old else {}
     if not unknown:
         return text
     return text[:-1] + b"," + _as_go(_encoder.encode(unknown))[1:]
 
 
-def _unknown_fields(record: msgspec.Struct, old: bytes) -> dict[str, msgspec.Raw]:
+def unknown_fields(record: msgspec.Struct, old: bytes) -> dict[str, msgspec.Raw]:
+    """Return the fields of `old` that the type of `record` does not know; none for what is no JSON object."""
     try:
         fields = msgspec.json.decode(old, type=dict[str, msgspec.Raw])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -50,6 +50,7 @@ class Project:
     """A host on which `make up` has run, with an allowed and a denied flow between containers."""
 
     host: DockerHost
+    image: str = AGENT_IMAGE
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -59,7 +60,7 @@ class Project:
             "HOLDFAST_DOCKER_SOCKET_DIR": str(self.host.engine.socket.parent),
             "HOLDFAST_STATE_DIR": f"{self.host.directory}/state",
             "HOLDFAST_BIN_DIR": f"{self.host.directory}/bin",
-            "HOLDFAST_IMAGE": AGENT_IMAGE,
+            "HOLDFAST_IMAGE": self.image,
             "HOLDFAST_ETCD_IMAGE": ETCD_IMAGE,
         }
 
@@ -207,7 +208,28 @@ def make_down_and_up(project: Project) -> None:
     project.setup("up.sh")
 
 
-@pytest.mark.parametrize("restart", [compose_restart, compose_down_and_up, kill_and_start, make_down_and_up])
+def compose_up_of_another_image(project: Project) -> None:
+    """What an upgrade does: compose replaces the agent's container by one of the new image."""
+    docker = project.host.engine.docker
+    docker("create", "--name", "next", project.image)
+    docker("commit", "--change", "LABEL version=next", "next", f"{AGENT_IMAGE}-next")
+    docker("rm", "next")
+    before = docker("ps", "--quiet", "--filter", "label=holdfast.role=agent").stdout
+    project.image = f"{AGENT_IMAGE}-next"
+    project.compose("up", "--detach")
+    assert docker("ps", "--quiet", "--filter", "label=holdfast.role=agent").stdout != before
+
+
+RESTARTS = (
+    compose_restart,
+    compose_down_and_up,
+    kill_and_start,
+    make_down_and_up,
+    compose_up_of_another_image,
+)
+
+
+@pytest.mark.parametrize("restart", RESTARTS)
 def test_project_restarted(project: Project, traffic: Traffic, restart: Restart) -> None:
     before = project.numbers()
     assert len(before) == 3

@@ -28,6 +28,7 @@ class AgentHost(Node):
     def __init__(self, prefix: str = "hfa", *, options: Sequence[str] = ()) -> None:
         super().__init__(prefix, options=options, images=workload_images())
         self.agent: Process | None = None
+        self.source = REPO  # of the agents that are started
         self.state = self.directory / "state"
         self.run_dir = self.directory / "run"
         self.policies = self.directory / "policies"
@@ -108,7 +109,8 @@ class AgentHost(Node):
         """Start the agent without waiting for anything."""
         given = self.options() | {name.replace("_", "-"): value for name, value in options.items()}
         arguments = [part for name, value in given.items() for part in (f"--{name}", value)]
-        environment = {"PYTHONPATH": str(REPO), "PYTHONDONTWRITEBYTECODE": "1"} | self.handed_over
+        python = {"PYTHONPATH": str(self.source), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = python | self.handed_over
         self.agent = self.popen(sys.executable, "-m", "agent", *arguments, environment=environment)
         return self.agent
 

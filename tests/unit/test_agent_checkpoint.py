@@ -49,6 +49,28 @@ def test_what_this_agent_writes_is_accepted(
     check_endpoint(again)
 
 
+def test_fields_of_a_newer_version_survive(tmp_path: Path) -> None:
+    """A host that is taken back a version and upgraded again finds what the newer one knew."""
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint.save_endpoint(made(7))
+    checkpoint.save_node(Node("host-1", "10.9.0.0/16"))
+    files = [tmp_path / "endpoints" / "00007.json", tmp_path / "node.json"]
+    for path in files:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"next": {"a": ["<b>", 1]}, "version": 2}))
+    older = Checkpoint(tmp_path)
+    (endpoint,) = older.endpoints()
+    node = older.node()
+    assert node is not None
+    older.save_endpoint(msgspec.structs.replace(endpoint, connected=True))
+    older.save_node(msgspec.structs.replace(node, last_endpoint_id=9))
+    saved = [json.loads(path.read_text()) for path in files]
+    assert [each["next"] for each in saved] == [{"a": ["<b>", 1]}] * 2
+    assert (saved[0]["connected"], saved[1]["last_endpoint_id"]) == (True, 9)
+    older.drop_endpoint(7)
+    older.save_endpoint(made(7))  # another endpoint of the same number
+    assert "next" not in json.loads(files[0].read_text())
+
+
 def test_round_trip(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "state")
     one = made(7, labels="container:app=web;", identity=4711, connected=True, handed_over=True)
