@@ -69,8 +69,11 @@ class Scene:
         }
 
     @contextlib.contextmanager
-    def watched(self, *, dying: FleetHost | None = None) -> Iterator[None]:
-        """See the module's text; the agent of `dying` may be another process afterwards."""
+    def watched(self, *, dying: FleetHost | None = None, pause: bool = False) -> Iterator[None]:
+        """See the module's text; the agent of `dying` may be another process afterwards.
+
+        `pause`: what is allowed may be lost for a while, and goes on.
+        """
         self.flows.check()
         living = [host for host in self.fleet.hosts if host is not dying]
         pids = [host.agent.pid for host in living if host.agent]
@@ -80,6 +83,10 @@ class Scene:
         self.checker.wait_agreed()
         assert [host.agent.pid for host in living if host.agent and host.agent.running] == pids
         self.flows.wait_progress(100)
+        if pause:
+            self.flows.check_unbroken()
+            self.flows.check_denied()
+            self.flows.forgive()
         self.flows.check()
 
     # --- etcd

@@ -217,6 +217,10 @@ class Flows:
         found = {name: (len(each), each[0], each[-1], now - since) for name, each in lost.items() if each}
         assert not found, f"datagrams without an answer (how many; s of the first, the last, now): {found}"
 
+    def forgive(self) -> None:
+        """Have nothing of what was until now count in the next `check`."""
+        self._since = self._undecided = time.monotonic()
+
     def check_unbroken(self) -> None:
         """Nothing was reset or closed; pauses do not matter."""
         for program in self.streams:

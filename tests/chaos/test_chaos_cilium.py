@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What has brought clusters of Cilium down, done to two hosts with traffic: each test names the issue.
+
+Those of them that other tests show already are in the table of docs/chaos.md.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from kvstore import schema
+from tests.support.chaos import GRACE_S, RECOVERED_S, Scene, new_scene
+from tests.support.engine_fixtures import engine_parts
+from tests.support.fleet import FleetHost
+from tests.support.host import wait_for
+from tests.support.saved import Saved
+
+__all__ = ["engine_parts"]
+
+pytestmark = pytest.mark.timeout(600)
+
+EXPIRED_S = GRACE_S + 20  # ended graces are looked for every quarter of a minute
+
+
+@pytest.fixture(scope="module")
+def scene(engine_parts: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with new_scene(tmp_path_factory.mktemp("chaos")) as made:
+        yield made
+
+
+def node_key(host: FleetHost) -> str:
+    return f"{schema.NODES}default/{host.name}"
+
+
+def own_keys(scene: Scene, host: FleetHost) -> list[str]:
+    """Return the keys on a host's lease."""
+    stored = scene.checker.stored()
+    lease = stored[node_key(host)].lease
+    return [key for key, each in stored.items() if each.lease == lease]
+
+
+def test_a_lease_that_ended_while_its_host_was_away(scene: Scene) -> None:
+    """cilium#42596: an agent said "lease not found" for 16 hours, and had no keys in etcd until a restart.
+
+    cilium#7214, #9422: a host that had no etcd for longer than its lease lost its connections for good.  The
+    others forget it here too, which is a pause of what crosses hosts; then all of it goes on.
+    """
+    before = own_keys(scene, scene.one)
+    lease = scene.checker.stored()[node_key(scene.one)].lease
+    with scene.watched(pause=True):
+        with scene.cut(scene.wires[0]):
+            scene.etcd.ctl("lease", "revoke", f"{lease:x}")
+            assert node_key(scene.one) not in scene.checker.stored()
+        wait_for(lambda: node_key(scene.one) in scene.checker.stored(), "node in etcd", seconds=RECOVERED_S)
+        scene.checker.wait_agreed()
+        assert own_keys(scene, scene.one) == before
+        assert scene.checker.stored()[node_key(scene.one)].lease != lease
+
+
+def test_keys_of_a_host_that_somebody_else_deletes(scene: Scene) -> None:
+    """cilium#7222, #7246: one agent took the keys of another for stale and deleted them; they stayed away.
+
+    cilium#7517: after a wipe nobody wrote identities again.  A deletion counts at once, so what crosses hosts
+    pauses until the owner has written its keys again.
+    """
+    keys = own_keys(scene, scene.one)
+    with scene.watched(pause=True):
+        for prefix in (schema.IPS, schema.NODES, schema.IDENTITY_VALUES, schema.IDENTITY_IDS):
+            scene.etcd.ctl("del", "--prefix", prefix)
+        wait_for(lambda: set(keys) <= scene.checker.stored().keys(), "keys of host 1", seconds=RECOVERED_S)
+
+
+def test_a_restart_with_a_slow_etcd_and_long_after_it(scene: Scene) -> None:
+    """cilium#26462: packets were dropped at a restart until the last source of addresses had been heard.
+
+    cilium#24502: ten minutes after a restart what had been restored, and confirmed since, was removed.
+    """
+    host, wire = scene.two, scene.wires[1]
+    with scene.watched(dying=host):
+        host.kill_agent()
+        wire.delay = 2.0
+        try:
+            host.start_agent(**scene.options)
+        finally:
+            wire.delay = 0.0
+        scene.checker.wait_agreed()
+        time.sleep(EXPIRED_S)
+        assert scene.checker.differences() == []
+
+
+def test_a_first_list_that_takes_longer_than_its_time(scene: Scene) -> None:
+    """cilium#7248, #8283: "timeout while retrieving initial list" ended the agent, again and again.
+
+    Here the host has lost its checkpoint besides: status says what is late, and the maps enforce.
+    """
+    host = scene.one
+    with scene.watched(dying=host):
+        host.kill_agent()
+        Saved(host.state).path.unlink()
+        scene.etcd.pause()
+        try:
+            started = host.launch_agent(**scene.options, allocator_list_timeout="1s")
+            wait_for(lambda: bool(host.api("/v1/endpoint", check=False)), "endpoints restored")
+            wait_for(lambda: failure(host) == "Failure", "failure in status")
+            scene.flows.wait_progress(300)
+            assert started.running
+        finally:
+            scene.etcd.resume()
+        wait_for(host.healthy, "healthy agent", seconds=RECOVERED_S)
+        assert host.agent is started
+
+
+def failure(host: FleetHost) -> str:
+    return str(host.api("/v1/healthz")["holdfast"]["state"])
