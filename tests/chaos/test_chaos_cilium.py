@@ -73,6 +73,7 @@ def test_keys_of_a_host_that_somebody_else_deletes(scene: Scene) -> None:
         wait_for(lambda: set(keys) <= scene.checker.stored().keys(), "keys of host 1", seconds=RECOVERED_S)
 
 
+@pytest.mark.rare
 def test_a_restart_with_a_slow_etcd_and_long_after_it(scene: Scene) -> None:
     """cilium#26462: packets were dropped at a restart until the last source of addresses had been heard.
 
@@ -91,6 +92,7 @@ def test_a_restart_with_a_slow_etcd_and_long_after_it(scene: Scene) -> None:
         assert scene.checker.differences() == []
 
 
+@pytest.mark.rare
 def test_a_first_list_that_takes_longer_than_its_time(scene: Scene) -> None:
     """cilium#7248, #8283: "timeout while retrieving initial list" ended the agent, again and again.
 

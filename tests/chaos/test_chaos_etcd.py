@@ -107,7 +107,11 @@ def of_another_ca(scene: Scene) -> contextlib.AbstractContextManager[None]:
 Trouble = Callable[[Scene], contextlib.AbstractContextManager[None]]
 
 
-@pytest.mark.parametrize("trouble", [hung, unreachable, full, expired, of_another_ca])
+rare = pytest.mark.rare
+TROUBLES = [unreachable, *(pytest.param(each, marks=rare) for each in (hung, full, expired, of_another_ca))]
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
 def test_no_answer(scene: Scene, trouble: Trouble) -> None:
     """Known labels have their number at once, new ones are denied until etcd answers again."""
     env = trouble.__name__.replace("_", "-")
@@ -133,6 +137,7 @@ def test_no_answer(scene: Scene, trouble: Trouble) -> None:
 # --- slow
 
 
+@rare
 def test_two_seconds_a_call(scene: Scene) -> None:
     """A new number comes within the engine's patience, and what others write arrives, each a little later."""
     new = {"slow-friend": {"app": "client", "env": "slow"}, "slow-foe": {"app": "stranger", "env": "slow"}}
@@ -175,6 +180,7 @@ def missing(scene: Scene) -> int:
     return sum(table["missing"] for table in tables)
 
 
+@rare
 def test_compacted_while_away(scene: Scene) -> None:
     """What was deleted meanwhile no event tells any more: a list lacks it, and it goes after its grace."""
     put_machine(scene)
@@ -192,6 +198,7 @@ def test_compacted_while_away(scene: Scene) -> None:
         scene.etcd.ctl("del", f"{schema.POLICIES}second")
 
 
+@rare
 def test_wiped(scene: Scene) -> None:
     """Owners write their own again; policies, which nobody owns, are in force until they are brought back."""
     put_machine(scene)
@@ -254,6 +261,7 @@ def renumber(scene: Scene, known: Any) -> int:
     return new
 
 
+@rare
 def test_number_of_etcd_wins_over_that_of_an_agent_that_was_away(scene: Scene) -> None:
     """The endpoint moves to it, and its streams go on: the other host keeps the old number meanwhile."""
     with scene.watched():
@@ -264,6 +272,7 @@ def test_number_of_etcd_wins_over_that_of_an_agent_that_was_away(scene: Scene) -
         wait_for(lambda: scene.identity("client") == number, "number of etcd", seconds=RECOVERED_S)
 
 
+@rare
 def test_number_of_etcd_wins_and_the_other_host_hears_of_it_later(scene: Scene) -> None:
     """Both were away: who hears of the new number first does not use it before the other has."""
     with scene.watched():
@@ -279,6 +288,7 @@ def test_number_of_etcd_wins_and_the_other_host_hears_of_it_later(scene: Scene) 
         wait_for(lambda: scene.identity("client") == number, "number of etcd", seconds=RECOVERED_S)
 
 
+@rare
 def test_number_of_etcd_wins_over_that_of_a_checkpoint(scene: Scene) -> None:
     """The agent dies, and starts without etcd with the number that it knew; then etcd has another one."""
     known = scene.one.endpoint_of("client")["status"]["identity"]

@@ -10,7 +10,6 @@ Nothing that is allowed breaks where nothing must, and in the end nobody holds a
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 
@@ -31,8 +30,7 @@ MODES = {
     "tunnel": {"tunnel": "vxlan"},
     "direct": {"tunnel": "disabled", "auto_direct_node_routes": "true"},
 }
-# Of the time that all tests may take, this is much: directly only on demand (`make chaos`).
-CHOSEN = tuple(MODES) if os.environ.get("CHAOS") == "all" else ("tunnel",)
+CHOSEN = ["tunnel", pytest.param("direct", marks=pytest.mark.rare)]
 
 
 class Pair:
@@ -116,6 +114,7 @@ def test_a_host_with_another_name_leaves_nothing_of_the_old_one(pair: Pair) -> N
     pair.flows.check()
 
 
+@pytest.mark.rare
 def test_a_host_that_left_for_longer_than_its_lease(pair: Pair) -> None:
     before = len(pair.traces(pair.two.address))
     pair.two.kill_agent()
@@ -140,6 +139,7 @@ def readdress(host: FleetHost, old: str, new: str) -> None:
         run(["ip", "-n", host.netns, *line.split()])
 
 
+@pytest.mark.rare
 def test_a_host_with_another_address_leaves_nothing_of_the_old_one(pair: Pair) -> None:
     old = pair.two.address
     before = len(pair.traces(old))
@@ -156,6 +156,7 @@ def test_a_host_with_another_address_leaves_nothing_of_the_old_one(pair: Pair) -
     pair.flows.check_denied()
 
 
+@pytest.mark.rare
 def test_an_agent_whose_host_gets_another_address_begins_anew_by_itself(pair: Pair) -> None:
     """It is the same process; the old address is given back, to the one that had it first."""
     assert pair.two.agent is not None

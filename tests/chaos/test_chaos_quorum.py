@@ -97,6 +97,7 @@ def test_the_leader_is_killed(scene: Scene) -> None:
     scene.check()
 
 
+@pytest.mark.rare
 def test_a_second_one_is_killed_and_both_come_back(scene: Scene) -> None:
     """Without a quorum there are no new numbers: who has none waits, denied, and has it afterwards."""
     scene.members.kill(scene.members.running[0])
