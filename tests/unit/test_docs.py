@@ -134,6 +134,16 @@ def test_every_make_target_shown_is_one(page: Path) -> None:
     assert used <= targets
 
 
+def test_every_scenario_named_is_one() -> None:
+    page = (ROOT / "docs" / "chaos.md").read_text(encoding="utf-8")
+    files = {each.name: each for each in (ROOT / "tests").rglob("test_*.py")}
+    defined = set(re.findall(r"def (test_\w+)\(", "\n".join(each.read_text() for each in files.values())))
+    named = re.findall(r"`(?:tests/\w+/)?(test_\w+)(\.py)?(?:\[\w+\])?`", page)
+    assert len(named) > 30
+    assert not [f"{name}.py" for name, ending in named if ending and f"{name}.py" not in files]
+    assert not [name for name, ending in named if not ending and name not in defined]
+
+
 def test_metrics_page_is_current() -> None:
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert page == metrics.docs_page(), "run: python -m core.metrics > docs/metrics.md"
