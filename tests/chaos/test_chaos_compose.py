@@ -220,16 +220,10 @@ def compose_up_of_another_image(project: Project) -> None:
     assert docker("ps", "--quiet", "--filter", "label=holdfast.role=agent").stdout != before
 
 
-RESTARTS = (
-    compose_restart,
-    compose_down_and_up,
-    kill_and_start,
-    make_down_and_up,
-    compose_up_of_another_image,
-)
+RARE = [pytest.param(each, marks=pytest.mark.rare) for each in (compose_down_and_up, make_down_and_up)]
 
 
-@pytest.mark.parametrize("restart", RESTARTS)
+@pytest.mark.parametrize("restart", [compose_restart, kill_and_start, *RARE, compose_up_of_another_image])
 def test_project_restarted(project: Project, traffic: Traffic, restart: Restart) -> None:
     before = project.numbers()
     assert len(before) == 3

@@ -202,7 +202,10 @@ def strangers_things(host: AgentHost) -> None:
         host.exec(*words.split())
 
 
-@pytest.fixture(scope="module", params=[DOCKER, UFW], ids=["docker", "ufw"])
+RULES = [pytest.param(DOCKER, id="docker"), pytest.param(UFW, id="ufw", marks=pytest.mark.rare)]
+
+
+@pytest.fixture(scope="module", params=RULES)
 def scene(request: pytest.FixtureRequest, hub: Hub) -> Iterator[Scene]:
     """A host with such rules from before the agent's first start, containers and traffic."""
     require_tools("etcd", "etcdctl", "curl", "nft", "iptables", "iptables-restore", "tc", "bpftool")
