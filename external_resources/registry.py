@@ -18,11 +18,13 @@ Called by: cli, the API server, inventory sources.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from core.backoff import Backoff
 from core.errors import shorten
 from external_resources.errors import (
     AddressConflict,
@@ -43,6 +45,8 @@ from kvstore.ops import Compare, KeyValue, Op, absent, delete_op, get_op, list_o
 
 # Others change the same keys only by accident; eight times in a row is a fight.
 MAX_ATTEMPTS = 8
+# Seconds between them.
+RETRY_BASE_S, RETRY_CAP_S = 0.02, 1.0
 # Address records read in one transaction of `list_all`; etcd allows 128 operations.
 READ_AT_ONCE = 100
 
@@ -82,12 +86,14 @@ async def register(
     """
     if resource.host_ip:
         await _check_host(client, resource)
+    backoff = Backoff(RETRY_BASE_S, RETRY_CAP_S)
     for _ in range(MAX_ATTEMPTS):
         state = await _read(client, resource, space)
         _check_conflicts(resource, state, space)
         result = await _write(client, resource, state, cluster_id, space)
         if result is not None:
             return result
+        await asyncio.sleep(backoff.next())
     raise Contended(f"the keys of external resource {resource.name} keep changing while it is registered")
 
 
@@ -97,18 +103,19 @@ async def unregister(client: Client, name: str, *, space: str = schema.DEFAULT_S
     Its identity's number is left to garbage collection.  Addresses that somebody else has taken over stay.
     Raises InvalidResource when the record can not be read: what follows from it is not known then.
     """
+    backoff = Backoff(RETRY_BASE_S, RETRY_CAP_S)
     for _ in range(MAX_ATTEMPTS):
         item = await patiently(f"record of {name}", lambda: client.get(schema.external_key(name)))
         if item is None:
             return False
         state = await _read(client, _parse(item), space)
-        if state.record is None or state.old is None:
-            continue
-        leaving = _own_keys(state.old, state, space)
-        gone = [state.record.key, state.old.slot.value_key, *leaving]
-        compares = [_as_read(state.record.key, state.record), *_unchanged(leaving, state)]
-        if await _commit(client, compares, [delete_op(key) for key in gone]):
-            return True
+        if state.record is not None and state.old is not None:
+            leaving = _own_keys(state.old, state, space)
+            gone = [state.record.key, state.old.slot.value_key, *leaving]
+            compares = [_as_read(state.record.key, state.record), *_unchanged(leaving, state)]
+            if await _commit(client, compares, [delete_op(key) for key in gone]):
+                return True
+        await asyncio.sleep(backoff.next())
     raise Contended(f"the record of external resource {name} keeps changing while it is unregistered")
 
 

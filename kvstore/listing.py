@@ -14,6 +14,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from typing import NamedTuple
 
+from core.backoff import Backoff
 from kvstore import rpc
 from kvstore.errors import Compacted, RequestRefused
 from kvstore.etcd_pb2 import KeyValue, RangeRequest, RangeResponse
@@ -23,6 +24,8 @@ from kvstore.transport import Transport
 PAGE = 10_000
 # A list that loses its pinned revision to compaction starts again this often before it gives up.
 LIST_ATTEMPTS = 3
+# Seconds between them: a compaction breaks the lists of a whole fleet at one moment.
+RETRY_BASE_S, RETRY_CAP_S = 1.0, 5.0
 
 
 class Part(NamedTuple):
@@ -40,6 +43,7 @@ async def whole_list(
 
     Raises Compacted when it had to begin anew too often.  Close it when leaving early.
     """
+    backoff = Backoff(RETRY_BASE_S, RETRY_CAP_S)
     for attempt in range(1, LIST_ATTEMPTS + 1):
         revision = 0
         try:
@@ -51,6 +55,7 @@ async def whole_list(
         except Compacted:
             if attempt == LIST_ATTEMPTS:
                 raise
+            await asyncio.sleep(backoff.next())
 
 
 async def pages(

@@ -16,6 +16,7 @@ the operator does it (`holdfast node add`), together with the host's certificate
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from ipaddress import IPv4Network
 
 from loguru import logger
 
+from core.backoff import Backoff
 from kvstore import schema
 from kvstore.client import Client
 from kvstore.errors import NodeConflict, PermissionDenied, RecordError
@@ -30,6 +32,8 @@ from kvstore.ops import absent, delete_op, mod_is, older_than, put_op, range_old
 
 # So often somebody else may be faster before a claim is given up for now.
 ATTEMPTS = 16
+# Seconds between them: who was slower than somebody else should not meet the same ones again.
+RETRY_BASE_S, RETRY_CAP_S = 0.02, 2.0
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,7 @@ class Registrar:
         Raises NodeConflict when it is to be had by nobody else's leave, PermissionDenied where only the
         operator may claim, and other KvstoreErrors.
         """
+        backoff = Backoff(RETRY_BASE_S, RETRY_CAP_S)
         for _ in range(ATTEMPTS):
             known = await self.known()
             pool, claim = decide(wish, known)
@@ -215,6 +220,7 @@ class Registrar:
             if written:
                 logger.info("pool {} is claimed for node {}", pool, wish.node)
                 return pool
+            await asyncio.sleep(backoff.next())
         raise NodeConflict(f"node {wish.node} got no pool: others were faster {ATTEMPTS} times")
 
     async def claim_for(self, wish: Wish) -> IPv4Network:

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from prometheus_client.core import GaugeMetricFamily
@@ -12,7 +15,9 @@ from prometheus_client.registry import Collector
 
 from agent.api.monitor import MonitorHub
 from agent.configuration import load_config
+from agent.parts import Parts
 from agent.process import AgentProcess
+from agent.report import _incomplete
 from core import metrics
 from core.supervisor import Supervisor
 
@@ -45,3 +50,14 @@ async def collector() -> AsyncIterator[None]:
 async def test_the_loop_goes_on_while_maps_are_read_for_a_scrape(collector: None) -> None:
     process = AgentProcess(load_config([], {}), Supervisor(), MonitorHub(16))
     assert b"test_of_the_loop 42.0" in await process.metrics()
+
+
+@pytest.mark.parametrize(("waited", "state"), [(10_000.0, "Warning"), (10_900.0, "Failure")])
+def test_a_first_list_that_takes_too_long_is_called_a_failure_and_goes_on(waited: float, state: str) -> None:
+    """allocator-list-timeout is 3 h; at its end nothing else changes."""
+    maps = SimpleNamespace(waiting_since=time.monotonic() - waited)
+    parts = cast("Parts", SimpleNamespace(config=load_config([], {}), policy_maps=maps))
+    found = _incomplete(parts)
+    assert found.state == state
+    assert "are not listed after" in found.msg
+    assert "the last known state is enforced" in found.msg
