@@ -80,7 +80,7 @@ def test_a_restart_with_a_slow_etcd_and_long_after_it(scene: Scene) -> None:
     cilium#24502: ten minutes after a restart what had been restored, and confirmed since, was removed.
     """
     host, wire = scene.two, scene.wires[1]
-    with scene.watched(dying=host):
+    with scene.watched(host):
         host.kill_agent()
         wire.delay = 2.0
         try:
@@ -99,7 +99,7 @@ def test_a_first_list_that_takes_longer_than_its_time(scene: Scene) -> None:
     Here the host has lost its checkpoint besides: status says what is late, and the maps enforce.
     """
     host = scene.one
-    with scene.watched(dying=host):
+    with scene.watched(host):
         host.kill_agent()
         Saved(host.state).path.unlink()
         scene.etcd.pause()

@@ -78,6 +78,7 @@ def test_containers_that_the_engine_could_not_start(host: AgentHost) -> None:
     wait_for(host.healthy, "healthy agent", seconds=60)
 
 
+@pytest.mark.rare
 def test_interfaces_of_containers_that_end_while_the_agent_is_away(host: AgentHost) -> None:
     run(host, "stays")
     run(host, "goes")

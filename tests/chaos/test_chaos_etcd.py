@@ -292,7 +292,7 @@ def test_number_of_etcd_wins_and_the_other_host_hears_of_it_later(scene: Scene) 
 def test_number_of_etcd_wins_over_that_of_a_checkpoint(scene: Scene) -> None:
     """The agent dies, and starts without etcd with the number that it knew; then etcd has another one."""
     known = scene.one.endpoint_of("client")["status"]["identity"]
-    with scene.watched(dying=scene.one), scene.containers("checkpointed"):
+    with scene.watched(scene.one), scene.containers("checkpointed"):
         with scene.cut(scene.wires[0]):
             scene.one.kill_agent()
             number = renumber(scene, known)

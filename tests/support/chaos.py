@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two hosts under traffic, and between each and etcd a wire: where etcd's failures are tried.
+"""Hosts under traffic, and between each and etcd a wire: where etcd's failures are tried.
 
     host 1   client, stranger, and what starts meanwhile   ── Wire ──┐
     host 2   server                                        ── Wire ──┴─ etcd, with TLS
+    host 3 … if wanted
 
 `Scene.watched` is the promise that each scenario keeps: from its begin to its end nothing allowed is reset or
 lost and nothing denied passes, the agents are the same processes, and in the end the checker finds etcd, the
@@ -45,7 +46,7 @@ class Scene:
 
     def __init__(self, fleet: Fleet, etcd: EtcdServer, wires: list[Wire], directory: Path) -> None:
         self.fleet, self.etcd, self.wires = fleet, etcd, wires
-        self.one, self.two = fleet.hosts
+        self.one, self.two = fleet.hosts[:2]
         self.certificates = directory
         self.show_certificate(etcd.directory / "agent.crt", etcd.directory / "agent.key")
         assert etcd.pki is not None
@@ -69,13 +70,13 @@ class Scene:
         }
 
     @contextlib.contextmanager
-    def watched(self, *, dying: FleetHost | None = None, pause: bool = False) -> Iterator[None]:
-        """See the module's text; the agent of `dying` may be another process afterwards.
+    def watched(self, *dying: FleetHost, pause: bool = False) -> Iterator[None]:
+        """See the module's text; the agents of `dying` may be other processes afterwards.
 
         `pause`: what is allowed may be lost for a while, and goes on.
         """
         self.flows.check()
-        living = [host for host in self.fleet.hosts if host is not dying]
+        living = [host for host in self.fleet.hosts if host not in dying]
         pids = [host.agent.pid for host in living if host.agent]
         yield
         for host in self.fleet.hosts:
@@ -161,10 +162,10 @@ class Scene:
 
 
 @contextlib.contextmanager
-def new_scene(directory: Path) -> Iterator[Scene]:
+def new_scene(directory: Path, *, hosts: int = 2) -> Iterator[Scene]:
     """Make all of it, in force and in agreement."""
     with contextlib.ExitStack() as stack:
-        fleet = stack.enter_context(new_fleet(2, etcd=False))
+        fleet = stack.enter_context(new_fleet(hosts, etcd=False))
         etcd = EtcdServer(directory / "etcd", tls=True, options=(f"--quota-backend-bytes={QUOTA}",))
         stack.callback(etcd.stop)
         etcd.start()

@@ -15,6 +15,7 @@ DRAWN = ("jittered(", ".next()", "random.uniform(")
 OTHERS = {
     ("kvstore/former.py", "pause"): "a back-off's, told in the log before",
     ("identity/gc.py", "self._pause"): "the rate of deletions by the one leader",
+    ("agent/renumbering.py", "min(LOOK_S, self._pause)"): "a look at this process's own memory",
     ("agent/remembered.py", "POLICIES_S"): "this host's disk",
     ("agent/remembered.py", "WRITE_S"): "this host's disk",
     ("agent/tasks.py", "CHECKPOINT_S"): "this host's disk",
