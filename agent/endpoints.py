@@ -74,6 +74,8 @@ class EndpointManager:
         self.identity_patience = IDENTITY_PATIENCE_S
         # Why no endpoint may be made, empty when one may: this node has no standing in the cluster.
         self.refused_because: Callable[[], str] = lambda: ""
+        # Whether this host has an interface of a name.
+        self.has_interface: Callable[[str], bool] = lambda name: True
 
     # --- looking
 
@@ -101,6 +103,9 @@ class EndpointManager:
         return len(restored)
 
     def _restore(self, endpoint: Endpoint) -> None:
+        if endpoint.ports and not self.has_interface(endpoint.interface):
+            # Its container went with a power cut, or while nobody looked; its next life wants them at once.
+            endpoint = self.store.change(endpoint.id, ports=())
         if endpoint.ipv6 and self.pool.network6 is None:
             # IPv6 was switched off meanwhile; what the container sends by it is dropped from now on.
             endpoint = self.store.change(endpoint.id, ipv6="")

@@ -63,7 +63,7 @@ from agent.standing import etcd_config, ipv6_range, own_node, requests_per_s
 from core.options import Config
 from core.reconciler import Reconciler
 from core.table import Table
-from datapath.devices import Devices
+from datapath.devices import Devices, is_present
 from datapath.firewall import FirewallState
 from datapath.netlink import Netlink
 from datapath.noderoutes import NodeRoutes
@@ -403,6 +403,7 @@ def _endpoints(
     manager = EndpointManager(table, ground.pool, ground.checkpoint, allocator, label_filter, kernel)
     manager.identity_patience = ground.config["identity-allocation-timeout"]
     manager.store.last_id = ground.node.last_endpoint_id
+    manager.has_interface = is_present
     manager.refused_because = lambda: store.registration.refusal
     return allocator, manager, renumbering
 

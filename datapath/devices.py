@@ -91,6 +91,14 @@ def temporary_name(endpoint_id: int) -> str:
     return f"hf{endpoint_id:05x}"
 
 
+def is_present(name: str) -> bool:
+    """True when this network namespace has a device of that name."""
+    try:
+        return socket.if_nametoindex(name) > 0
+    except OSError:
+        return False
+
+
 def random_mac() -> str:
     """Return a locally administered unicast address."""
     data = bytearray(secrets.token_bytes(6))

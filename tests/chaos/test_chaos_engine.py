@@ -60,7 +60,7 @@ def engine_comes_back_alone(host: AgentHost) -> None:
 
 def test_containers_that_the_engine_could_not_start(host: AgentHost) -> None:
     """Those that it keeps running are started by the agent; nothing is left of their former lives."""
-    run(host, "kept", "--restart", "always")
+    run(host, "kept", "--restart", "always", "--publish", "8900:9000")  # its former life has the port too
     run(host, "once")
     identity = host.endpoint_of("kept")["status"]["identity"]["id"]
     host.kill_agent()

@@ -355,6 +355,22 @@ def test_published_ports() -> None:
     run(story)
 
 
+@pytest.mark.parametrize("present", [True, False], ids=["it lives", "it went with a power cut"])
+def test_published_ports_of_a_former_life(present: bool) -> None:
+    """Whoever is still there keeps them; those of a container that is gone are free for its next life."""
+
+    async def story(host: Host) -> None:
+        endpoint = await host.start("web", app="web")
+        port = Port(6, 80, 8080, 8080)
+        await host.manager.publish(endpoint.id, (port,))
+        again = Host(host.directory, host.kernel)
+        again.manager.has_interface = lambda name: present and name == endpoint.interface
+        again.manager.restore()
+        assert again.manager.get(endpoint.id).ports == ((port,) if present else ())
+
+    run(story)
+
+
 def test_the_pool_is_exhausted_and_recovers() -> None:
     async def story(host: Host) -> None:
         for number in range(5):
