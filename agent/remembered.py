@@ -95,7 +95,8 @@ class View(ABC, Generic[K, V]):
     def place(self) -> Place:
         """Where the view stands now: at least there, for the source may be ahead by a part of a batch."""
         confirmed = time.time() - self.follower.age()
-        return Place(self.follower.revision, self.follower.cursor.cluster_id, confirmed)
+        cursor = self.follower.cursor
+        return Place(cursor.revision, cursor.cluster_id, confirmed, cursor.witness)
 
     @property
     def is_due(self) -> bool:
@@ -117,7 +118,7 @@ class View(ABC, Generic[K, V]):
         self.written = place
         self.source.mark_complete()
         age = max(0.0, time.time() - place.confirmed)  # the clock may have been set back
-        self.follower.resume(place.revision, place.cluster_id, age=age)
+        self.follower.resume(place.revision, place.cluster_id, age=age, witness=place.witness)
 
     def mark_all(self) -> None:
         """Nothing of this view is on disk."""

@@ -26,9 +26,10 @@ import msgspec
 
 from agent.errors import CheckpointDamaged
 from core.files import set_aside
+from kvstore.watch import Witness
 
 NAME = "views.db"
-VERSION = 1
+VERSION = 2
 # Pages of 8 KiB: 300 000 addresses are written in three quarters of the time that 4 KiB take.
 PAGE_BYTES = 8192
 READ_AT_ONCE = 2000
@@ -42,12 +43,14 @@ Row = tuple[Any, ...]
 class Place(msgspec.Struct, frozen=True):
     """Where in etcd's history a view stands, and when etcd last said that it is current (unix seconds).
 
-    Revision 0 means that nothing is known.
+    Revision 0 means that nothing is known.  `witness` is the write by which the history is known again
+    (`kvstore.merge`).
     """
 
     revision: int = 0
     cluster_id: int = 0
     confirmed: float = 0.0
+    witness: Witness | None = None
 
 
 class Shape:
@@ -124,12 +127,14 @@ class ViewFile:
         """Return where a view stands."""
         with self._named_damage():
             found = self._opened.execute(
-                "SELECT revision, cluster_id, confirmed FROM places WHERE view = ?", (shape.name,)
+                "SELECT revision, cluster_id, confirmed, witness, written FROM places WHERE view = ?",
+                (shape.name,),
             ).fetchone()
             if found is None:
                 return Place()
-            revision, cluster_id, confirmed = found
-            return Place(int(revision), int(cluster_id, 16), float(confirmed))
+            revision, cluster_id, confirmed, key, written = found
+            witness = Witness(str(key), int(written)) if written else None
+            return Place(int(revision), int(cluster_id, 16), float(confirmed), witness)
 
     def rows(self, shape: Shape) -> Iterator[list[Row]]:
         """Yield a view's rows, some at a time.  Raises CheckpointDamaged at any of them."""
@@ -162,8 +167,8 @@ class ViewFile:
     def stand(self, shape: Shape, place: Place) -> None:
         """Say where a view stands with what this transaction writes."""
         self._opened.execute(
-            "INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?)",
-            (shape.name, place.revision, f"{place.cluster_id:x}", place.confirmed),
+            "INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?, ?)",
+            (shape.name, place.revision, f"{place.cluster_id:x}", place.confirmed, *_columns(place.witness)),
         )
 
     def commit(self) -> None:
@@ -214,9 +219,15 @@ class ViewFile:
         self._opened.execute("INSERT INTO owner VALUES (?)", (self._owner,))
         self._opened.execute(
             "CREATE TABLE places (view TEXT PRIMARY KEY, revision INTEGER NOT NULL, "
-            "cluster_id TEXT NOT NULL, confirmed REAL NOT NULL)"
+            "cluster_id TEXT NOT NULL, confirmed REAL NOT NULL, "
+            "witness TEXT NOT NULL, written INTEGER NOT NULL)"
         )
         for shape in self._shapes:
             self._opened.execute(shape.create)
         self._opened.execute(f"PRAGMA user_version = {VERSION}")
         self._opened.execute("COMMIT")
+
+
+def _columns(witness: Witness | None) -> tuple[str, int]:
+    """A key that is no text can be no witness: SQLite would refuse it."""
+    return (witness.key, witness.revision) if witness and witness.key.isprintable() else ("", 0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from operator import attrgetter
 
 import grpc.aio
 import msgspec
@@ -31,6 +32,7 @@ from kvstore.etcd_pb2 import (
     StatusRequest,
     WatchResponse,
 )
+from kvstore.etcd_pb2 import KeyValue as PbKeyValue
 from kvstore.listing import PAGE as PAGE
 from kvstore.listing import whole_list
 from kvstore.ops import (
@@ -51,7 +53,7 @@ from kvstore.ops import (
 )
 from kvstore.pace import Pace
 from kvstore.transport import MAX_IN_FLIGHT, TIMEOUT_S, Peer, Transport, translate
-from kvstore.watch import HANG_S, IDLE_S, WatchBatch, WatchStream, changes_after
+from kvstore.watch import HANG_S, IDLE_S, WatchBatch, WatchStream, Witness, changes_after
 
 # A new watch asks for progress after this much quiet, seconds: then it has caught up with the past.
 SETTLE_S = 1.0
@@ -78,12 +80,16 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 class Page(msgspec.Struct, frozen=True):
-    """Some keys and values of a prefix as they were at `revision`, in key order; `first`: a list begins."""
+    """Some keys and values of a prefix as they were at `revision`, in key order; `first`: a list begins.
+
+    `newest` is the one of them that was written last.
+    """
 
     revision: int
     items: list[tuple[str, bytes]]
     first: bool
     cluster_id: int = 0
+    newest: Witness | None = None
 
 
 class MemberStatus(msgspec.Struct, frozen=True):
@@ -167,7 +173,8 @@ class Client:
                     kvs = part.kvs[start : start + UNPACKED_AT_ONCE]
                     # Not by `decode_key`: a call for each of 300 000 keys.
                     items = [(kv.key.decode("utf-8", "surrogateescape"), kv.value) for kv in kvs]
-                    yield Page(part.revision, items, part.first and not start, self.transport.cluster_id)
+                    first = part.first and not start
+                    yield Page(part.revision, items, first, self.transport.cluster_id, _newest(kvs))
 
     async def count(self, prefix: str) -> int:
         """Return how many keys start with `prefix`."""
@@ -251,7 +258,13 @@ class Client:
     # --- watching
 
     async def watch(
-        self, prefix: str, start_revision: int, *, single: bool = False, cluster_id: int = 0
+        self,
+        prefix: str,
+        start_revision: int,
+        *,
+        single: bool = False,
+        cluster_id: int = 0,
+        witness: Witness | None = None,
     ) -> AsyncGenerator[WatchBatch, None]:
         """Yield what happens under `prefix` (`single`: to that one key) from `start_revision` on.
 
@@ -259,7 +272,8 @@ class Client:
         quiet for a second, so that nothing older is likely to be under way.
 
         Never ends by itself; raises Compacted, PermissionDenied or Unavailable (then resume with the last
-        batch's revision + 1).  With `cluster_id`, another etcd cluster than that one counts as Compacted.
+        batch's revision + 1).  With `cluster_id`, another etcd cluster than that one counts as Compacted, and
+        with `witness` a history in which that write is not the key's last before `start_revision`.
         Close it (`contextlib.aclosing`) when leaving early.
         """
         revision = max(start_revision - 1, 0)
@@ -272,6 +286,8 @@ class Client:
                 stream.check(response, prefix, revision + 1)
                 if response.created:
                     await self._check_history(prefix, start_revision, response, cluster_id)
+                    if witness is not None:
+                        await self._check_witness(prefix, start_revision, witness)
                     revision = revision or response.header.revision
                 elif not response.events:
                     idle = None
@@ -300,6 +316,15 @@ class Client:
             raise Compacted(
                 prefix, start_revision, 0, f"etcd is at revision {head}: it was wiped or restored"
             )
+
+    async def _check_witness(self, prefix: str, start_revision: int, witness: Witness) -> None:
+        """Raise Compacted when what the view has seen is not in this etcd's history."""
+        request = RangeRequest(key=encode_key(witness.key), revision=start_revision - 1, keys_only=True)
+        answer = await self.transport.call(rpc.RANGE, request, witness.key, wanted=start_revision - 1)
+        found = answer.kvs[0].mod_revision if answer.kvs else 0
+        if found != witness.revision:
+            reason = f"it has another history: {witness.key} is of revision {found or 'none'}, was of"
+            raise Compacted(prefix, start_revision, 0, f"{reason} {witness.revision}: it was restored")
 
     # --- leases
 
@@ -370,3 +395,14 @@ def _batch(response: WatchResponse, revision: int) -> WatchBatch:
     elif not response.created and response.watch_id >= 0:
         revision = max(revision, response.header.revision)
     return WatchBatch(revision, changes, response.header.revision, response.created)
+
+
+_mod_revision = attrgetter("mod_revision")
+
+
+def _newest(kvs: Sequence[PbKeyValue]) -> Witness | None:
+    """Return the write among them that was the last."""
+    if not kvs:
+        return None
+    last = max(kvs, key=_mod_revision)
+    return Witness(decode_key(last.key), last.mod_revision)

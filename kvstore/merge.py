@@ -6,12 +6,16 @@
     stream lost ──▶ nothing: the cursor still says where to resume
     history lost ──▶ lost: the next step is a list
 
+A revision is only a number: a store that was restored from a snapshot, and written since, has it again.  So
+the cursor keeps a *witness*, the last write that it has passed: as of the view's revision that key was
+written last just then, in this history and hardly in another.
+
 Used by: kvstore.watcher.
 """
 
 from __future__ import annotations
 
-from kvstore.watch import Change, WatchBatch
+from kvstore.watch import Change, WatchBatch, Witness
 
 
 class Cursor:
@@ -20,9 +24,10 @@ class Cursor:
     `caught_up` is true once everything that had happened before the stream began has been delivered.
     """
 
-    def __init__(self, revision: int = 0, cluster_id: int = 0) -> None:
+    def __init__(self, revision: int = 0, cluster_id: int = 0, witness: Witness | None = None) -> None:
         self.revision = revision
         self.cluster_id = cluster_id
+        self.witness = witness
         self.caught_up = False
         self._target = 0
 
@@ -30,10 +35,11 @@ class Cursor:
     def must_list(self) -> bool:
         return self.revision <= 0
 
-    def listed(self, revision: int, cluster_id: int = 0) -> None:
-        """A full list as of `revision` has been delivered."""
+    def listed(self, revision: int, cluster_id: int = 0, witness: Witness | None = None) -> None:
+        """A full list as of `revision` has been delivered, in which `witness` was written last."""
         self.revision = revision
         self.cluster_id = cluster_id
+        self.witness = witness
         self.caught_up = True
 
     def resumed(self) -> None:
@@ -44,6 +50,7 @@ class Cursor:
         """The history after `revision` is gone: what happened meanwhile only a list can tell."""
         self.revision = 0
         self.cluster_id = 0
+        self.witness = None
         self.caught_up = False
 
     def changes(self, batch: WatchBatch) -> list[Change]:
@@ -61,8 +68,17 @@ class Cursor:
 
     def passed(self, batch: WatchBatch) -> None:
         """What the batch changes has been delivered."""
+        for each in batch.changes:
+            if each.revision > self.revision:
+                self._witnessed(each)
         self.revision = max(self.revision, batch.revision)
         self._settle(batch)
+
+    def _witnessed(self, change: Change) -> None:
+        if change.value is not None:
+            self.witness = Witness(change.key, change.revision)
+        elif self.witness is not None and self.witness.key == change.key:
+            self.witness = None
 
     def _settle(self, batch: WatchBatch) -> None:
         """Decide whether the view has caught up: the revision etcd was at when the stream began has been

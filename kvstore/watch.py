@@ -61,6 +61,13 @@ class Change(msgspec.Struct, frozen=True, gc=False):
     revision: int
 
 
+class Witness(msgspec.Struct, frozen=True, gc=False):
+    """A write that a view has seen: of `key` at `revision`, and not again as far as the view goes."""
+
+    key: str
+    revision: int
+
+
 class WatchBatch(msgspec.Struct, frozen=True):
     """What one message brought.  `revision` is where to resume from (+ 1).
 

@@ -31,7 +31,7 @@ from kvstore.client import Client
 from kvstore.errors import Compacted, KvstoreError, PermissionDenied, RequestRefused
 from kvstore.merge import Cursor
 from kvstore.patience import Patience
-from kvstore.watch import Change, WatchBatch
+from kvstore.watch import Change, WatchBatch, Witness
 
 Item = tuple[str, bytes]
 Preparation = Callable[[Sequence[Item]], Awaitable[None]]
@@ -118,9 +118,11 @@ class Follower:
         """Return the seconds since etcd last proved that this view is current."""
         return time.monotonic() - (self.fresh_at or self._created_at)
 
-    def resume(self, revision: int, cluster_id: int, *, age: float = 0.0) -> None:
+    def resume(
+        self, revision: int, cluster_id: int, *, age: float = 0.0, witness: Witness | None = None
+    ) -> None:
         """Go on from here instead: the sink has been given this view, of `age` seconds.  Before `run`."""
-        self.cursor = Cursor(revision, cluster_id)
+        self.cursor = Cursor(revision, cluster_id, witness)
         self._created_at = time.monotonic() - age
 
     async def run(self) -> None:
@@ -141,7 +143,10 @@ class Follower:
         else:
             self.cursor.resumed()
             self._enter(State.CATCHING_UP)
-        watch = self._client.watch(self.prefix, self.cursor.revision + 1, cluster_id=self.cursor.cluster_id)
+        known = self.cursor
+        watch = self._client.watch(
+            self.prefix, known.revision + 1, cluster_id=known.cluster_id, witness=known.witness
+        )
         async with contextlib.aclosing(watch) as batches:
             async for batch in batches:
                 await self._take_batch(batch)
@@ -150,21 +155,24 @@ class Follower:
         self._enter(State.LISTING)
         if self._gate is not None:
             await self._gate()
-        revision = await self._take_pages()
-        self.cursor.listed(revision, self._client.transport.cluster_id)
+        revision, newest = await self._take_pages()
+        self.cursor.listed(revision, self._client.transport.cluster_id, newest)
         self._sink.listed(revision)
         self._fresh()
 
-    async def _take_pages(self) -> int:
-        """Hand a whole list to the sink; return its revision."""
-        revision = 0
+    async def _take_pages(self) -> tuple[int, Witness | None]:
+        """Hand a whole list to the sink; return its revision, and what was written last."""
+        revision, newest = 0, None
         async with contextlib.aclosing(self._client.pages(self.prefix)) as pages:
             async for page in pages:
                 revision = page.revision
                 if page.first:
                     self._sink.begin_list()
+                    newest = None
+                if page.newest is not None and (newest is None or page.newest.revision > newest.revision):
+                    newest = page.newest
                 await self.deliver(page.items)
-        return revision
+        return revision, newest
 
     async def deliver(self, items: Sequence[Item]) -> None:
         """Hand records to the sink, as many at a time as leave the loop its turn."""

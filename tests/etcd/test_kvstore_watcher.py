@@ -186,6 +186,63 @@ async def test_wiped_etcd_gives_a_full_list_and_the_table_keeps_what_is_missing(
         assert len(sink.ignored) == 2
 
 
+@pytest.mark.parametrize("since", ["listed", "watched", "checkpointed"])
+async def test_a_restored_store_is_known_by_what_it_lacks_though_its_revision_is_not_behind(
+    etcd: EtcdServer, client: Client, tmp_path: Path, since: str
+) -> None:
+    """Others have written more since the snapshot was restored than it lacks: the number says nothing."""
+    await client.put("k/a", "1")
+    await client.put("k/b", "1")
+    etcd.snapshot(tmp_path / "snapshot")
+
+    async def change() -> None:
+        await client.delete("k/a")
+        await client.put("k/c", "1")
+
+    if since == "listed":
+        await change()
+    sink = Recorder()
+    follower = Follower(client, "k/", sink)
+    async with following(follower):
+        await eventually(lambda: sink.synced == 1, "in sync")
+        if since != "listed":
+            await change()
+        await eventually(lambda: "k/c" in sink.view, "the last write before")
+    before = follower.cursor
+    if since == "checkpointed":
+        follower = Follower(client, "k/", sink)
+        follower.resume(before.revision, before.cluster_id, witness=before.witness)
+    etcd.restore(tmp_path / "snapshot")
+    etcd.start()
+    for _ in range(20):
+        await client.put("elsewhere", "x")
+    assert await client.head("k/") > before.revision
+    lists = len(sink.lists)
+    async with following(follower):
+        await eventually(lambda: len(sink.lists) > lists, "a full list")
+        assert sink.lists[-1] == {"k/a": b"1", "k/b": b"1"}
+
+
+async def test_a_store_restored_from_after_the_view_is_resumed(
+    etcd: EtcdServer, client: Client, tmp_path: Path
+) -> None:
+    """The view is older than the snapshot: its past is the store's, and nothing has to be listed."""
+    await client.put("k/a", "1")
+    sink = Recorder()
+    follower = Follower(client, "k/", sink)
+    async with following(follower):
+        await eventually(lambda: sink.synced == 1, "in sync")
+    await client.delete("k/a")
+    await client.put("k/b", "1")
+    etcd.snapshot(tmp_path / "snapshot")
+    etcd.restore(tmp_path / "snapshot")
+    etcd.start()
+    async with following(follower):
+        await eventually(lambda: sink.view == {"k/b": b"1"}, "what happened meanwhile")
+    assert len(sink.lists) == 1
+    assert sink.deletions == ["k/a"]
+
+
 async def test_resume_from_a_checkpoint_delivers_what_was_missed(client: Client) -> None:
     revision = await client.put("k/a", "1")
     await client.put("k/b", "2")

@@ -27,6 +27,7 @@ from core.table import Table
 from identity.cache import IdentityCache
 from kvstore import schema
 from kvstore.sink import TableSink
+from kvstore.watch import Witness
 from tests.support.lives import follower
 from tests.support.saved import Saved
 
@@ -63,7 +64,7 @@ class Life:
     def listed(self, revision: int) -> None:
         """Everything etcd has at `revision` has been delivered."""
         for view in self.views:
-            view.follower.cursor.listed(revision, CLUSTER)
+            view.follower.cursor.listed(revision, CLUSTER, Witness(view.follower.prefix, revision - 1))
 
     def fill(self) -> None:
         self.identities.put(f"{schema.IDENTITY_IDS}4711", b"container:app=web;container:name=\xc3\xbc;")
@@ -104,6 +105,7 @@ async def test_what_was_known_comes_back_with_its_place(tmp_path: Path) -> None:
         assert await two.start() == [True] * 4
         assert two.known() == known
         assert {(view.place.revision, view.place.cluster_id) for view in two.views} == {(9, CLUSTER)}
+        assert all(view.place.witness == Witness(view.follower.prefix, 8) for view in two.views)
         assert all(view.source.complete and not view.source.in_sync for view in two.views)
         assert not any(view.is_due for view in two.views), "what was restored is not written again"
 
@@ -266,7 +268,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "pages of nothing": (torn, "malformed"),
     "no database": (lambda path: path.write_bytes(b"{}" * 5000), "not a database"),
     "another program's": (sql("DROP TABLE places"), "no such table"),
-    "a version to come": (sql("PRAGMA user_version = 9"), "version 9 is not 1"),
+    "a version to come": (sql("PRAGMA user_version = 9"), "version 9 is not 2"),
     "another host's": (sql("UPDATE owner SET name = 'default/host-7'"), "it is of default/host-7"),
     "nobody's": (sql("DELETE FROM owner"), "it is of None"),
     "a number that is a word": (sql("UPDATE addresses SET identity = 'x'"), "Expected `int`"),

@@ -25,7 +25,7 @@ from kvstore.ownkeys import OwnKeys
 from kvstore.session import LONGEST_SPREAD_S, MANY_KEYS, spread_s
 from kvstore.sink import TableSink
 from kvstore.transport import translate
-from kvstore.watch import Change, WatchBatch
+from kvstore.watch import Change, WatchBatch, Witness
 from tests.support.lists import deliver_list
 from tests.support.require import require
 
@@ -209,6 +209,21 @@ def test_last_event_of_a_key_wins_and_repeated_ones_are_dropped() -> None:
     assert changes == [Change("b", b"v", 12), Change("a", None, 13)], "in the order of each key's last event"
     assert cursor.revision == 13
     assert merged(cursor, batch(event("a", 13), event("b", 12))) == []
+
+
+def test_the_witness_is_the_last_write_that_was_passed_and_still_stands() -> None:
+    cursor = Cursor()
+    cursor.listed(10, witness=Witness("a", 7))
+    assert cursor.witness == Witness("a", 7)
+    merged(cursor, batch(event("b", 11), event("c", 12), event("b", 13, None)))
+    assert cursor.witness == Witness("c", 12)
+    merged(cursor, batch(event("a", 9), event("c", 12)))  # repeated
+    assert cursor.witness == Witness("c", 12)
+    merged(cursor, batch(event("c", 14, None)))
+    assert cursor.witness is None
+    cursor.listed(20, witness=Witness("d", 20))
+    cursor.lost()
+    assert cursor.witness is None
 
 
 def test_history_lost_means_list_again() -> None:
