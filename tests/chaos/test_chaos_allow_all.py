@@ -113,6 +113,7 @@ def test_agent_and_etcd_are_dead(scene: Scene) -> None:
     assert "ALL IS ALLOWED" not in scene.host.cli("status").stdout
 
 
+@pytest.mark.rare
 def test_it_ends_on_time_although_the_agent_came_back(scene: Scene) -> None:
     scene.host.kill_agent()
     scene.opened("--host", "--for", "12s")

@@ -73,7 +73,7 @@ def foreign_permission(host: AgentHost) -> Iterator[str]:
     with opened(PolicyMap, policy_map_name(number), pins(host)) as kernel:
         key = PolicyKey(4321, 0, 0, 0)
         kernel.upsert([(key, PolicyEntry(False, 0))])
-        yield "(4321, 0, 0, 0): policy says nothing, the map (False, 0)"
+        yield "(4321, 0, 0, 0): policy says nothing, the map (False, 0, 0)"
         kernel.delete([key])
 
 
@@ -84,7 +84,7 @@ def forgotten_permission(host: AgentHost) -> Iterator[str]:
     with opened(PolicyMap, policy_map_name(number), pins(host)) as kernel:
         key = PolicyKey(client, 0, 0, 0)
         kernel.delete([key])
-        yield f"({client}, 0, 0, 0): policy says (False, 0), the map nothing"
+        yield f"({client}, 0, 0, 0): policy says (False, 0, 0), the map nothing"
         kernel.upsert([(key, PolicyEntry(False, 0))])
 
 

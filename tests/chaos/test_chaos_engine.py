@@ -19,7 +19,7 @@ from tests.support.refusing import calls_of_the_engine_fail
 
 __all__ = ["engine_parts", "hub"]
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.rare]
 
 
 @pytest.fixture
@@ -78,7 +78,6 @@ def test_containers_that_the_engine_could_not_start(host: AgentHost) -> None:
     wait_for(host.healthy, "healthy agent", seconds=60)
 
 
-@pytest.mark.rare
 def test_interfaces_of_containers_that_end_while_the_agent_is_away(host: AgentHost) -> None:
     run(host, "stays")
     run(host, "goes")

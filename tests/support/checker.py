@@ -215,7 +215,7 @@ class Books:
             wanted = {tuple(map(int, key)): tuple(entry) for key, entry in engine.map_state(number).items()}
             with opened(PolicyMap, name, self._pins) as kernel:
                 held = {tuple(key): tuple(entry) for key, entry in kernel.items()}
-            what = f"{name}: (deny, proxy) of (identity, port, protocol, direction)"
+            what = f"{name}: (deny, proxy, until) of (identity, port, protocol, direction)"
             lines += compared(what, "policy", wanted, "the map", held)
         return lines
 
