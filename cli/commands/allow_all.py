@@ -86,7 +86,8 @@ def allow_all(
     elif targets:
         seconds = checked(length, reason)
         made = give_orders(where, targets, seconds, reason, by or user(), now)
-        finish(made, output, f"ALL IS ALLOWED for {duration(seconds)}, to and from {{}}")
+        more = ", and those to come" if whole else ""
+        finish(made, output, f"ALL IS ALLOWED for {duration(seconds)}, to and from {{}}{more}")
     else:
         show(known(state_dir), now, output)
 
