@@ -216,9 +216,14 @@ async def test_too_long_is_given_up_and_told(cluster: EtcdCluster, client: Clien
         record = maintainer.state.record
         assert record.defragmentation is not None
         assert "the last defragmentation failed: defragment m1" in record.trouble
-        stored = await client.get(maintenance_key("m1"))
-        assert stored is not None
-        assert parse_maintenance(stored.key, stored.value).trouble == record.trouble
+
+        async def stands_in_etcd() -> bool:
+            stored = await client.get(maintenance_key("m1"))
+            return (
+                stored is not None and parse_maintenance(stored.key, stored.value).trouble == record.trouble
+            )
+
+        await eventually(stands_in_etcd, "the failure stands in etcd")
         await eventually(lambda: maintainer.state.record.seen > record.seen, "further rounds")
         assert maintainer.state.record.defragmentation == record.defragmentation, "not tried again today"
 
