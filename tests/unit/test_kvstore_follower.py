@@ -37,7 +37,7 @@ class Script:
             yield step
 
     async def watch(
-        self, prefix: str, start_revision: int, *, cluster_id: int
+        self, prefix: str, start_revision: int, *, cluster_id: int, witness: object
     ) -> AsyncGenerator[WatchBatch, None]:
         for step in self._events:
             if isinstance(step, KvstoreError):
