@@ -68,17 +68,21 @@ class Cursor:
 
     def passed(self, batch: WatchBatch) -> None:
         """What the batch changes has been delivered."""
-        for each in batch.changes:
-            if each.revision > self.revision:
-                self._witnessed(each)
+        self.witness = self._witness_after(batch)
         self.revision = max(self.revision, batch.revision)
         self._settle(batch)
 
-    def _witnessed(self, change: Change) -> None:
-        if change.value is not None:
-            self.witness = Witness(change.key, change.revision)
-        elif self.witness is not None and self.witness.key == change.key:
-            self.witness = None
+    def _witness_after(self, batch: WatchBatch) -> Witness | None:
+        """Return the last write that stands after a batch; none where it was deleted since."""
+        key, revision = (self.witness.key, self.witness.revision) if self.witness else ("", 0)
+        for each in batch.changes:
+            if each.revision <= self.revision:
+                continue
+            if each.value is not None:
+                key, revision = each.key, each.revision
+            elif each.key == key:
+                revision = 0
+        return Witness(key, revision) if revision else None
 
     def _settle(self, batch: WatchBatch) -> None:
         """Decide whether the view has caught up: the revision etcd was at when the stream began has been
