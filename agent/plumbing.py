@@ -116,15 +116,20 @@ class PolicyMapStore:
     ) -> Iterator[None]:
         """Change the map; see `agent.policy_maps.PolicyTarget`."""
         if endpoint_id not in self._removed:
-            new, gone = laid_over(upserts.items(), deletes, self._ordered(endpoint_id))
-            yield from self._written(endpoint_id, self.get(endpoint_id).applying(new.items(), gone))
+            changed: Iterable[tuple[RawPolicyKey, RawPolicyEntry]] = upserts.items()
+            gone: Iterable[RawPolicyKey] = deletes
+            if added := self._ordered(endpoint_id):
+                over, gone = laid_over(changed, gone, added)
+                changed = over.items()
+            yield from self._written(endpoint_id, self.get(endpoint_id).applying(changed, gone))
 
     def replacing(self, endpoint_id: int, wanted: Mapping[PolicyKey, PolicyEntry]) -> Iterator[None]:
         """Make the map hold exactly `wanted`; see `agent.policy_maps.PolicyTarget`."""
         if endpoint_id not in self._removed:
-            added = self._ordered(endpoint_id)
-            new, _ = laid_over(wanted.items(), added.keys() - wanted.keys(), added)
-            yield from self._written(endpoint_id, self.get(endpoint_id).syncing(new.items()))
+            whole: Iterable[tuple[RawPolicyKey, RawPolicyEntry]] = wanted.items()
+            if added := self._ordered(endpoint_id):
+                whole = laid_over(whole, added.keys() - wanted.keys(), added)[0].items()
+            yield from self._written(endpoint_id, self.get(endpoint_id).syncing(whole))
 
     def _written(self, endpoint_id: int, writing: PolicyWriting) -> Iterator[None]:
         """Make a change and raise what was refused; nothing more once the map is removed."""

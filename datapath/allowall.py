@@ -14,16 +14,15 @@ Called by: `holdfast allow-all`, which writes both; agent.allow_all, which reads
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import msgspec
 
+from core import files
 from core.errors import HoldfastError
 from core.files import FileDamaged, write_atomic
 from datapath.layouts import POLICY_ENTRY
@@ -34,6 +33,7 @@ from datapath.records import PolicyEntry, PolicyKey
 
 FILE = "allow-all.json"
 LOCK = "allow-all.lock"
+LOCK_PATIENCE_S = 0.3
 VERSION = 1
 # Long enough for a night and the morning after; an emergency that lasts is a policy.
 LONGEST_S = 24 * 3600.0
@@ -124,18 +124,12 @@ def write(directory: Path, orders: Iterable[Order]) -> None:
     write_atomic(directory / FILE, msgspec.json.encode(_Content(tuple(orders))))
 
 
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Keep others from changing the orders meanwhile; who holds this does nothing but read and write them.
+def locked(directory: Path) -> AbstractContextManager[None]:
+    """Keep others from changing the orders meanwhile, which is for milliseconds.
 
-    Raises OSError.
+    Raises OSError, TimeoutError among them: an emergency does not wait for a command that was stopped.
     """
-    handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+    return files.locked(directory / LOCK, LOCK_PATIENCE_S)
 
 
 def in_force(orders: Iterable[Order], now: Now) -> tuple[Order, ...]:

@@ -8,13 +8,11 @@ A file that can not be used (empty, cut, of another version or host, from the fu
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from core import files
 from core.errors import shorten
 from core.files import write_atomic
 from prestart.decision import Decision, Kind, Last, Now
@@ -34,29 +32,15 @@ LONGEST_NAME = 200
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Hold the lock of the state file; StateRefused when another start keeps it for five seconds."""
-    try:
-        handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StateRefused(f"{directory / LOCK} can not be opened: {error.strerror}") from error
-    try:
-        _lock(handle, directory / LOCK)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int, path: Path) -> None:
-    end = time.monotonic() + LOCK_PATIENCE_S
-    while True:
+    path = directory / LOCK
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            if time.monotonic() >= end:
-                raise StateRefused(
-                    f"{path} is held by another start", hint="is the hook run twice?"
-                ) from error
-            time.sleep(0.05)
+            stack.enter_context(files.locked(path, LOCK_PATIENCE_S))
+        except TimeoutError as error:
+            raise StateRefused(f"{path} is held by another start", hint="is the hook run twice?") from error
+        except OSError as error:
+            raise StateRefused(f"{path} can not be opened: {error.strerror}") from error
+        yield
 
 
 def ordered(directory: Path) -> str:

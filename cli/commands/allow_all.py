@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.base import examples, output_option, state_dir, state_dir_option, user
+from cli.commands.bpf_policy import PREFIX, map_name
 from cli.commands.status import duration, place
 from cli.errors import CliError, Missing
 from cli.output import plural, print_json, print_table
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from datapath.allowall import Now, Order, Outcome
 
 Json = dict[str, Any]
-PREFIX = "cilium_policy_"
 REFERENCES = ("container-name", "container-id", "ipv4", "ipv6")
 
 
@@ -144,7 +144,7 @@ def give_orders(
     from datapath.allowall import WHOLE_HOST, order
 
     for each in targets - {WHOLE_HOST}:
-        if not (pin := where.pins / f"{PREFIX}{each:05d}").exists():
+        if not (pin := where.pins / map_name(str(each))).exists():
             raise Missing(f"there is no endpoint {each} on this host", hint=f"no map is pinned as {pin}")
     made = [order(each, seconds, reason=reason, by=by, now=now) for each in sorted(targets)]
     orders = change(where.state, lambda all_: [each for each in all_ if each.endpoint not in targets] + made)

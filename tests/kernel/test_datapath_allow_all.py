@@ -165,6 +165,14 @@ def test_maps_are_opened_when_the_orders_can_not_be_kept(scene: Emergency) -> No
     assert scene.passes(1, NETS[0])
 
 
+def test_an_emergency_does_not_wait_for_a_command_that_was_stopped(scene: Emergency) -> None:
+    with allowall.locked(scene.state):
+        done = scene.holdfast("--endpoint", "1", "--reason", "r")
+    assert done.returncode == 0
+    assert "can not be written (somebody else holds the lock)" in done.stderr
+    assert scene.passes(1, NETS[0])
+
+
 def test_orders_that_can_not_be_read_are_named_and_replaced(scene: Emergency) -> None:
     (scene.state / FILE).write_text("{")
     done = scene.holdfast("--endpoint", "1", "--reason", "r")
