@@ -22,7 +22,7 @@ from agent.nodes import NodeTable
 from agent.policies import Refusals, new_documents
 from agent.policy_sources import PolicyKeys
 from agent.remembered import Remembered, View
-from agent.viewfile import Row, Shape, ViewFile
+from agent.viewfile import Part, Shape, ViewFile
 from core.table import Table
 from identity.cache import IdentityCache
 from kvstore import schema
@@ -142,23 +142,56 @@ async def test_a_view_whose_list_is_not_whole_is_not_written(tmp_path: Path) -> 
         assert not any(view.source.complete for view in two.views)
 
 
+async def test_a_change_leaves_the_others_of_its_block_as_they_are(tmp_path: Path) -> None:
+    numbers = range(1000, 1000 + 3 * viewfile.BLOCKS)
+    await first_life(tmp_path)
+    with life(tmp_path) as two:
+        await two.start()
+        for number in numbers:
+            two.identities.put(f"{schema.IDENTITY_IDS}{number}", b"container:app=%d;" % number)
+        two.views[0].follower.cursor.listed(10, CLUSTER)
+        await two.memory.write()
+    expected = {number: (f"container:app={number};", False) for number in numbers}
+    blocks = dict(viewfile.blocks_of(remembered.IDENTITIES, numbers))
+    assert max(map(len, blocks.values())) > 3
+    with life(tmp_path) as three:
+        await three.start()
+        some = max(blocks.values(), key=len)
+        three.identities.deleted(f"{schema.IDENTITY_IDS}{some[0]}")
+        three.identities.put(f"{schema.IDENTITY_IDS}{some[1]}", b"container:app=other;")
+        for number in next(each for each in blocks.values() if len(each) == 1):
+            three.identities.deleted(f"{schema.IDENTITY_IDS}{number}")
+            del expected[number]
+        three.views[0].follower.cursor.listed(11, CLUSTER)
+        await three.memory.write()
+    del expected[some[0]]
+    expected[some[1]] = ("container:app=other;", False)
+    found = {
+        number: (labels, bool(missing)) for number, labels, missing in Saved(tmp_path).rows("identities")
+    }
+    assert {number: row for number, row in found.items() if number in numbers} == expected
+    with life(tmp_path) as four:
+        assert await four.start() == [True] * 4
+        assert set(four.views[0].source.entries()) >= expected.keys()
+
+
 async def test_only_what_changed_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await first_life(tmp_path)
     written: list[Any] = []
-    put = ViewFile.put
+    merge = ViewFile.merge
 
-    def noted(file: ViewFile, shape: Shape, rows: Sequence[Row]) -> None:
-        written.extend(rows)
-        put(file, shape, rows)
+    def noted(file: ViewFile, shape: Shape, parts: Sequence[Part]) -> None:
+        written.extend((part.keys, part.rows) for part in parts)
+        merge(file, shape, parts)
 
-    monkeypatch.setattr(ViewFile, "put", noted)
+    monkeypatch.setattr(ViewFile, "merge", noted)
     with life(tmp_path) as two:
         await two.start()
         two.identities.put(f"{schema.IDENTITY_IDS}4712", b"container:app=db;")
         two.identities.deleted(f"{schema.IDENTITY_IDS}4711")
         two.views[0].follower.cursor.listed(10, CLUSTER)
         await two.memory.write()
-    assert written == [(4712, "container:app=db;", False)]
+    assert sorted(written) == [([4711], {}), ([4712], {4712: ("container:app=db;", False)})]
     assert Saved(tmp_path).keys("identities") == [4712]
     assert Saved(tmp_path).revision("identities") == 10
     assert Saved(tmp_path).revision("addresses") == 9
@@ -174,10 +207,11 @@ async def test_writing_has_a_small_part_of_the_time(tmp_path: Path, monkeypatch:
             one.identities.put(f"{schema.IDENTITY_IDS}{1000 + number}", b"container:app=%d;" % number)
         one.policies.put(f"{schema.POLICIES}web", POLICY.encode())
         one.listed(3)
-        now += 0.9
+        cost = 5_000 * remembered.ROW_S + viewfile.BLOCKS * remembered.BLOCK_S
+        now += 0.9 * cost / remembered.SHARE
         await one.memory.write(all_of_it=False)
         assert (Saved(tmp_path).revision("identities"), Saved(tmp_path).revision("policies")) == (0, 3)
-        now += 0.2
+        now += 0.2 * cost / remembered.SHARE
         await one.memory.write(all_of_it=False)
         assert Saved(tmp_path).revision("identities") == 3
 
@@ -253,6 +287,13 @@ def sql(*statements: str) -> Callable[[Path], None]:
     return change
 
 
+def altered(view: str, column: int, value: str) -> str:
+    """Return the statement that gives every record of a view this JSON value in a column behind the key."""
+    replaced = f"json(json_replace(value, '$[{column}]', json('{value}')))"
+    records = f"SELECT json_group_object(key, {replaced}) FROM json_each(records)"
+    return f"UPDATE {view}_blocks SET records = ({records})"
+
+
 def halved(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -268,15 +309,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "pages of nothing": (torn, "malformed"),
     "no database": (lambda path: path.write_bytes(b"{}" * 5000), "not a database"),
     "another program's": (sql("DROP TABLE places"), "no such table"),
-    "a version to come": (sql("PRAGMA user_version = 9"), "version 9 is not 2"),
+    "a version to come": (sql("PRAGMA user_version = 9"), "version 9 is not 3"),
     "another host's": (sql("UPDATE owner SET name = 'default/host-7'"), "it is of default/host-7"),
     "nobody's": (sql("DELETE FROM owner"), "it is of None"),
-    "a number that is a word": (sql("UPDATE addresses SET identity = 'x'"), "Expected `int`"),
-    "an identity of the host": (sql("UPDATE addresses SET identity = 1"), "can not have said"),
-    "a local identity": (sql("UPDATE addresses SET identity = 16777217"), "can not have said"),
-    "no prefix": (sql("UPDATE addresses SET prefix = '10.1.0.x/32' WHERE prefix LIKE '10%'"), "10.1.0.x"),
+    "a number that is a word": (sql(altered("addresses", 0, '"x"')), "Expected `int`"),
+    "an identity of the host": (sql(altered("addresses", 0, "1")), "can not have said"),
+    "a local identity": (sql(altered("addresses", 0, "16777217")), "can not have said"),
+    "no prefix": (sql("UPDATE addresses_blocks SET records = replace(records, '/32', '/x32')"), "/x32"),
     "a cluster of letters": (sql("UPDATE places SET cluster_id = 'xyz'"), "xyz"),
-    "labels that are no text": (sql("UPDATE identities SET labels = x'ff'"), "BLOB"),
+    "labels that are no text": (sql("UPDATE identities_blocks SET records = x'ff'"), "malformed"),
+    "records of another shape": (sql("UPDATE nodes_blocks SET records = '{\"a\": []}'"), "length"),
+    "records that are cut": (sql("UPDATE nodes_blocks SET records = '{\"a\": ['"), "truncated"),
 }
 
 
@@ -303,9 +346,9 @@ async def test_a_file_that_can_not_be_used_is_kept_aside_and_begun_anew(
 @pytest.mark.parametrize(
     ("statement", "view"),
     [
-        ("UPDATE identities SET labels = 'nonsense'", 0),
-        ("UPDATE policies SET text = 'endpointSelector: 7'", 1),
-        ("UPDATE nodes SET record = '{}'", 2),
+        (altered("identities", 0, '"nonsense"'), 0),
+        (altered("policies", 0, '"endpointSelector: 7"'), 1),
+        (altered("nodes", 0, '"{}"'), 2),
     ],
 )
 async def test_a_record_that_is_refused_makes_its_view_be_listed(
