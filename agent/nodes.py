@@ -41,6 +41,11 @@ WRITTEN_AT_ONCE = 2000
 SHORTEST_POOL = {4: 8, 6: 32}
 
 
+def node_names(nodes: NodeTable, own: str) -> list[str]:
+    """Return the names of all nodes, this one's among them, in order: what slots are counted by."""
+    return sorted({record.name for _, record in nodes.items()} | {own})
+
+
 @dataclass(frozen=True)
 class NodePool:
     """Who has a pool: the name of the node, and its addresses (IPv6: empty without one)."""

@@ -48,7 +48,7 @@ from agent.node_routes import (
     Way,
 )
 from agent.node_routes import reconcilers as node_reconcilers
-from agent.nodes import NodeFollower, NodeTable, Own, PoolTable
+from agent.nodes import NodeFollower, NodeTable, Own, PoolTable, node_names
 from agent.overlay import Overlay
 from agent.path_mtu import PathMtus
 from agent.plumbing import EndpointTarget, Place, PolicyMapStore
@@ -264,6 +264,7 @@ async def _knowledge(ground: Ground, store: Store) -> Knowledge:
     store.session.nodes = store.role_session.nodes = nodes.__len__
     hosts = {host for _, host in ground.programs.maps.tunnel.items()} if ground.overlay.enabled else set()
     ip_sink = sinks.IpSink(addresses.source(ipcache.KVSTORE_SOURCE), grace)
+    ground.gates.cluster = lambda: (ground.node.name, node_names(nodes, ground.node.name))
     node_sink = TableSink(nodes.source("kvstore"), sinks.node_entry, sinks.node_name, grace=grace)
     follow = partial(Follower, store.client, gate=ground.gates.relist)
     identity_follower = follow(schema.IDENTITY_IDS, identities)

@@ -21,6 +21,7 @@ from core.reconciler import Reconciler
 from core.table import Table
 from datapath.allowall import Now
 from identity.numbers import WORLD
+from kvstore.watcher import State as ViewState
 from kvstore.watcher import staleness
 
 if TYPE_CHECKING:
@@ -135,6 +136,13 @@ def _kvstore(parts: Parts) -> models.Component:
     if (left := parts.gates.closed_for) > 0:
         return models.Component(
             state=WARNING, msg=f"etcd: not asked before this host's slot, in {left:.0f} s: {endpoints}"
+        )
+    if any(each.state is ViewState.WAITING for each in followers):
+        left = parts.gates.relist_left
+        return models.Component(
+            state=WARNING,
+            msg="etcd: its history is not the one this host knows; what changes is followed, everything is "
+            f"listed in this host's slot, in {left:.0f} s; {lease}: {endpoints}",
         )
     if behind:
         return models.Component(state=FAILURE, msg=f"etcd: {behind[0].error}; {lease}: {endpoints}")

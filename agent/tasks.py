@@ -17,6 +17,7 @@ from agent import ipcache, publish, remembered
 from agent.agent_events import AgentEvents, start_event
 from agent.checkpoint import Node
 from agent.collector import MapCollector
+from agent.nodes import node_names
 from agent.parts import Parts
 from agent.report_health import HealthCollector
 from agent.staleness import StalenessAlarm
@@ -195,7 +196,7 @@ async def _checkpoint(parts: Parts) -> None:
             parts.node = now
             await asyncio.to_thread(parts.checkpoint.save_node, now)
         if parts.nodes.in_sync:
-            names = sorted({record.name for _, record in parts.nodes.items()} | {parts.node.name})
+            names = node_names(parts.nodes, parts.node.name)
             revision = parts.memory.resumable
             if (names, revision > 0) != written:
                 path = parts.checkpoint.directory / cluster.FILE

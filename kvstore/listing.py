@@ -26,6 +26,9 @@ PAGE = 10_000
 LIST_ATTEMPTS = 3
 # Seconds between them: a compaction breaks the lists of a whole fleet at one moment.
 RETRY_BASE_S, RETRY_CAP_S = 1.0, 5.0
+# A page has this many times the time of a request: what is given up is read by etcd to its end all the same,
+# and asked for once more, which is how a loaded etcd gets more load.
+PATIENCE = 6
 
 
 class Part(NamedTuple):
@@ -94,4 +97,7 @@ async def pages(
 def _ask(transport: Transport, prefix: str, request: RangeRequest) -> asyncio.Task[RangeResponse]:
     wanted = RangeRequest()
     wanted.CopyFrom(request)  # it goes on changing
-    return asyncio.create_task(transport.call(rpc.RANGE, wanted, prefix, wanted=request.revision))
+    call = transport.call(
+        rpc.RANGE, wanted, prefix, timeout=PATIENCE * transport.timeout, wanted=request.revision
+    )
+    return asyncio.create_task(call)

@@ -3,8 +3,12 @@
 
     LISTING ──▶ WATCHING ◀──▶ RETRYING      the stream broke, no endpoint answers: resume, no relist
        ▲            │    ◀──▶ DENIED        no right to read: tell, try again slowly
-       └────────────┴── history lost (compacted, wiped, restored, another cluster): list again
+       └─ WAITING ◀─┴── history lost (compacted, wiped, restored, another cluster): list again
     CATCHING_UP ──▶ WATCHING                resumed at a revision known from before
+
+A fleet that loses its history loses it at once, so a full list may have to wait for this host's turn (the
+gate).  WAITING is not blind: what changes from now on is followed all the while, and only what happened
+while nobody looked waits for the list.
 
 A list goes into the sink page by page, a slice at a time, so that the process does everything else
 meanwhile.  What is gone from a fresh list is what was in none of its pages, never a deletion: the sink's
@@ -35,10 +39,14 @@ from kvstore.watch import Change, WatchBatch, Witness
 
 Item = tuple[str, bytes]
 Preparation = Callable[[Sequence[Item]], Awaitable[None]]
+# Returns when this host may list everything; it is told whether there is a view, which then only ages.
+Gate = Callable[[bool], Awaitable[None]]
 
 # For so long, in seconds, the sink takes records before anybody else may run.
 SLICE_S = 0.004
 DELETED_AT_ONCE = 1000
+# A wait for the gate that is shorter is not worth a watch of its own, seconds.
+SHORT_WAIT_S = 0.05
 
 _followers: weakref.WeakSet[Follower] = weakref.WeakSet()
 
@@ -47,6 +55,7 @@ class State(enum.Enum):
     """What a follower is doing; the gauge `holdfast_kvstore_watch_state` has the same words."""
 
     LISTING = "listing"  # reads the whole prefix
+    WAITING = "waiting"  # for its turn to list; what changes meanwhile is followed
     CATCHING_UP = "catching-up"  # resumed; older events may still be under way
     WATCHING = "watching"  # in sync
     RETRYING = "retrying"  # etcd is away; the last good state stays
@@ -76,8 +85,8 @@ class Follower:
 
     `resume_revision` (and the cluster it came from) are a checkpoint's: the sink then already holds the
     view of that revision.  `observer` is told of every change that etcd tells of (not of lists), before the
-    sink.  `gate` is awaited before every full list, `prepare` with each part before the sink takes it: what
-    takes long can be done in a thread there.
+    sink.  `gate` is awaited before every full list, while what changes is followed; `prepare` with each part
+    before the sink takes it: what takes long can be done in a thread there.
     """
 
     def __init__(
@@ -88,7 +97,7 @@ class Follower:
         *,
         resume_revision: int = 0,
         resume_cluster: int = 0,
-        gate: Callable[[], Awaitable[None]] | None = None,
+        gate: Gate | None = None,
         prepare: Preparation | None = None,
         observer: Callable[[Sequence[Change]], None] | None = None,
     ) -> None:
@@ -103,6 +112,7 @@ class Follower:
         self._prepare = prepare
         self._observer = observer
         self._told_in_sync = False
+        self._has_view = resume_revision > 0
         self._pace = _Pace()
         self._patience = Patience(f"view of {prefix}")
         self._created_at = time.monotonic()
@@ -124,6 +134,7 @@ class Follower:
         """Go on from here instead: the sink has been given this view, of `age` seconds.  Before `run`."""
         self.cursor = Cursor(revision, cluster_id, witness)
         self._created_at = time.monotonic() - age
+        self._has_view = True
 
     async def run(self) -> None:
         """Follow until cancelled."""
@@ -152,13 +163,42 @@ class Follower:
                 await self._take_batch(batch)
 
     async def _list(self) -> None:
-        self._enter(State.LISTING)
         if self._gate is not None:
-            await self._gate()
+            await self._wait_for_turn(self._gate)
+        self._enter(State.LISTING)
         revision, newest = await self._take_pages()
         self.cursor.listed(revision, self._client.transport.cluster_id, newest)
         self._sink.listed(revision)
+        self._has_view = True
         self._fresh()
+
+    async def _wait_for_turn(self, gate: Gate) -> None:
+        """Return when everything may be listed; raises what the watch raises that is followed meanwhile."""
+        turn = asyncio.ensure_future(gate(self._has_view))
+        tasks = [turn]
+        try:
+            if not (await asyncio.wait(tasks, timeout=SHORT_WAIT_S))[0]:
+                tasks.append(asyncio.create_task(self._follow_from_now()))
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _follow_from_now(self) -> None:
+        """Hand on what changes from now on, for ever.  The view is not fresh by that: there is a gap before.
+
+        May be broken off anywhere: the list that comes has all of it.
+        """
+        self._enter(State.WAITING)
+        async with contextlib.aclosing(self._client.watch(self.prefix, 0)) as batches:
+            async for batch in batches:
+                self.error = ""
+                self._patience.troubled("what changes is followed; its turn to list everything comes later")
+                await self._hand_on(Cursor().changes(batch))
 
     async def _take_pages(self) -> tuple[int, Witness | None]:
         """Hand a whole list to the sink; return its revision, and what was written last."""
@@ -194,20 +234,23 @@ class Follower:
             await asyncio.sleep(0)
 
     async def _take_batch(self, batch: WatchBatch) -> None:
-        """Hand on what a batch brought.
+        """Hand on what a batch brought, and note that the sink has it."""
+        await self._hand_on(self.cursor.changes(batch))
+        self.cursor.passed(batch)  # not before: a checkpoint takes it for what the sink has
+        self._fresh()
+
+    async def _hand_on(self, changes: Sequence[Change]) -> None:
+        """Tell the observer and the sink.
 
         Writes go before deletions: of several keys that speak of one thing the last that was written counts,
         and only its deletion.  A deletion that came before that write is then none of it.
         """
-        changes = self.cursor.changes(batch)
         if self._observer is not None:
             self._observer(changes)
         written = [(each.key, each.value) for each in changes if each.value is not None]
         await self.deliver(written)
         if len(written) < len(changes):
             await self._delete([each.key for each in changes if each.value is None])
-        self.cursor.passed(batch)  # not before: a checkpoint takes it for what the sink has
-        self._fresh()
 
     def _fresh(self) -> None:
         """etcd has just spoken: the view is current, and in sync if nothing older is under way."""

@@ -4,36 +4,41 @@
     HOLDFAST_CONNECT_NOT_BEFORE        unix time of the first connection
     HOLDFAST_CONNECT_NOT_BEFORE_BOOT   the same on CLOCK_BOOTTIME, which no clock change moves
     HOLDFAST_RELIST_NOT_BEFORE         unix time before which a resumed watch must not turn into a full list
+    HOLDFAST_WINDOW                    seconds of the window as the operator set it; auto: by cluster size
     HOLDFAST_START_KIND                fresh | resume | relist
     HOLDFAST_START_REASON              one sentence for `status`
 
 The hook calls `variables`, the agent `Handover.read`.  An agent that is started without the hook (by
-hand, in tests) reads an empty environment: it may connect at once.
+hand, in tests) reads an empty environment: it may connect at once, and list whenever it likes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from core.errors import shorten
 from prestart.decision import Decision, Kind, Now
 from prestart.errors import OptionRefused
+from prestart.window import next_slot, slot_fraction, window_length
 
 CONNECT = "HOLDFAST_CONNECT_NOT_BEFORE"
 CONNECT_BOOT = "HOLDFAST_CONNECT_NOT_BEFORE_BOOT"
 RELIST = "HOLDFAST_RELIST_NOT_BEFORE"
+WINDOW = "HOLDFAST_WINDOW"
+AUTO = "auto"
 KIND = "HOLDFAST_START_KIND"
 REASON = "HOLDFAST_START_REASON"
 
 
-def variables(now: Now, decision: Decision) -> dict[str, str]:
-    """Return the environment variables for the agent."""
+def variables(now: Now, decision: Decision, window: float | None = None) -> dict[str, str]:
+    """Return the environment variables for the agent; `window` is what the operator set."""
     return {
         CONNECT: f"{decision.connect_at:.3f}",
         CONNECT_BOOT: f"{now.boot + decision.connect_at - now.wall:.3f}",
         RELIST: f"{decision.relist_at:.3f}",
+        WINDOW: AUTO if window is None else f"{window:.3f}",
         KIND: decision.kind.value,
         REASON: decision.reason,
     }
@@ -46,6 +51,7 @@ class Handover(NamedTuple):
     relist_boot: float = 0.0
     kind: Kind | None = None
     reason: str = ""
+    window: float | None = None
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Handover:
@@ -66,6 +72,7 @@ class Handover(NamedTuple):
             connect_boot + relist_at - connect_at,
             _kind(environment),
             environment.get(REASON, ""),
+            None if environment.get(WINDOW, AUTO) == AUTO else max(0.0, _seconds(environment, WINDOW)),
         )
 
     def connect_wait(self) -> float:
@@ -75,6 +82,14 @@ class Handover(NamedTuple):
     def relist_wait(self) -> float:
         """Return the seconds until everything may be listed; never negative."""
         return max(0.0, self.relist_boot - boot_time())
+
+    def next_relist(self, name: str, names: Sequence[str]) -> float:
+        """Return the boot time of host `name`'s next slot among `names`: for a list later in its life."""
+        if self.kind is None:
+            return 0.0
+        window = window_length(len(names)) if self.window is None else self.window
+        moment = time.time()
+        return boot_time() + next_slot(moment, window, slot_fraction(name, names)) - moment
 
 
 def boot_time() -> float:

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.gate is Gate.START and not wait_until(slot, options.state_dir):
         log("info", "ended during the wait; the slot is kept for the next start")
         return 0
-    return become(options.command, {**os.environ, **handover.variables(now, decision)})
+    return become(options.command, {**os.environ, **handover.variables(now, decision, options.window)})
 
 
 def read_clocks() -> Now:

@@ -12,6 +12,7 @@ What each scenario promises is `tests.support.chaos.Scene.watched`.  One set of 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from typing import Any
 import pytest
 
 from kvstore import schema
+from prestart import handover
+from prestart.handover import Handover, boot_time
 from tests.support.chaos import GRACE_S, INIT, RECOVERED_S, Scene, new_scene
 from tests.support.checker import labels_of
 from tests.support.engine_fixtures import engine_parts
+from tests.support.fleet import FleetHost
 from tests.support.host import wait_for
 from tests.support.pki import TestPki
 from tests.support.stream import POLICY
@@ -251,6 +255,59 @@ def test_restored_from_an_old_snapshot(scene: Scene, tmp_path: Path) -> None:
         assert scene.identity("begun") == number
         assert scene.reaches("begun")
         scene.etcd.ctl("del", MACHINE)
+
+
+def far_slots(scene: Scene) -> dict[str, str]:
+    """Return what a start hook says where the slots of both hosts are more than ten minutes away."""
+    now = {
+        handover.CONNECT: str(time.time()),
+        handover.CONNECT_BOOT: str(boot_time()),
+        handover.KIND: "resume",
+    }
+    names = [host.name for host in scene.fleet.hosts]
+    for hours in (20, 21, 22, 23):
+        said = now | {handover.WINDOW: str(hours * 3600)}
+        slots = [Handover.read(said).next_relist(name, names) - boot_time() for name in names]
+        if min(slots) > 600:
+            return said
+    raise AssertionError("each of four windows has a slot in these ten minutes")
+
+
+@rare
+def test_restored_while_the_slots_are_hours_away(scene: Scene, tmp_path: Path) -> None:
+    """Nobody lists before its slot, and what begins meanwhile is known to all at once."""
+    snapshot = tmp_path / "old.snapshot"
+    put_machine(scene)
+    scene.checker.wait_agreed()
+    scene.etcd.snapshot(snapshot)
+    scene.etcd.ctl("del", MACHINE)
+    with scene.watched(*scene.fleet.hosts), scene.containers("begun"):
+        for host in scene.fleet.hosts:
+            host.kill_agent()
+            host.handed_over = far_slots(scene)
+            host.launch_agent(**scene.options)
+        for host in scene.fleet.hosts:
+            wait_for(host.healthy, f"healthy agent on {host.name}", seconds=RECOVERED_S)
+        scene.checker.wait_agreed()
+        scene.etcd.restore(snapshot)
+        scene.etcd.start()
+        for host in scene.fleet.hosts:
+            wait_for(lambda: "in this host's slot" in kvstore_says(host), "its wait", seconds=RECOVERED_S)  # noqa: B023
+            assert "its slot, before it lists etcd again" in host.cli("status", check=False).stdout
+        scene.one.container("begun", "sleep", "infinity", labels={"app": "client", "env": "begun"})
+        wait_for(lambda: scene.reaches("begun"), "what has begun meanwhile", seconds=RECOVERED_S)
+        assert machine_known(scene) == [], "somebody has listed"
+        for host in scene.fleet.hosts:
+            host.handed_over = {}
+            assert "before this host's slot" in host.cli("start-now", "--by", "alice").stdout
+        wait_for(lambda: len(machine_known(scene)) == 2, "machine of the snapshot", seconds=RECOVERED_S)
+        scene.checker.wait_agreed()
+        assert scene.reaches("begun")
+        scene.etcd.ctl("del", MACHINE)
+
+
+def kvstore_says(host: FleetHost) -> str:
+    return str(host.api("/v1/healthz")["kvstore"]["msg"])
 
 
 # --- another number

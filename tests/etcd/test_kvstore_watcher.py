@@ -17,6 +17,7 @@ from kvstore import schema
 from kvstore.client import Client
 from kvstore.ops import put_op
 from kvstore.sink import TableSink
+from kvstore.watch import Change
 from kvstore.watcher import Follower, State, staleness
 from tests.support.etcd import EtcdCluster, EtcdServer
 from tests.support.eventually import eventually
@@ -241,6 +242,57 @@ async def test_a_store_restored_from_after_the_view_is_resumed(
         await eventually(lambda: sink.view == {"k/b": b"1"}, "what happened meanwhile")
     assert len(sink.lists) == 1
     assert sink.deletions == ["k/a"]
+
+
+async def test_who_waits_for_its_turn_to_list_follows_what_changes(
+    etcd: EtcdServer, client: Client, tmp_path: Path
+) -> None:
+    turn = asyncio.Event()
+    asked: list[bool] = []
+
+    async def gate(has_view: bool) -> None:
+        asked.append(has_view)
+        if has_view:
+            await turn.wait()
+
+    await client.put("k/a", "1")
+    await client.put("k/b", "1")
+    etcd.snapshot(tmp_path / "snapshot")
+    sink = Recorder()
+    seen: list[Change] = []
+    follower = Follower(client, "k/", sink, gate=gate, observer=seen.extend)
+
+    def waits() -> bool:
+        return follower.state is State.WAITING and not follower.error
+
+    async with following(follower):
+        await eventually(lambda: sink.synced == 1, "in sync")
+        await client.put("k/lost", "1")
+        await eventually(lambda: "k/lost" in sink.view, "what the snapshot will not have")
+        etcd.restore(tmp_path / "snapshot")
+        etcd.start()
+        await client.put("k/gap", "1")  # perhaps before anybody looks
+        await eventually(waits, "its wait")
+        seen.clear()
+        fresh_at = follower.fresh_at
+        await client.put("k/a", "2")
+        await client.delete("k/b")
+        await client.put("k/new", "1")
+        await eventually(lambda: "k/new" in sink.view, "what changes meanwhile")
+        assert (sink.view["k/a"], "k/b" in sink.view) == (b"2", False)
+        assert [each.key for each in seen][-3:] == ["k/a", "k/b", "k/new"]
+        assert (len(sink.lists), follower.revision, follower.fresh_at) == (1, 0, fresh_at)
+        etcd.restart()
+        await eventually(lambda: len(asked) > 2 and waits(), "its wait for the same turn, after trouble")
+        await client.put("k/a", "3")
+        await eventually(lambda: sink.view["k/a"] == b"3", "what changes after the trouble")
+        assert len(sink.lists) == 1
+        turn.set()
+        await eventually(is_watching(follower), "the list")
+        assert sink.lists[1] == {"k/a": b"3", "k/new": b"1", "k/gap": b"1"}
+        await client.put("k/after", "1")
+        await eventually(lambda: "k/after" in sink.view, "what changes after the list")
+        assert (len(sink.lists), sink.synced, asked[:2]) == (2, 1, [False, True])
 
 
 async def test_resume_from_a_checkpoint_delivers_what_was_missed(client: Client) -> None:

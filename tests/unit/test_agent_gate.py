@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from itertools import pairwise
 
 import pytest
 
 from agent.gate import Gates
 from core.waiting import current
+from prestart.decision import Kind
 from prestart.handover import Handover, boot_time
+from prestart.window import window_length
 
 HOUR_S = 3600.0
 
@@ -65,3 +68,68 @@ async def test_nothing_to_wait_for() -> None:
     gates = Gates(Handover())
     await gates.connect()
     assert gates.open("alice") == 0.0
+
+
+def late(name: str = "b", names: tuple[str, ...] = ("a", "b", "c"), window: float = HOUR_S) -> Gates:
+    """Gates of a host long after its start."""
+    gates = Gates(Handover(boot_time() - HOUR_S, boot_time() - HOUR_S, Kind.RESUME, window=window))
+    gates.cluster = lambda: (name, names)
+    return gates
+
+
+async def test_a_view_lost_later_waits_for_its_slot_and_one_slot_serves_all_views() -> None:
+    gates = late(window=0.9)
+    offset = (time.time() - 0.45) % 0.9  # b is in the middle of each window
+    waits = [asyncio.create_task(gates.relist(True)) for _ in range(3)]
+    began = time.monotonic()
+    await asyncio.gather(*waits)
+    assert (offset + time.monotonic() - began) % 0.9 < 0.3
+    began = time.monotonic()
+    await gates.relist(True)  # a moment later than the others
+    assert time.monotonic() - began < 0.3
+
+
+async def test_an_order_opens_one_later_slot() -> None:
+    gates = late()
+    gates.handover = gates.handover._replace(window=24 * HOUR_S)
+    if gates.handover.next_relist(*gates.cluster()) - boot_time() < 60:
+        gates.cluster = lambda: ("c", ("a", "b", "c"))  # this is the very minute of b
+    wait = asyncio.create_task(gates.relist(True))
+    await asyncio.sleep(0.01)
+    assert [each.purpose for each in current()] == ["its slot, before it lists etcd again"]
+    assert gates.open("alice") == pytest.approx(
+        gates.handover.next_relist(*gates.cluster()) - boot_time(), abs=1
+    )
+    await asyncio.wait_for(wait, 5)
+    await asyncio.wait_for(gates.relist(True), 5)  # the other views of this host
+    assert (gates.relist_left, current()) == (0, [])
+    gates._slot_boot -= 48 * HOUR_S  # days later
+    wait = asyncio.create_task(gates.relist(True))
+    await asyncio.sleep(0.01)
+    assert not wait.done()
+    assert gates.relist_left > 0
+    wait.cancel()
+    await asyncio.wait([wait])
+
+
+async def test_who_has_no_view_or_no_hook_lists_at_once() -> None:
+    await asyncio.wait_for(late().relist(False), 5)
+    gates = Gates(Handover())
+    gates.cluster = lambda: ("b", ("a", "b", "c"))
+    await asyncio.wait_for(gates.relist(True), 5)
+
+
+def test_the_lists_of_a_fleet_are_spread_over_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them find out at one moment that etcd was restored."""
+    moment = 1_800_000_000.0
+    monkeypatch.setattr("prestart.handover.time.time", lambda: moment)
+    monkeypatch.setattr("prestart.handover.boot_time", lambda: 0.0)
+    names = [f"host-{number:04}" for number in range(1000)]
+    handover = Handover(0.0, 0.0, Kind.FRESH)
+    at = sorted(handover.next_relist(name, names) for name in names)
+    window = window_length(len(names))
+    assert window == pytest.approx(20 * 60)
+    assert 0 <= at[0] <= at[-1] <= window
+    gaps = [later - earlier for earlier, later in pairwise(at)]
+    assert max(gaps) < 1.1 * window / len(names)
+    assert min(gaps) > 0.9 * window / len(names)

@@ -177,6 +177,8 @@ def test_agent_reads_what_the_hook_hands_over() -> None:
     now = Now(1_800_000_000.0, boot, "boot-1")
     decision = DECISION._replace(kind=Kind.RESUME, connect_at=now.wall + 40, relist_at=now.wall + 900)
     message = handover.Handover.read(handover.variables(now, decision))
+    assert message.window is None
+    assert handover.Handover.read(handover.variables(now, decision, 90.0)).window == 90
     assert (message.kind, message.reason) == (Kind.RESUME, "because")
     assert message.connect_boot == pytest.approx(boot + 40, abs=0.01)
     assert message.relist_boot == pytest.approx(boot + 900, abs=0.01)
@@ -188,7 +190,9 @@ def test_agent_without_the_hook_waits_for_nothing() -> None:
     assert (message.connect_wait(), message.relist_wait(), message.kind) == (0, 0, None)
 
 
-@pytest.mark.parametrize("name", [handover.CONNECT, handover.CONNECT_BOOT, handover.RELIST, handover.KIND])
+@pytest.mark.parametrize(
+    "name", [handover.CONNECT, handover.CONNECT_BOOT, handover.RELIST, handover.WINDOW, handover.KIND]
+)
 @pytest.mark.parametrize("text", ["", "soon", "nan", "inf"])
 def test_damaged_handover_is_refused(name: str, text: str) -> None:
     with pytest.raises(OptionRefused, match=name):
