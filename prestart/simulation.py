@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from core.backoff import Backoff
 from prestart.decision import Cluster, Decision, Now, Setting, decide_at
-from prestart.window import slot_fraction, slot_fractions, window_length
+from prestart.window import next_slot, slot_fraction, slot_fractions, window_length
 
 # Any moment will do: it only says where in a window the outage ends.
 BACK_AT = 1_767_225_600.0
@@ -205,14 +205,26 @@ def _starts(plan: Plan, rng: random.Random) -> list[Phase]:
 
 
 def _reconnects(plan: Plan, rng: random.Random) -> list[Phase]:
-    """Agents that live have a view, and ask for what is missing as soon as they are connected."""
+    """Agents that live ask for what is missing once they are connected; for everything, in their slot."""
+    back = [_reconnect(plan, rng) for _ in range(plan.nodes)]
     ways = {
-        Way.WINDOW: [_reconnect(plan, rng) for _ in range(plan.nodes)],
+        Way.WINDOW: back,
         Way.JITTER: [rng.uniform(0, plan.retry_cap) for _ in range(plan.nodes)],
         Way.NONE: [0.0] * plan.nodes,
     }
-    ask = Ask.CONNECT if plan.history is History.KEPT else Ask.LIST
-    return [Phase(ask, plan.retry_cap, {way: sorted(instants) for way, instants in ways.items()})]
+    first = Phase(Ask.CONNECT, plan.retry_cap, {way: sorted(instants) for way, instants in ways.items()})
+    if plan.history is History.KEPT:
+        return [first]
+    long = window_length(plan.nodes) if plan.window is None else plan.window
+    slots = slot_fractions(host_names(plan.nodes)).values()
+    ways = {
+        Way.WINDOW: [
+            next_slot(BACK_AT + at, long, slot) - BACK_AT for at, slot in zip(back, slots, strict=True)
+        ],
+        Way.JITTER: [at + rng.uniform(0, long) for at in back],
+        Way.NONE: back,
+    }
+    return [first, Phase(Ask.LIST, long, {way: sorted(instants) for way, instants in ways.items()})]
 
 
 def _reconnect(plan: Plan, rng: random.Random) -> float:

@@ -38,7 +38,6 @@ ONLY = {
     "boot_spread": (Outage.POWER_CUT, Outage.RACKS, Outage.ROLLING),
     "racks": (Outage.RACKS,),
     "over": (Outage.RACKS, Outage.ROLLING, Outage.ETCD),
-    "window": (Outage.POWER_CUT, Outage.RACKS, Outage.ROLLING),
 }
 STARTED = {Way.WINDOW: "start window", Way.JITTER: "random jitter", Way.NONE: "none"}
 RECONNECTED = {Way.WINDOW: "back-off, full jitter", Way.JITTER: "random delay", Way.NONE: "none"}
@@ -140,7 +139,8 @@ def simulate_(
       racks      --racks of neighbours boot one after another, --over
       rolling    host after host boots, --over
       etcd       etcd was away for --over; no agent restarts. Agents back off
-                 with full jitter; compacted: etcd came back without history
+                 with full jitter; compacted: etcd came back without history,
+                 and each lists in its slot while it follows what changes
 
     \b
     What hosts and etcd have kept:
@@ -198,6 +198,9 @@ def _refuse(ctx: click.Context, plan: Plan) -> None:
             "their view: kept or compacted",
             ctx,
         )
+    given = ctx.get_parameter_source("window") is not ParameterSource.DEFAULT
+    if plan.outage is Outage.ETCD and plan.history is History.KEPT and given:
+        raise click.UsageError("--window says nothing of agents that live and whose watch resumes", ctx)
     for name, value in (("boot-spread", plan.boot_spread), ("over", plan.over)):
         if value > LONGEST_WINDOW_S:
             raise click.UsageError(f"--{name} {value:.0f}s is longer than a day", ctx)
@@ -214,8 +217,8 @@ def _check_chart(path: Path) -> None:
     require_pillow()
 
 
-def _labels(plan: Plan) -> dict[Way, str]:
-    return RECONNECTED if plan.outage is Outage.ETCD else STARTED
+def _labels(plan: Plan, phase: Phase) -> dict[Way, str]:
+    return RECONNECTED if plan.outage is Outage.ETCD and phase.ask is Ask.CONNECT else STARTED
 
 
 def _outage(plan: Plan) -> str:
@@ -236,7 +239,7 @@ def _megabytes(phase: Phase, way: Way, list_bytes: int) -> float:
 
 
 def _print_phase(plan: Plan, phase: Phase, list_bytes: int) -> None:
-    labels, lists = _labels(plan), phase.ask is Ask.LIST
+    labels, lists = _labels(plan, phase), phase.ask is Ask.LIST
     of_a_list = f", {rounded(list_bytes / 1e6)} MB each" if lists else ""
     click.echo(f"\n{TITLES[phase.ask]} ({_window_text(phase)}{of_a_list})\n")
     rows = []
@@ -298,6 +301,6 @@ def _panel(plan: Plan, phase: Phase) -> Panel:
     return Panel(
         f"{TITLES[phase.ask]}, hosts a second ({_window_text(phase)})",
         step,
-        {_labels(plan)[way]: rates(each, step, phase.end) for way, each in phase.instants.items()},
+        {_labels(plan, phase)[way]: rates(each, step, phase.end) for way, each in phase.instants.items()},
         phase.even,
     )

@@ -258,10 +258,10 @@ def test_restored_from_an_old_snapshot(scene: Scene, tmp_path: Path) -> None:
 
 
 def far_slots(scene: Scene) -> dict[str, str]:
-    """Return what a start hook says where the slots of both hosts are more than ten minutes away."""
+    """Return what a start hook said a while ago; the next slots of both hosts are ten minutes away."""
     now = {
-        handover.CONNECT: str(time.time()),
-        handover.CONNECT_BOOT: str(boot_time()),
+        handover.CONNECT: str(time.time() - 600),
+        handover.CONNECT_BOOT: str(boot_time() - 600),
         handover.KIND: "resume",
     }
     names = [host.name for host in scene.fleet.hosts]

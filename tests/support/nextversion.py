@@ -41,7 +41,7 @@ CHANGES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ),
     ),
     "agent/checkpoint.py": (("\nVERSION = 1\n", "\nVERSION = 2\n"),),
-    "agent/viewfile.py": (("\nVERSION = 2\n", "\nVERSION = 3\n"),),
+    "agent/viewfile.py": (("\nVERSION = 3\n", "\nVERSION = 4\n"),),
 }
 
 

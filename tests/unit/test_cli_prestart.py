@@ -65,6 +65,14 @@ def test_agents_that_live_through_an_outage_of_etcd_are_said_to_back_off() -> No
     assert "MB/S" not in result.output
 
 
+def test_agents_that_live_list_a_restored_etcd_in_their_slots() -> None:
+    result = simulate("--nodes", "200", "--outage", "etcd", "--over", "10m", "--window", "1h")
+    first, lists = result.output.split("Full lists (window 1h0m,")
+    assert "back-off, full jitter" in first
+    assert "start window" in lists
+    assert "back-off" not in lists
+
+
 def test_a_seed_draws_other_boots_and_the_same_one_the_same() -> None:
     first, again, other = (simulate("--nodes", "50", "--seed", seed).output for seed in ("1", "1", "2"))
     assert first == again != other
@@ -150,7 +158,7 @@ def test_a_chart_that_can_not_be_written_is_an_error_that_names_it(tmp_path: Pat
         ("--racks 5", "--racks says nothing of --outage power-cut; it is for racks"),
         ("--over 5m", "--over says nothing of --outage power-cut; it is for racks, rolling, etcd"),
         ("--outage etcd --boot-spread 5s", "--boot-spread says nothing of --outage etcd"),
-        ("--outage etcd --window 5m", "--window says nothing of --outage etcd"),
+        ("--outage etcd --history kept --window 5m", "--window says nothing of agents that live"),
         ("--outage etcd --history none", "in --outage etcd agents live and keep their view"),
         ("--window 3d", "'3d': it must be auto or a duration"),
         ("--window 25h", "'25h': it must be at most 24h"),

@@ -16,7 +16,8 @@ import prestart
 from kvstore import schema
 from kvstore.etcd_pb2 import KeyValue, RangeResponse
 from kvstore.patience import RETRY_BASE_S, RETRY_CAP_S
-from prestart.decision import Cluster, Now, Setting, decide
+from prestart.decision import Cluster, Kind, Now, Setting, decide
+from prestart.handover import Handover
 from prestart.simulation import (
     BACK_AT,
     ENTRY_BYTES,
@@ -54,6 +55,7 @@ RECONNECTS = st.builds(
     outage=st.just(Outage.ETCD),
     history=st.sampled_from([History.KEPT, History.COMPACTED]),
     over=st.floats(1, 86_400),
+    window=st.none() | st.floats(0, 7_200),
     seed=st.integers(),
     retry_base=st.just(RETRY_BASE_S),
     retry_cap=st.just(RETRY_CAP_S),
@@ -148,6 +150,24 @@ def test_agents_that_live_through_an_outage_come_back_within_their_longest_pause
     # An outage of a day is an outage of ten minutes: the pauses have long been at their longest.
     day = only(plan._replace(over=86_400.0))
     assert day.peak(Way.WINDOW) == pytest.approx(phase.peak(Way.WINDOW), rel=0.1)
+
+
+def test_agents_that_live_list_a_store_without_history_in_their_slots(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the gate of an agent says it: at the even rate, whenever each of them has heard of it."""
+    plan = Plan(300, Outage.ETCD, History.COMPACTED, retry_base=RETRY_BASE_S, retry_cap=RETRY_CAP_S)
+    back, lists = simulate(plan)
+    assert (back.ask, lists.ask, lists.window) == (Ask.CONNECT, Ask.LIST, window_length(300))
+    ratio = lists.ratio(Way.WINDOW)
+    assert ratio is not None
+    assert ratio <= 1.1
+    monkeypatch.setattr("prestart.handover.time.time", lambda: BACK_AT)
+    monkeypatch.setattr("prestart.handover.boot_time", lambda: 0.0)
+    names, handover = host_names(300), Handover(kind=Kind.RESUME)
+    of_agents = sorted(handover.next_relist(name, names) for name in names)
+    simulated = sorted(instant % lists.window for instant in lists.instants[Way.WINDOW])
+    assert simulated == pytest.approx(of_agents, abs=1e-3)
 
 
 def test_a_host_that_is_alone_has_no_window_to_be_even_in() -> None:
