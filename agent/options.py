@@ -432,7 +432,7 @@ OPTIONS: tuple[Option, ...] = (
         "bpf-policy-map-max",
         Type.INT,
         16384,
-        "Entries of an endpoint's policy map",
+        "Entries of an endpoint's policy map, two of which are kept for allow-all",
         low=256,
         high=65536,
         section=_MAPS,

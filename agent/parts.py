@@ -63,6 +63,7 @@ from agent.standing import etcd_config, ipv6_range, own_node, requests_per_s
 from core.options import Config
 from core.reconciler import Reconciler
 from core.table import Table
+from datapath.allowall import BOTH_WAYS
 from datapath.devices import Devices, is_present
 from datapath.firewall import FirewallState
 from datapath.netlink import Netlink
@@ -310,7 +311,8 @@ def _enforcement(ground: Ground, store: Store, known: Knowledge) -> Enforcement:
     maps, config = ground.programs.maps, ground.config
     allow_all = AllowAll(config["state-dir"])
     policy_store = PolicyMapStore(ground.programs.catalogue, ground.programs.root, allow_all.entries)
-    engine = PolicyEngine(limit=config["bpf-policy-map-max"], mode=EnforcementMode(config["enable-policy"]))
+    room = config["bpf-policy-map-max"] - len(BOTH_WAYS)  # an emergency has its entries in every map
+    engine = PolicyEngine(limit=room, mode=EnforcementMode(config["enable-policy"]))
     policy_maps = PolicyMaps(engine, policy_store)
     derivations = Derivations(
         known.identities.table,

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from datapath.allowall import BOTH_WAYS
+from datapath.mapspec import MapCatalogue
 from tests.support.agent import AgentHost
 from tests.support.engine_fixtures import engine_parts, hub
 from tests.support.host import Hub, wait_for
@@ -147,6 +149,50 @@ def test_policy_changes_and_containers_start_meanwhile(scene: Scene) -> None:
     finally:
         scene.host.engine.docker("rm", "-f", "late")
         scene.apply(POLICY)
+
+
+def test_a_policy_that_fills_its_map_leaves_room_for_an_order(scene: Scene) -> None:
+    """What does not fit into that is refused, and what is in force stays."""
+    number = str(scene.host.endpoint_of("server")["id"])
+
+    def held() -> int:
+        ((_, entries),) = json.loads(
+            scene.host.cli("bpf", "policy", "get", number, "-o", "json").stdout
+        ).items()
+        return len(entries)
+
+    room = MapCatalogue().policy_max - len(BOTH_WAYS)
+    before = held()
+    try:
+        scene.apply(POLICY + filler(room - before))
+        wait_for(lambda: held() == room, "policy map as full as a policy may make it")
+        scene.opened("--endpoint", number)
+        assert scene.stranger_gets_in()
+        scene.ended()
+        scene.apply(POLICY + filler(room - before + 1))
+        wait_for(
+            lambda: f"needs {room + 1} map entries" in scene.host.cli("status", check=False).stdout,
+            "word of it",
+        )
+        assert held() == room
+        scene.opened("--endpoint", number)
+        assert scene.stranger_gets_in()
+    finally:
+        scene.ended()
+        scene.apply(POLICY)
+    wait_for(lambda: held() == before, "policy map as it was")
+
+
+def filler(ports: int) -> str:
+    """Return a rule that costs so many entries."""
+    ranges = [(first, min(first + 63, 10_000 + ports - 1)) for first in range(10_000, 10_000 + ports, 64)]
+    listed = ", ".join(f"{{port: '{first}', endPort: {last}, protocol: TCP}}" for first, last in ranges)
+    return f"""
+- endpointSelector: {{matchLabels: {{app: server}}}}
+  ingress:
+  - fromCIDR: [192.0.2.0/24]
+    toPorts: [{{ports: [{listed}]}}]
+"""
 
 
 def test_a_damaged_file_is_named_and_takes_nothing_back(scene: Scene) -> None:

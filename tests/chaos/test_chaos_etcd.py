@@ -281,21 +281,25 @@ def test_restored_while_the_slots_are_hours_away(scene: Scene, tmp_path: Path) -
     scene.checker.wait_agreed()
     scene.etcd.snapshot(snapshot)
     scene.etcd.ctl("del", MACHINE)
-    with scene.watched(*scene.fleet.hosts), scene.containers("begun"):
+    with scene.watched(*scene.fleet.hosts), scene.containers("between", "begun"):
         for host in scene.fleet.hosts:
             host.kill_agent()
             host.handed_over = far_slots(scene)
             host.launch_agent(**scene.options)
         for host in scene.fleet.hosts:
             wait_for(host.healthy, f"healthy agent on {host.name}", seconds=RECOVERED_S)
+        between = scene.one.container("between", "sleep", "infinity", labels={"app": "client", "env": "x"})
         scene.checker.wait_agreed()
         scene.etcd.restore(snapshot)
         scene.etcd.start()
+        key = f"{schema.IPS}default/{between}"
+        wait_for(lambda: bool(scene.etcd.ctl("get", key)), "its owner's word again", seconds=RECOVERED_S)
         for host in scene.fleet.hosts:
             wait_for(lambda: "in this host's slot" in kvstore_says(host), "its wait", seconds=RECOVERED_S)  # noqa: B023
             assert "its slot, before it lists etcd again" in host.cli("status", check=False).stdout
         scene.one.container("begun", "sleep", "infinity", labels={"app": "client", "env": "begun"})
         wait_for(lambda: scene.reaches("begun"), "what has begun meanwhile", seconds=RECOVERED_S)
+        assert scene.reaches("between")
         assert machine_known(scene) == [], "somebody has listed"
         for host in scene.fleet.hosts:
             host.handed_over = {}

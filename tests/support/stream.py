@@ -31,7 +31,8 @@ from tests.support.places import Neighbour
 from tests.support.stream_programs import CLIENT, CONTROL, COUNTER, MACHINE, PROBER, SENDER, SERVER
 
 PAUSE_MS = 100.0
-LATE_S = 1.0  # a datagram without an answer for so long is lost
+LATE_S = 1.0  # a datagram without an answer for so long is late
+LOST_S = 5.0  # one without an answer for so much longer is lost: the machine may have let a prober wait
 PORT, PUBLISHED = 9000, 8900
 PROTOCOLS = ("1", "6", "17")  # ICMP, TCP, UDP
 POLICY = """
@@ -208,14 +209,28 @@ class Flows:
 
     def check_lost(self) -> None:
         """Each datagram was answered; those of the last second are looked at the next time."""
-        facts = {name: program.fresh() for name, program in self.probers.items()}
-        since, now = self._undecided, min(each["now"] for each in facts.values())
-        self._undecided = max(since, now - LATE_S)
-        lost = {
-            name: [sent - since for sent in each["lost"] if sent >= since] for name, each in facts.items()
-        }
-        found = {name: (len(each), each[0], each[-1], now - since) for name, each in lost.items() if each}
+        since, began = self._undecided, time.monotonic()
+        found = self._unanswered(since)
+        self._undecided = max(since, began - LATE_S)
+        while found and time.monotonic() - began < LOST_S:
+            time.sleep(0.1)
+            found = self._unanswered(since, until=began - LATE_S)
         assert not found, f"datagrams without an answer (how many; s of the first, the last, now): {found}"
+
+    def _unanswered(
+        self, since: float, until: float = float("inf")
+    ) -> dict[str, tuple[int, float, float, float]]:
+        """Return how many datagrams of this time are late, and when the first and the last were sent."""
+        facts = {name: program.fresh() for name, program in self.probers.items()}
+        lost = {
+            name: [sent - since for sent in each["lost"] if since <= sent < until]
+            for name, each in facts.items()
+        }
+        return {
+            name: (len(each), each[0], each[-1], facts[name]["now"] - since)
+            for name, each in lost.items()
+            if each
+        }
 
     def forgive(self) -> None:
         """Have nothing of what was until now count in the next `check`."""

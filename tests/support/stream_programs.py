@@ -128,7 +128,7 @@ while True:
 """
 )
 # PROBER <address> <s>: a numbered datagram every 10 ms to the prober there, and an answer to each of its own.
-# `lost` are the times at which those were sent that had no answer within so many seconds.
+# `lost` are the times at which those were sent that have had no answer for so many seconds.
 PROBER = (
     _COMMON
     + """
@@ -141,7 +141,7 @@ for each in (here, there):
 selector = selectors.DefaultSelector()
 selector.register(here, selectors.EVENT_READ)
 selector.register(there, selectors.EVENT_READ)
-waiting, lost, sent, answered = {}, collections.deque(maxlen=1000), 0, 0
+waiting, lost, sent, answered = {}, {}, 0, 0
 said = tick = 0
 def send():
     try:
@@ -154,7 +154,7 @@ while True:
             data, peer = key.fileobj.recvfrom(64)
             if key.fileobj is here:
                 here.sendto(data, peer)
-            elif waiting.pop(int(data), None) is not None:
+            elif waiting.pop(int(data), None) is not None or lost.pop(int(data), None) is not None:
                 answered += 1
         except OSError:
             pass
@@ -165,10 +165,12 @@ while True:
         sent += 1
     while waiting and now - (oldest := next(iter(waiting.items())))[1] > LATE_S:
         del waiting[oldest[0]]
-        lost.append(oldest[1])
+        lost[oldest[0]] = oldest[1]
+    while len(lost) > 1000:
+        del lost[next(iter(lost))]
     if now - said >= 0.05:
         said = now
-        report("prober", sent=sent, answered=answered, lost=list(lost))
+        report("prober", sent=sent, answered=answered, lost=list(lost.values()))
 """
 )
 # SENDER <address>: a datagram, an echo request and a SYN every 10 ms, each SYN from another port.
