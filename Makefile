@@ -13,7 +13,7 @@ CI ?= 1
 TESTS ?= tests
 CHAOS ?=
 # Two files of tests at a time: most of them wait for timers and engines.  One at a time: make test PARALLEL=
-PARALLEL ?= --numprocesses=2 --dist=loadfile
+PARALLEL ?= --numprocesses=2 --dist=loadfile --durations=20
 
 .DEFAULT_GOAL := help
 .PHONY: help up down certs member join demo test chaos lint format bench bpf venv image clean
