@@ -36,7 +36,7 @@ from agent.errors import CheckpointDamaged
 from agent.ipcache import NOWHERE, Record
 from agent.policies import Document
 from agent.policy_sources import PolicyKeys
-from agent.viewfile import BLOCKS, Part, Place, Row, Shape, ViewFile, blocks_of
+from agent.viewfile import BLOCKS, NO_CLUSTER, Part, Place, Row, Shape, ViewFile, blocks_of
 from core.errors import shorten
 from core.table import Source
 from datapath.addresses import pack_ip
@@ -102,9 +102,14 @@ class View(ABC, Generic[K, V]):
 
     @property
     def place(self) -> Place:
-        """Where the view stands now: at least there, for the source may be ahead by a part of a batch."""
+        """Where the view stands now: at least there, for the source may be ahead by a part of a batch.
+
+        While a view of a lost history waits to be listed, what changes is followed, and kept as well.
+        """
+        cursor, written = self.follower.cursor, self.written
+        if cursor.must_list and written.revision > 0:
+            return Place(written.revision, NO_CLUSTER, written.confirmed)
         confirmed = time.time() - self.follower.age()
-        cursor = self.follower.cursor
         return Place(cursor.revision, cursor.cluster_id, confirmed, cursor.witness)
 
     @property

@@ -41,6 +41,8 @@ VERSION = 3
 PAGE_BYTES = 8192
 BLOCKS = 4096
 READ_AT_ONCE = 16  # blocks
+# In place of a cluster's number (a random one): the view is whole, but no history can be followed from it.
+NO_CLUSTER = 1
 COMPANIONS = ("-wal", "-shm")
 
 Row = tuple[Any, ...]  # without the key
@@ -77,7 +79,10 @@ class Shape:
         blocks = f"{name}_blocks"
         named = "CAST(key AS INTEGER)" if key_type is int else "key"
         shown = ", ".join(
-            [f"{named} AS {key}", *(f"value ->> {at} AS {each}" for at, each in enumerate(values))]
+            [
+                f"{named} AS {key}",
+                *(f"json_extract(value, '$[{at}]') AS {each}" for at, each in enumerate(values)),
+            ]
         )
         self.create = (
             f"CREATE TABLE {blocks} (block INTEGER PRIMARY KEY, records TEXT NOT NULL)",

@@ -142,6 +142,33 @@ async def test_a_view_whose_list_is_not_whole_is_not_written(tmp_path: Path) -> 
         assert not any(view.source.complete for view in two.views)
 
 
+async def test_what_is_followed_without_a_history_is_kept_and_no_history_is_resumed_from_it(
+    tmp_path: Path,
+) -> None:
+    """etcd was restored, and this host waits for its slot to list it."""
+    await first_life(tmp_path)
+    with life(tmp_path) as two:
+        await two.start()
+        for view in two.views:
+            view.follower.cursor.lost()
+        two.identities.put(f"{schema.IDENTITY_IDS}4712", b"container:app=db;")
+        await two.memory.write()
+        assert two.memory.resumable == 9
+    with life(tmp_path) as three:
+        assert await three.start() == [True] * 4
+        assert set(three.views[0].source.entries()) == {4711, 4712}
+        cursors = [view.follower.cursor for view in three.views]
+        assert [(each.revision, each.witness) for each in cursors] == [(9, None)] * 4
+        assert {each.cluster_id for each in cursors} == {viewfile.NO_CLUSTER}
+        for view in three.views:
+            view.follower.cursor.lost()
+            view.follower.cursor.listed(30, CLUSTER)
+        await three.memory.write()
+    with life(tmp_path) as four:
+        await four.start()
+        assert {each.follower.cursor.cluster_id for each in four.views} == {CLUSTER}
+
+
 async def test_a_change_leaves_the_others_of_its_block_as_they_are(tmp_path: Path) -> None:
     numbers = range(1000, 1000 + 3 * viewfile.BLOCKS)
     await first_life(tmp_path)
