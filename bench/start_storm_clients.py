@@ -26,7 +26,7 @@ from kvstore import schema
 from kvstore.client import Client
 from kvstore.config import EtcdConfig
 from kvstore.errors import KvstoreError
-from kvstore.listing import PAGE, whole_list
+from kvstore.listing import PAGE, PATIENCE, whole_list
 from kvstore.patience import RETRY_BASE_S, RETRY_CAP_S
 
 LIMIT_S = 300.0
@@ -60,7 +60,8 @@ class Lister:
 
     async def _count(self, client: Client) -> int:
         entries = 0
-        async with contextlib.aclosing(whole_list(client.transport, schema.IPS, PAGE)) as parts:
+        whole = whole_list(client.transport, schema.IPS, PAGE, patience=PATIENCE)
+        async with contextlib.aclosing(whole) as parts:
             async for part in parts:
                 entries = (0 if part.first else entries) + len(part.kvs)
         return entries

@@ -34,7 +34,7 @@ from kvstore.etcd_pb2 import (
 )
 from kvstore.etcd_pb2 import KeyValue as PbKeyValue
 from kvstore.listing import PAGE as PAGE
-from kvstore.listing import whole_list
+from kvstore.listing import PATIENCE, whole_list
 from kvstore.ops import (
     Compare,
     KeyValue,
@@ -167,7 +167,8 @@ class Client:
         A list that has to begin anew does so with another first part.  Close it (`contextlib.aclosing`)
         when leaving early.
         """
-        async with contextlib.aclosing(whole_list(self.transport, prefix, page)) as parts:
+        whole = whole_list(self.transport, prefix, page, patience=PATIENCE)
+        async with contextlib.aclosing(whole) as parts:
             async for part in parts:
                 for start in range(0, max(len(part.kvs), 1), UNPACKED_AT_ONCE):
                     kvs = part.kvs[start : start + UNPACKED_AT_ONCE]

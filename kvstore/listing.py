@@ -26,9 +26,9 @@ PAGE = 10_000
 LIST_ATTEMPTS = 3
 # Seconds between them: a compaction breaks the lists of a whole fleet at one moment.
 RETRY_BASE_S, RETRY_CAP_S = 1.0, 5.0
-# A page has this many times the time of a request: what is given up is read by etcd to its end all the same,
-# and asked for once more, which is how a loaded etcd gets more load.
-PATIENCE = 6
+# A page of a large prefix has so many times a request's time: what is given up is read by etcd to its end
+# all the same, and asked for once more, which is how a loaded etcd gets more load.
+PATIENCE = 6.0
 
 
 class Part(NamedTuple):
@@ -40,9 +40,11 @@ class Part(NamedTuple):
 
 
 async def whole_list(
-    transport: Transport, prefix: str, page: int, *, keys_only: bool = False
+    transport: Transport, prefix: str, page: int, *, keys_only: bool = False, patience: float = 1.0
 ) -> AsyncGenerator[Part, None]:
     """Yield the pages of one whole list; after a first page that is not the first, forget what came before.
+
+    Each page has `patience` times the time of a request.
 
     Raises Compacted when it had to begin anew too often.  Close it when leaving early.
     """
@@ -50,7 +52,8 @@ async def whole_list(
     for attempt in range(1, LIST_ATTEMPTS + 1):
         revision = 0
         try:
-            async with contextlib.aclosing(pages(transport, prefix, page, keys_only=keys_only)) as answers:
+            parts = pages(transport, prefix, page, keys_only=keys_only, patience=patience)
+            async with contextlib.aclosing(parts) as answers:
                 async for answer in answers:
                     first, revision = not revision, revision or answer.header.revision
                     yield Part(revision, first, answer.kvs)
@@ -62,12 +65,12 @@ async def whole_list(
 
 
 async def pages(
-    transport: Transport, prefix: str, page: int, *, keys_only: bool = False
+    transport: Transport, prefix: str, page: int, *, keys_only: bool = False, patience: float = 1.0
 ) -> AsyncGenerator[RangeResponse, None]:
     """Yield the answers of one list, all at the revision of the first.  Close it when leaving early."""
     start, end = span(prefix)
     request = RangeRequest(key=start, range_end=end, limit=page, keys_only=keys_only)
-    coming = _ask(transport, prefix, request)
+    coming = _ask(transport, prefix, request, patience)
     try:
         while True:
             try:
@@ -76,13 +79,13 @@ async def pages(
                 if "larger than max" not in error.reason or request.limit == 1:
                     raise
                 request.limit = max(request.limit // 8, 1)  # values of a megabyte: fewer fit into a message
-                coming = _ask(transport, prefix, request)
+                coming = _ask(transport, prefix, request, patience)
                 continue
             more = answer.more and len(answer.kvs) > 0
             if more:
                 request.revision = request.revision or answer.header.revision
                 request.key = answer.kvs[-1].key + b"\0"
-                coming = _ask(transport, prefix, request)
+                coming = _ask(transport, prefix, request, patience)
                 # Two rounds of the loop, and the request has left, whatever is done with this page.
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
@@ -94,10 +97,12 @@ async def pages(
         await asyncio.gather(coming, return_exceptions=True)
 
 
-def _ask(transport: Transport, prefix: str, request: RangeRequest) -> asyncio.Task[RangeResponse]:
+def _ask(
+    transport: Transport, prefix: str, request: RangeRequest, patience: float
+) -> asyncio.Task[RangeResponse]:
     wanted = RangeRequest()
     wanted.CopyFrom(request)  # it goes on changing
     call = transport.call(
-        rpc.RANGE, wanted, prefix, timeout=PATIENCE * transport.timeout, wanted=request.revision
+        rpc.RANGE, wanted, prefix, timeout=patience * transport.timeout, wanted=request.revision
     )
     return asyncio.create_task(call)
