@@ -106,6 +106,24 @@ async def test_list_starts_again_when_its_revision_is_compacted(etcd: EtcdServer
     assert calls == 5
 
 
+async def test_a_page_of_a_large_prefix_is_waited_for_longer_than_an_answer(etcd: EtcdServer) -> None:
+    """etcd reads a page that was given up to its end all the same; what a person asks for is given up."""
+    client = Client(etcd.config, timeout=0.5)
+    await client.put("k/a", "1")
+    etcd.pause()
+    try:
+        followed = asyncio.create_task(client.snapshot("k/"))
+        with pytest.raises(Unavailable):
+            await client.list("k/")
+        await asyncio.sleep(0.5)
+        assert not followed.done()
+        etcd.resume()
+        assert (await followed).items == {"k/a": b"1"}
+    finally:
+        etcd.resume()
+        await client.close()
+
+
 async def test_values_of_a_megabyte_come_in_smaller_pages(client: Client) -> None:
     value = b"x" * 1_000_000
     for index in range(70):
