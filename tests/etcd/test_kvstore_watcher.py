@@ -22,6 +22,8 @@ from kvstore.watcher import Follower, State, staleness
 from tests.support.etcd import EtcdCluster, EtcdServer
 from tests.support.eventually import eventually
 
+WINDOW_S = 3
+
 
 class Recorder:
     """A sink that holds the view and counts full lists; a list replaces nothing, as a table would."""
@@ -71,6 +73,15 @@ async def following(follower: Follower) -> AsyncIterator[Follower]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def is_compacted(etcd: EtcdServer, revision: int) -> bool:
+    with contextlib.suppress(AssertionError):
+        etcd.ctl("get", "k/0", f"--rev={revision}")
+        return False
+    with pytest.raises(AssertionError, match="has been compacted"):
+        etcd.ctl("get", "k/0", f"--rev={revision}")
+    return True
 
 
 def is_watching(follower: Follower) -> Callable[[], bool]:
@@ -161,6 +172,41 @@ async def test_compaction_while_away_gives_a_full_list_and_no_deletions(
         await eventually(lambda: len(sink.lists) == 2, "a full list")
         assert sink.lists[1] == {"k/b": b"1", "k/c": b"1"}
     assert sink.deletions == []
+
+
+async def test_a_window_of_absence_needs_no_list_where_history_is_kept_for_two(tmp_path: Path) -> None:
+    """The proportion of the compose files (tests/unit/test_compose_files.py), with seconds for minutes."""
+    options = ("--auto-compaction-mode=periodic", f"--auto-compaction-retention={2 * WINDOW_S}s")
+    etcd = EtcdServer(tmp_path / "etcd", options=options)
+    client = Client(etcd.start().config)
+    sink = Recorder()
+    follower = Follower(client, "k/", sink)
+
+    async def absence(is_over: Callable[[], bool]) -> str:
+        """Have others write until it is over; return what was written last."""
+        number = 0
+        while not is_over():
+            number += 1
+            await client.put(f"k/{number % 10}", f"{number}")
+            await asyncio.sleep(0.02)
+        return f"{number}"
+
+    try:
+        async with following(follower):
+            await eventually(lambda: sink.synced == 1, "in sync")
+        end = time.monotonic() + WINDOW_S
+        last = await absence(lambda: time.monotonic() > end)
+        async with following(follower):
+            await eventually(lambda: last.encode() in sink.view.values(), "what was missed")
+        assert len(sink.lists) == 1
+        seen = follower.revision
+        last = await absence(lambda: is_compacted(etcd, seen))
+        async with following(follower):
+            await eventually(lambda: last.encode() in sink.view.values(), "what was missed for longer")
+        assert len(sink.lists) == 2
+    finally:
+        await client.close()
+        etcd.stop()
 
 
 async def test_wiped_etcd_gives_a_full_list_and_the_table_keeps_what_is_missing(
