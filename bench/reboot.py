@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from bench import harness
 from kvstore import schema
@@ -40,18 +41,22 @@ def run(host: AgentHost) -> None:
         host.engine.docker(*command, "--label", f"app={name}", WORKLOAD_IMAGE, "sleep", "infinity")
 
 
+def inspected(host: AgentHost, name: str) -> dict[str, Any]:
+    return dict(host.engine.inspect(name))
+
+
 def running(host: AgentHost) -> bool:
-    return all(host.engine.inspect(name)["State"]["Running"] for name in CONTAINERS)
+    return all(inspected(host, name)["State"]["Running"] for name in CONTAINERS)
 
 
 def reaches(host: AgentHost, name: str) -> bool:
-    address = host.engine.inspect("server")["NetworkSettings"]["Networks"]["holdfast"]["IPAddress"]
+    address = inspected(host, "server")["NetworkSettings"]["Networks"]["holdfast"]["IPAddress"]
     return bool(address) and host.inside(name, "ping", "-c1", "-W1", address, check=False).returncode == 0
 
 
 def cut_power(host: AgentHost) -> None:
     """Have nothing of all that is alive or in the kernel; the disk stays."""
-    pids = [str(host.engine.inspect(name)["State"]["Pid"]) for name in CONTAINERS]
+    pids = [str(inspected(host, name)["State"]["Pid"]) for name in CONTAINERS]
     host.kill_agent()
     host.engine.kill()
     host.exec("kill", "-9", *pids)
