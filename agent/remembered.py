@@ -77,8 +77,8 @@ CONFIRMED_S = 60.0
 # have: the first list of 300 000 addresses is written after a minute, what a usual day changes after five
 # seconds.
 ROW_S, BLOCK_S, SHARE = 2.5e-6, 8e-5, 0.02
-# Rows made, or taken, before anybody else may run: a few milliseconds.
-ROWS_AT_ONCE = 1000
+# Rows taken, or made, before anybody else may run: a few milliseconds.
+TAKEN_AT_ONCE, MADE_AT_ONCE = 1000, 2000
 
 
 class View(ABC, Generic[K, V]):
@@ -191,8 +191,8 @@ class AddressView(View[str, Record]):
 
     async def take(self, rows: dict[str, Row]) -> bool:
         items = list(rows.items())
-        for start in range(0, len(items), ROWS_AT_ONCE):
-            self.source.upsert_many(_records(items[start : start + ROWS_AT_ONCE]))
+        for start in range(0, len(items), TAKEN_AT_ONCE):
+            self.source.upsert_many(_records(items[start : start + TAKEN_AT_ONCE]))
             await asyncio.sleep(0)
         return True
 
@@ -376,7 +376,7 @@ class Remembered:
         for block, some in await self._do(blocks_of, view.shape, keys):
             parts.append(Part(block, some, view.rows(some)))
             size += len(some)
-            if size >= ROWS_AT_ONCE:
+            if size >= MADE_AT_ONCE:
                 await self._do(self._file.merge, view.shape, parts)
                 parts, size = [], 0
         await self._do(self._file.merge, view.shape, parts)

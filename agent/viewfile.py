@@ -40,7 +40,7 @@ VERSION = 3
 # Pages of 8 KiB: a block of 300 000 addresses fills one.
 PAGE_BYTES = 8192
 BLOCKS = 4096
-READ_AT_ONCE = 16  # blocks
+READ_AT_ONCE = 13  # blocks: a thousand addresses
 # In place of a cluster's number (a random one): the view is whole, but no history can be followed from it.
 NO_CLUSTER = 1
 COMPANIONS = ("-wal", "-shm")
@@ -196,10 +196,12 @@ class ViewFile:
 
     def _merge(self, shape: Shape, part: Part) -> None:
         found = self._opened.execute(shape.find, (part.block,)).fetchone()
-        records: dict[Any, Any] = shape.raw_decoder.decode(found[0]) if found else {}
-        for key in part.keys:
-            records.pop(key, None)
-        records |= part.rows
+        records: dict[Any, Any] = part.rows
+        if found:
+            kept: dict[Any, msgspec.Raw] = shape.raw_decoder.decode(found[0])
+            for key in part.keys:
+                kept.pop(key, None)
+            records = kept | part.rows
         if records:
             self._opened.execute(shape.insert, (part.block, msgspec.json.encode(records).decode()))
         elif found:
