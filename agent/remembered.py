@@ -24,9 +24,11 @@ import sqlite3
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_network
+from itertools import repeat
 from socket import AF_INET, AF_INET6, inet_pton
 from typing import Any, Generic, TypeVar
 
@@ -280,10 +282,11 @@ class Remembered:
             place = await self._do(self._file.place, view.shape)
             chunks = self._file.rows(view.shape)
             coming = self._do(next, chunks, None)
-            while (rows := await coming) is not None:
-                coming = self._do(next, chunks, None)  # read while these are taken
-                whole &= await view.take(rows)
-                missing += [key for key, row in rows.items() if row[-1]]
+            with view.source.unheard(view.changes):  # what comes from the file is no change
+                while (rows := await coming) is not None:
+                    coming = self._do(next, chunks, None)  # read while these are taken
+                    whole &= await view.take(rows)
+                    missing += [key for key, row in rows.items() if row[-1]]
         except CheckpointDamaged as error:
             await self._put_aside(error)
             return False
@@ -417,15 +420,13 @@ def _records(rows: Sequence[tuple[str, Row]]) -> list[tuple[str, Record]]:
 
 
 def _check_prefixes(prefixes: Sequence[str]) -> None:
-    # Single IPv4 addresses, which nearly all are, without a call for each part.
+    # Single IPv4 addresses, which nearly all are, without a call of ours for each.
+    if "".join([prefix[-3:] for prefix in prefixes]) == "/32" * len(prefixes):
+        with contextlib.suppress(OSError):
+            deque(map(inet_pton, repeat(AF_INET), [prefix[:-3] for prefix in prefixes]), maxlen=0)
+            return
     for prefix in prefixes:
-        if prefix.endswith("/32"):
-            try:
-                inet_pton(AF_INET, prefix[:-3])
-            except OSError:
-                _check_prefix(prefix)
-        else:
-            _check_prefix(prefix)
+        _check_prefix(prefix)
 
 
 def _check_prefix(prefix: str) -> None:
