@@ -282,11 +282,10 @@ class Remembered:
             place = await self._do(self._file.place, view.shape)
             chunks = self._file.rows(view.shape)
             coming = self._do(next, chunks, None)
-            with view.source.unheard(view.changes):  # what comes from the file is no change
-                while (rows := await coming) is not None:
-                    coming = self._do(next, chunks, None)  # read while these are taken
-                    whole &= await view.take(rows)
-                    missing += [key for key, row in rows.items() if row[-1]]
+            while (rows := await coming) is not None:
+                coming = self._do(next, chunks, None)  # read while these are taken
+                whole &= await view.take(rows)
+                missing += [key for key, row in rows.items() if row[-1]]
         except CheckpointDamaged as error:
             await self._put_aside(error)
             return False

@@ -186,8 +186,8 @@ def floor_restored(directory: Path) -> float:
     file.close()
     target = IpcacheMap(create(MapCatalogue().ipcache))
     for rows in found:
-        keys = [target._pack_key(prefix) for prefix in rows]
-        values = [target._pack_value(IpcacheEntry(row[0], ipcache.NOWHERE, 0)) for row in rows.values()]
+        items = [(prefix, IpcacheEntry(row[0], ipcache.NOWHERE, 0)) for prefix, row in rows.items()]
+        keys, values = target._pack(items)
         began = time.perf_counter()
         target.handle.update_many(keys, values)
         seconds += time.perf_counter() - began

@@ -23,7 +23,6 @@ from kvstore import schema
 from prestart import handover
 from prestart.handover import boot_time
 from tests.support.agent import ETCD_PORT, AgentHost
-from tests.support.engine import WORKLOAD_IMAGE
 from tests.support.host import Hub, wait_for
 from tests.support.saved import Saved
 from tests.support.stream import POLICY
@@ -33,12 +32,6 @@ SLOT_S = 50 * 60.0
 CONTAINERS = ("server", "client", "stranger")
 # Before our devices' names: of endpoints, of the tunnel, of the host's own end.
 OURS = ("lxc", "cilium_", "holdfast")
-
-
-def run(host: AgentHost) -> None:
-    for name in CONTAINERS:
-        command = ("run", "-d", "--restart", "always", "--name", name, "--network", "holdfast")
-        host.engine.docker(*command, "--label", f"app={name}", WORKLOAD_IMAGE, "sleep", "infinity")
 
 
 def inspected(host: AgentHost, name: str) -> dict[str, Any]:
@@ -97,7 +90,8 @@ def main() -> None:
         host.etcdctl("put", f"{schema.POLICIES}server", stdin=POLICY)
         host.start_agent()
         host.network()
-        run(host)
+        for name in CONTAINERS:
+            host.container(name, "sleep", "infinity", labels={"app": name}, options=("--restart", "always"))
         wait_for(lambda: reaches(host, "client"), "answer of the server")
         saved = Saved(host.state)
         wait_for(lambda: len(saved.keys("identities")) >= len(CONTAINERS), "checkpoint", seconds=60)

@@ -194,11 +194,12 @@ class Follower:
         May be broken off anywhere: the list that comes has all of it.
         """
         self._enter(State.WAITING)
+        nowhere = Cursor()
         async with contextlib.aclosing(self._client.watch(self.prefix, 0)) as batches:
             async for batch in batches:
                 self.error = ""
                 self._patience.troubled("what changes is followed; its turn to list everything comes later")
-                await self._hand_on(Cursor().changes(batch))
+                await self._hand_on(nowhere.changes(batch))
 
     async def _take_pages(self) -> tuple[int, Witness | None]:
         """Hand a whole list to the sink; return its revision, and what was written last."""
