@@ -24,11 +24,9 @@ import sqlite3
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_network
-from itertools import repeat
 from socket import AF_INET, AF_INET6, inet_pton
 from typing import Any, Generic, TypeVar
 
@@ -41,7 +39,7 @@ from agent.policy_sources import PolicyKeys
 from agent.viewfile import BLOCKS, NO_CLUSTER, Part, Place, Row, Shape, ViewFile, blocks_of
 from core.errors import shorten
 from core.table import Source
-from datapath.addresses import pack_ip
+from datapath.addresses import pack_hosts4, pack_ip
 from datapath.errors import DatapathError
 from datapath.maps import IpcacheMap
 from datapath.records import IpcacheEntry
@@ -282,10 +280,11 @@ class Remembered:
             place = await self._do(self._file.place, view.shape)
             chunks = self._file.rows(view.shape)
             coming = self._do(next, chunks, None)
-            while (rows := await coming) is not None:
-                coming = self._do(next, chunks, None)  # read while these are taken
-                whole &= await view.take(rows)
-                missing += [key for key, row in rows.items() if row[-1]]
+            with view.source.unheard(view.changes):  # what comes from the file is no change
+                while (rows := await coming) is not None:
+                    coming = self._do(next, chunks, None)  # read while these are taken
+                    whole &= await view.take(rows)
+                    missing += [key for key, row in rows.items() if row[-1]]
         except CheckpointDamaged as error:
             await self._put_aside(error)
             return False
@@ -409,23 +408,18 @@ class Remembered:
 
 def _records(rows: Sequence[tuple[str, Row]]) -> list[tuple[str, Record]]:
     """Return rows as the table has them.  Raises CheckpointDamaged for what this agent has not written."""
-    prefixes, values = zip(*rows, strict=True)
-    identities, hosts, keys, metadata, spaces, _ = zip(*values, strict=True)
+    identities = [row[0] for _, row in rows]
     if min(identities) <= 0 or max(identities) >= LOCAL_FLAG or HOST in identities:
         raise CheckpointDamaged("addresses: an identity is one that etcd can not have said")
-    _check_prefixes(prefixes)
-    records = map(Record, identities, map(sys.intern, hosts), keys, metadata, map(sys.intern, spaces))
-    return list(zip(prefixes, records, strict=True))
-
-
-def _check_prefixes(prefixes: Sequence[str]) -> None:
-    # Single IPv4 addresses, which nearly all are, without a call of ours for each.
-    if "".join([prefix[-3:] for prefix in prefixes]) == "/32" * len(prefixes):
-        with contextlib.suppress(OSError):
-            deque(map(inet_pton, repeat(AF_INET), [prefix[:-3] for prefix in prefixes]), maxlen=0)
-            return
-    for prefix in prefixes:
-        _check_prefix(prefix)
+    prefixes = [prefix for prefix, _ in rows]
+    if pack_hosts4(prefixes) is None:
+        for prefix in prefixes:
+            _check_prefix(prefix)
+    intern = sys.intern
+    return [
+        (prefix, Record(identity, intern(host), key, metadata, intern(space)))
+        for prefix, (identity, host, key, metadata, space, _) in rows
+    ]
 
 
 def _check_prefix(prefix: str) -> None:

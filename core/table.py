@@ -23,6 +23,7 @@ operation plus one set insertion per subscription.  A hundred thousand records c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -143,6 +144,15 @@ class Source(Generic[K, V]):
         subscription: Subscription[K] = Subscription(iter(()))
         self._subscriptions.append(subscription)
         return subscription
+
+    @contextlib.contextmanager
+    def unheard(self, subscription: Subscription[K]) -> Iterator[None]:
+        """Have a subscription hear nothing in the block: its owner is who speaks."""
+        self._subscriptions.remove(subscription)
+        try:
+            yield
+        finally:
+            self._subscriptions.append(subscription)
 
     def _changed(self, keys: Collection[K]) -> None:
         for subscription in self._subscriptions:

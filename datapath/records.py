@@ -29,6 +29,10 @@ class IpcacheEntry(NamedTuple):
     key: int = 0
 
 
+# An IpcacheEntry, or any tuple of its shape: those are made in a fifth of the time.
+RawIpcacheEntry = tuple[int, str, int]
+
+
 class PolicyKey(NamedTuple):
     """What a policy entry speaks of; 0 means any.  ICMP types stand in `dport`."""
 
