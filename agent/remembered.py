@@ -97,8 +97,12 @@ class View(ABC, Generic[K, V]):
         """Return the rows of these keys, but for those that have none."""
 
     @abstractmethod
-    async def take(self, rows: dict[K, Row]) -> bool:
-        """Give rows to the source; False when one of them could not be used.  Raises CheckpointDamaged."""
+    def items(self, rows: dict[K, Row]) -> list[Any]:
+        """Return rows as `take` wants them.  Raises CheckpointDamaged.  In the file's thread."""
+
+    @abstractmethod
+    async def take(self, items: list[Any]) -> bool:
+        """Give what rows said to the source; False when some of it could not be used."""
 
     @property
     def place(self) -> Place:
@@ -169,8 +173,11 @@ class KeyedView(View[K, V]):
             if (record := entries.get(key)) is not None
         }
 
-    async def take(self, rows: dict[K, Row]) -> bool:
-        await self.follower.deliver([self._item(key, text) for key, (text, _) in rows.items()])
+    def items(self, rows: dict[K, Row]) -> list[Item]:
+        return [self._item(key, text) for key, (text, _) in rows.items()]
+
+    async def take(self, items: list[Item]) -> bool:
+        await self.follower.deliver(items)
         return not self._sink.ignored
 
 
@@ -189,10 +196,12 @@ class AddressView(View[str, Record]):
             if (each := entries.get(key)) is not None
         }
 
-    async def take(self, rows: dict[str, Row]) -> bool:
-        items = list(rows.items())
+    def items(self, rows: dict[str, Row]) -> list[tuple[str, Record]]:
+        return _records(rows)
+
+    async def take(self, items: list[tuple[str, Record]]) -> bool:
         for start in range(0, len(items), TAKEN_AT_ONCE):
-            self.source.upsert_many(_records(items[start : start + TAKEN_AT_ONCE]))
+            self.source.upsert_many(items[start : start + TAKEN_AT_ONCE])
             await asyncio.sleep(0)
         return True
 
@@ -278,13 +287,14 @@ class Remembered:
         began, missing, whole = time.monotonic(), list[Any](), True
         try:
             place = await self._do(self._file.place, view.shape)
-            chunks = self._file.rows(view.shape)
+            chunks = self._chunks(view)
             coming = self._do(next, chunks, None)
             with view.source.unheard(view.changes):  # what comes from the file is no change
-                while (rows := await coming) is not None:
+                while (found := await coming) is not None:
                     coming = self._do(next, chunks, None)  # read while these are taken
-                    whole &= await view.take(rows)
-                    missing += [key for key, row in rows.items() if row[-1]]
+                    items, absent = found
+                    whole &= await view.take(items)
+                    missing += absent
         except CheckpointDamaged as error:
             await self._put_aside(error)
             return False
@@ -304,6 +314,11 @@ class Remembered:
             time.monotonic() - began,
         )
         return True
+
+    def _chunks(self, view: View[K, Any]) -> Iterator[tuple[list[Any], list[K]]]:
+        """Yield what the file has of a view, some at a time, and which keys of it were missing."""
+        for rows in self._file.rows(view.shape):
+            yield view.items(rows), [key for key, row in rows.items() if row[-1]]
 
     async def run(self) -> None:
         """Write what changes until cancelled."""
@@ -406,19 +421,19 @@ class Remembered:
         return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
 
-def _records(rows: Sequence[tuple[str, Row]]) -> list[tuple[str, Record]]:
+def _records(rows: dict[str, Row]) -> list[tuple[str, Record]]:
     """Return rows as the table has them.  Raises CheckpointDamaged for what this agent has not written."""
-    identities = [row[0] for _, row in rows]
+    identities = [row[0] for row in rows.values()]
     if min(identities) <= 0 or max(identities) >= LOCAL_FLAG or HOST in identities:
         raise CheckpointDamaged("addresses: an identity is one that etcd can not have said")
-    prefixes = [prefix for prefix, _ in rows]
+    prefixes = list(rows)
     if pack_hosts4(prefixes) is None:
         for prefix in prefixes:
             _check_prefix(prefix)
     intern = sys.intern
     return [
         (prefix, Record(identity, intern(host), key, metadata, intern(space)))
-        for prefix, (identity, host, key, metadata, space, _) in rows
+        for prefix, (identity, host, key, metadata, space, _) in rows.items()
     ]
 
 
