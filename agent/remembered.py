@@ -24,9 +24,11 @@ import sqlite3
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_network
+from itertools import repeat
 from socket import AF_INET, AF_INET6, inet_pton
 from typing import Any, Generic, TypeVar
 
@@ -39,7 +41,7 @@ from agent.policy_sources import PolicyKeys
 from agent.viewfile import BLOCKS, NO_CLUSTER, Part, Place, Row, Shape, ViewFile, blocks_of
 from core.errors import shorten
 from core.table import Source
-from datapath.addresses import pack_hosts4, pack_ip
+from datapath.addresses import pack_ip
 from datapath.errors import DatapathError
 from datapath.maps import IpcacheMap
 from datapath.records import IpcacheEntry
@@ -426,15 +428,22 @@ def _records(rows: dict[str, Row]) -> list[tuple[str, Record]]:
     identities = [row[0] for row in rows.values()]
     if min(identities) <= 0 or max(identities) >= LOCAL_FLAG or HOST in identities:
         raise CheckpointDamaged("addresses: an identity is one that etcd can not have said")
-    prefixes = list(rows)
-    if pack_hosts4(prefixes) is None:
-        for prefix in prefixes:
-            _check_prefix(prefix)
+    _check_prefixes(rows)
     intern = sys.intern
     return [
         (prefix, Record(identity, intern(host), key, metadata, intern(space)))
         for prefix, (identity, host, key, metadata, space, _) in rows.items()
     ]
+
+
+def _check_prefixes(prefixes: Collection[str]) -> None:
+    # Single IPv4 addresses, which nearly all are, without a call of ours for each.
+    if "".join([prefix[-3:] for prefix in prefixes]) == "/32" * len(prefixes):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in it
+            deque(map(inet_pton, repeat(AF_INET), [prefix[:-3] for prefix in prefixes]), maxlen=0)
+            return
+    for prefix in prefixes:
+        _check_prefix(prefix)
 
 
 def _check_prefix(prefix: str) -> None:

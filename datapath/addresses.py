@@ -7,8 +7,6 @@ entries pass through here at a start, and this is fifteen times faster.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import repeat
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 
 FAMILY4 = 1  # Cilium's ENDPOINT_KEY_IPV4
@@ -28,19 +26,6 @@ def unpack_address(family: int, data: bytes) -> str:
     if family == FAMILY6:
         return inet_ntop(AF_INET6, data)
     return inet_ntop(AF_INET, data[:4])
-
-
-def pack_hosts4(prefixes: Sequence[str]) -> list[bytes] | None:
-    """Return the four bytes of each prefix, or None where one of them is no single IPv4 address.
-
-    Nearly all prefixes of a fleet are, and this takes a third of the time of looking at each.
-    """
-    if "".join([prefix[-3:] for prefix in prefixes]) != "/32" * len(prefixes):
-        return None
-    try:
-        return list(map(inet_pton, repeat(AF_INET), [prefix[:-3] for prefix in prefixes]))
-    except OSError:
-        return None
 
 
 def pack_ip(text: str) -> bytes:

@@ -18,6 +18,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from socket import AF_INET, inet_pton
 from typing import Generic, NamedTuple, Self, TypeVar, cast
 
 from core.errors import shorten
@@ -25,7 +26,6 @@ from datapath import layouts
 from datapath.addresses import (
     FAMILY4,
     pack_address,
-    pack_hosts4,
     pack_ip,
     pack_mac,
     split_prefix,
@@ -240,12 +240,13 @@ class IpcacheMap(TypedMap[str, IpcacheEntry]):
         return super().upsert(cast("Iterable[tuple[str, IpcacheEntry]]", items))
 
     def _pack(self, items: Sequence[tuple[str, RawIpcacheEntry]]) -> tuple[list[bytes], list[bytes]]:
-        prefixes = [prefix for prefix, _ in items]
-        hosts = pack_hosts4(prefixes)
-        if hosts is not None:
-            keys = [_SINGLE4 + address + _PADDING4 for address in hosts]
-        else:
-            keys = [self._pack_key(prefix) for prefix in prefixes]
+        # Single IPv4 addresses, which nearly all of a hundred thousand are, without a call for each part.
+        keys = [
+            _SINGLE4 + inet_pton(AF_INET, key[:-3]) + _PADDING4
+            if key.endswith("/32") and ":" not in key
+            else self._pack_key(key)
+            for key, _ in items
+        ]
         values = [
             _pack_remote(identity, _pack_host(tunnel_endpoint), encryption_key, b"\0\0\0")
             for _, (identity, tunnel_endpoint, encryption_key) in items

@@ -343,6 +343,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "an identity of the host": (sql(altered("addresses", 0, "1")), "can not have said"),
     "a local identity": (sql(altered("addresses", 0, "16777217")), "can not have said"),
     "no prefix": (sql("UPDATE addresses_blocks SET records = replace(records, '/32', '/x32')"), "/x32"),
+    "a NUL in an address": (
+        sql("UPDATE addresses_blocks SET records = replace(records, '/32', '\\u0000/32')"),
+        "null character",
+    ),
     "a cluster of letters": (sql("UPDATE places SET cluster_id = 'xyz'"), "xyz"),
     "labels that are no text": (sql("UPDATE identities_blocks SET records = x'ff'"), "malformed"),
     "records of another shape": (sql("UPDATE nodes_blocks SET records = '{\"a\": []}'"), "length"),
