@@ -65,15 +65,22 @@ class Node(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Checkpoint:
-    """The files under one state directory.  Raises OSError where the directory can not be written."""
+    """The files under one state directory.  Writing raises OSError where that is impossible.
+
+    `damage` says what was wrong with files that this life found.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.damage: list[str] = []
         self._newer: dict[Path, bytes] = {}  # files with fields that this version does not know, as they were
         self._endpoints = directory / "endpoints"
         self._networks = directory / "networks"
-        for each in (directory, self._endpoints, self._networks):
-            each.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            for each in (directory, self._endpoints, self._networks):
+                each.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:  # what runs is kept up without it; who wants to write is told
+            logger.error("checkpoint {} can not be made: {}", directory, error.strerror)
 
     def endpoints(self) -> list[Endpoint]:
         """Return every endpoint that can be read and used, in order of number; no address comes twice."""
@@ -126,11 +133,19 @@ class Checkpoint:
             logger.error("checkpoint {} can not be read: {}", path, error.strerror)
             return None
         except (msgspec.DecodeError, HoldfastError, ValueError) as error:
-            _report(path, error)
+            self._put_aside(path, error)
             return None
         if unknown_fields(record, data):
             self._newer[path] = data
         return record
+
+    def _put_aside(self, path: Path, error: Exception) -> None:
+        try:
+            outcome = f"kept as {set_aside(path)}"
+        except OSError as problem:
+            outcome = f"it stays in place: {problem.strerror}"
+        self.damage.append(f"{path} is damaged ({error}); {outcome}")
+        logger.error("checkpoint {}", self.damage[-1])
 
     def _write(self, path: Path, record: msgspec.Struct, *, durable: bool = True) -> None:
         write_atomic(path, codec.rewrite(record, self._newer.get(path)), durable=durable)
@@ -204,12 +219,3 @@ def _check_node(path: Path, node: Node) -> None:
 def _require(right: bool, reason: str) -> None:
     if not right:
         raise CheckpointDamaged(reason)
-
-
-def _report(path: Path, error: Exception) -> None:
-    try:
-        kept = set_aside(path)
-    except OSError as problem:
-        logger.error("checkpoint {} is damaged ({}) and stays in place: {}", path, error, problem.strerror)
-        return
-    logger.error("checkpoint {} is damaged ({}); kept as {}", path, error, kept)

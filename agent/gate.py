@@ -58,12 +58,17 @@ class Gates:
         purpose = "its start slot, before it talks to etcd"
         await self._hold(self.handover.connect_wait, purpose, self._opened, self.handover.reason)
 
-    async def relist(self, has_view: bool = False) -> None:
-        """Return when everything may be listed; a host that `has_view` can wait for a slot of its own."""
-        purpose = "its slot in the start window, before it lists etcd"
-        await self._hold(self.handover.relist_wait, purpose, self._opened, self.handover.reason)
+    async def relist(self, has_view: bool) -> None:
+        """Return when everything may be listed.
+
+        A host that `has_view` can wait for its slot, in the start window or a later one.  Without a view, be
+        it that the hook counted on a checkpoint that was damaged, this is a first start: there is nothing
+        to enforce until it has listed.
+        """
         if not has_view:
             return
+        purpose = "its slot in the start window, before it lists etcd"
+        await self._hold(self.handover.relist_wait, purpose, self._opened, self.handover.reason)
         if boot_time() > self._slot_boot + SLOT_S:
             self._slot_boot = self.handover.next_relist(*self.cluster())
             self._slot_opened.clear()

@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the agent until SIGTERM or SIGINT; return the exit code."""
     try:
         config = load_config(sys.argv[1:] if argv is None else argv)
+        handover = Handover.read(os.environ)
     except HoldfastError as error:
         sys.stderr.write(f"Error: {error}\n")
         return EXIT_CONFIG
@@ -63,16 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.info("configuration {} read", config.hash[:12])
     spare_the_collector()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        moved = runner.run(run(config))
+        moved = runner.run(run(config, handover))
     if moved:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     return 0
 
 
-async def run(config: Config) -> bool:
+async def run(config: Config, handover: Handover) -> bool:
     """Run until a signal, or until the host is no longer known by its addresses, which returns True.
 
-    The kernel's state stays in force afterwards.
+    `handover` is what the start hook said.  The kernel's state stays in force afterwards.
     """
     ended, asked, moved = asyncio.Event(), asyncio.Event(), False
 
@@ -84,7 +85,7 @@ async def run(config: Config) -> bool:
         asyncio.get_running_loop().add_signal_handler(number, ask)
     supervisor = Supervisor()
     events = EventPump(_queue_size(config))
-    process = AgentProcess(config, supervisor, events.hub)
+    process = AgentProcess(config, supervisor, events.hub, Gates(handover))
     limits = Limits(limits_of(config["api-rate-limit"]))
     server = ApiServer(process, config["socket-path"], config["prometheus-serve-addr"], limits)
     starting = asyncio.create_task(_start(process, server, events, ended), name="start")
@@ -123,10 +124,9 @@ async def _start(process: AgentProcess, server: ApiServer, events: EventPump, en
     process.supervisor.start("api", server.run)
     programs = await _patiently(process, lambda: asyncio.to_thread(HostPrograms.open, config))
     events.attach(programs.maps.ring, programs.maps.monitor, programs.maps.lost)
-    gates = process.gates = Gates(Handover.read(os.environ))
 
     async def build_and_start() -> Parts:
-        parts = await build(config, events, programs, gates, server.limits)
+        parts = await build(config, events, programs, process.gates, server.limits)
         start(parts, process.supervisor)
         return parts
 

@@ -114,7 +114,8 @@ class _Turned:
 class NodeFollower:
     """Derives everything from the table of nodes.  Owner of `hosts`, which is what packets may be sent to.
 
-    `hosts` begins with what a former life knew and is exact once the nodes are in sync.  `moved` is told of
+    `hosts` begins with what a former life knew and is exact once the nodes are in sync; `caught_up` is set
+    once every record of a whole view, be it a checkpoint's, has been looked at.  `moved` is told of
     hosts that came or went, after `hosts` has changed: entries of addresses behind them are to be written.
     """
 
@@ -153,9 +154,11 @@ class NodeFollower:
                     for name in changes.take(NODES_AT_ONCE):
                         self._take(name, turned)
                     await asyncio.sleep(0)
-                complete = self._nodes.in_sync and not len(changes)
-                await self._write(turned, complete=complete)
-                turned = _Turned(hosts=set() if complete else turned.hosts)
+                exact = self._nodes.in_sync and not len(changes)
+                await self._write(turned, exact=exact)
+                turned = _Turned(hosts=set() if exact else turned.hosts)
+                if self._nodes.complete and not len(changes):
+                    self.caught_up.set()
         finally:
             self._nodes.unsubscribe(changes)
 
@@ -197,26 +200,25 @@ class NodeFollower:
         self.refused[key] = reason
         logger.warning("node {}: {}; ignored", key, reason)
 
-    async def _write(self, turned: _Turned, *, complete: bool) -> None:
-        """Write what has turned; `complete` says that every node's record has been looked at."""
-        moved = self._move_hosts(turned.hosts, complete=complete)
+    async def _write(self, turned: _Turned, *, exact: bool) -> None:
+        """Write what has turned; `exact` says that every node's record of now has been looked at."""
+        moved = self._move_hosts(turned.hosts, exact=exact)
         await _put(self._addresses, turned.prefixes, self._claimed_prefixes)
         await _put(self._pools, turned.pools, self._claimed_pools)
         if moved:
             await self._moved(moved)
-        if complete:
+        if exact:
             self._addresses.mark_in_sync()
             self._pools.mark_in_sync()
-            self.caught_up.set()
 
-    def _move_hosts(self, turned: Iterable[str], *, complete: bool) -> set[str]:
+    def _move_hosts(self, turned: Iterable[str], *, exact: bool) -> set[str]:
         """Bring `hosts` up to date; return what came or went.  Before all nodes are known nothing goes."""
         moved = set()
         for host in turned:
             if host in self._claimed_hosts and host not in self._hosts:
                 self._hosts.add(host)
                 moved.add(host)
-            elif host not in self._claimed_hosts and host in self._hosts and complete:
+            elif host not in self._claimed_hosts and host in self._hosts and exact:
                 self._hosts.discard(host)
                 moved.add(host)
         return moved

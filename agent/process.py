@@ -37,13 +37,13 @@ from identity.labels import CONTAINER, Labels
 class AgentProcess:
     """Implements AgentView; `parts` is None until the agent has been built."""
 
-    def __init__(self, config: Config, supervisor: Supervisor, monitor: MonitorHub) -> None:
+    def __init__(self, config: Config, supervisor: Supervisor, monitor: MonitorHub, gates: Gates) -> None:
         self.config = config
         self.supervisor = supervisor
         self.started = time.time()
         self.trouble = "starting"  # why there are no parts yet
         self.parts: Parts | None = None
-        self.gates: Gates | None = None
+        self.gates = gates
         self._monitor = monitor
 
     @property
@@ -68,8 +68,6 @@ class AgentProcess:
         return models.Configuration(hash=self.config.hash, options=options)
 
     def start_now(self, who: str) -> models.StartedNow:
-        if self.gates is None:
-            raise NotReady(f"the agent is not ready: {self.trouble}", hint="see holdfast status")
         return models.StartedNow(seconds=self.gates.open(who))
 
     async def metrics(self) -> bytes:

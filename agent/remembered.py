@@ -29,7 +29,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_network
 from itertools import repeat
-from socket import AF_INET, AF_INET6, inet_pton
+from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 from typing import Any, Generic, TypeVar
 
 from loguru import logger
@@ -253,6 +253,7 @@ class Remembered:
         self._grace = grace
         self._found = False  # a file with views
         self._usable = False  # one that can be written
+        self._lock = asyncio.Lock()  # a file that is set aside is nobody's in the middle of his work
         # One thread: a transaction that was broken off is undone before the next one begins.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="views")
 
@@ -284,8 +285,10 @@ class Remembered:
         """
         if view not in self.views:
             self.views.append(view)
-        if not self._found:
-            return False
+        async with self._lock:
+            return self._found and await self._restore(view)
+
+    async def _restore(self, view: View[Any, Any]) -> bool:
         began, missing, whole = time.monotonic(), list[Any](), True
         try:
             place = await self._do(self._file.place, view.shape)
@@ -320,7 +323,11 @@ class Remembered:
     def _chunks(self, view: View[K, Any]) -> Iterator[tuple[list[Any], list[K]]]:
         """Yield what the file has of a view, some at a time, and which keys of it were missing."""
         for rows in self._file.rows(view.shape):
-            yield view.items(rows), [key for key, row in rows.items() if row[-1]]
+            try:
+                items = view.items(rows)
+            except ValueError as error:
+                raise CheckpointDamaged(f"{view.shape.name}: {error}") from error
+            yield items, [key for key, row in rows.items() if row[-1]]
 
     async def run(self) -> None:
         """Write what changes until cancelled."""
@@ -351,6 +358,10 @@ class Remembered:
 
         What can not be written is tried again.
         """
+        async with self._lock:
+            await self._write(all_of_it=all_of_it)
+
+    async def _write(self, *, all_of_it: bool) -> None:
         due = [(each, each.place) for each in self.views if each.is_due and (all_of_it or each.is_affordable)]
         if not due:
             return
@@ -365,6 +376,8 @@ class Remembered:
             for view, place in due:
                 keys = view.changes.take()
                 taken.append((view, keys))
+                if view.written.revision <= 0:  # nothing of what the file has is known to hold
+                    await self._do(self._file.clear, view.shape)
                 await self._write_keys(view, keys)
                 await self._do(self._file.stand, view.shape, place)
             await self._do(self._file.commit)
@@ -426,6 +439,8 @@ class Remembered:
 def _records(rows: dict[str, Row]) -> list[tuple[str, Record]]:
     """Return rows as the table has them.  Raises CheckpointDamaged for what this agent has not written."""
     identities = [row[0] for row in rows.values()]
+    if not identities:
+        return []
     if min(identities) <= 0 or max(identities) >= LOCAL_FLAG or HOST in identities:
         raise CheckpointDamaged("addresses: an identity is one that etcd can not have said")
     _check_prefixes(rows)
@@ -447,14 +462,16 @@ def _check_prefixes(prefixes: Collection[str]) -> None:
 
 
 def _check_prefix(prefix: str) -> None:
-    for address, _, length in [prefix.partition("/")]:
-        family, most = (AF_INET6, 128) if ":" in address else (AF_INET, 32)
-        try:
-            inet_pton(family, address)
-            if not 0 <= int(length) <= most:
-                raise ValueError(length)
-        except (OSError, ValueError) as error:
-            raise CheckpointDamaged(f"addresses: {shorten(address)}/{shorten(length)}: {error}") from error
+    address, _, length = prefix.partition("/")
+    family, most = (AF_INET6, 128) if ":" in address else (AF_INET, 32)
+    try:
+        # One spelling only, or no deletion would ever find it.
+        if inet_ntop(family, inet_pton(family, address)) != address or str(int(length)) != length:
+            raise ValueError("not in canonical form")
+        if int(length) != most:
+            ip_network(prefix)
+    except (OSError, ValueError) as error:
+        raise CheckpointDamaged(f"addresses: {shorten(prefix)}: {error}") from error
 
 
 # --- without a file

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # Records in etcd that status shows; a thousand of them have one cause more often than a thousand.
 IGNORED_SHOWN = 10
+DAMAGE_SHOWN = 3  # files of the last life
 NAMES_SHOWN = 3  # services that can have no name
 NO_IPV6 = "no IPv6: this host's kernel has none"
 OK, WARNING, FAILURE, DISABLED = "Ok", "Warning", "Failure", "Disabled"
@@ -198,9 +199,11 @@ def _checkpoint(parts: Parts) -> models.Component:
     memory = parts.memory
     if memory.trouble:
         return models.Component(state=WARNING, msg=memory.trouble)
+    damaged = [*filter(None, (memory.damage, parts.gates.handover.trouble)), *parts.checkpoint.damage]
+    if damaged:
+        more = f"; {len(damaged) - DAMAGE_SHOWN} more in the log" if len(damaged) > DAMAGE_SHOWN else ""
+        return models.Component(state=WARNING, msg="; ".join(damaged[:DAMAGE_SHOWN]) + more)
     sizes = ", ".join(f"{view.shape.name} {len(view.source)}" for view in memory.views)
-    if memory.damage:
-        return models.Component(state=WARNING, msg=memory.damage)
     if memory.written_at:
         saved = f"written {when(memory.written_at)}"
     else:

@@ -11,6 +11,8 @@ from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
 
+from loguru import logger
+
 from agent.checkpoint import Checkpoint, Node, own_lease
 from agent.gate import Gates
 from agent.host import HostView, node_name
@@ -43,7 +45,11 @@ async def own_node(config: Config, checkpoint: Checkpoint, host: HostView, gates
         finally:
             await client.close()
     node = _node_record(known, name, str(wish.fixed), host.node_ip)
-    await asyncio.to_thread(checkpoint.save_node, node)
+    if node != known:
+        try:
+            await asyncio.to_thread(checkpoint.save_node, node)
+        except OSError as error:  # no reason to keep containers waiting; it is tried again
+            logger.error("checkpoint of this node can not be written: {}", error)
     return node, wish
 
 

@@ -20,6 +20,7 @@ Everything here blocks; `agent.remembered` calls it in one thread.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
 from collections import defaultdict
@@ -91,6 +92,7 @@ class Shape:
         self.find = f"SELECT records FROM {blocks} WHERE block = ?"
         self.insert = f"INSERT OR REPLACE INTO {blocks} VALUES (?, ?)"
         self.delete = f"DELETE FROM {blocks} WHERE block = ?"
+        self.clear = f"DELETE FROM {blocks}"
         self.select = (
             f"SELECT block, records FROM {blocks} WHERE block > ? ORDER BY block LIMIT {READ_AT_ONCE}"
         )
@@ -131,7 +133,9 @@ class ViewFile:
         none can be opened or made.
         """
         self.close()
-        existed = self.path.exists() and self.path.stat().st_size > 0
+        existed = self.path.exists()
+        if existed and not self.path.stat().st_size:
+            raise CheckpointDamaged("it is empty")
         # SQLite gives its journal the rights of the file.
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -139,12 +143,17 @@ class ViewFile:
         finally:
             os.close(handle)
         self._database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-        with self._named_damage():
-            self._settings(new=not existed)
-            if existed:
-                self._check()
-            else:
-                self._make()
+        try:
+            with self._named_damage():
+                self._settings(new=not existed)
+                if existed:
+                    self._check()
+                else:
+                    self._make()
+        except (OSError, sqlite3.Error):
+            if not existed:  # no room for it: an empty one would be called damaged
+                self._remove()
+            raise
         return existed
 
     def close(self) -> None:
@@ -155,9 +164,17 @@ class ViewFile:
     def set_aside(self) -> Path:
         """Put a damaged file out of the way, for a person; return where it is."""
         self.close()
+        self._remove_companions()
+        return set_aside(self.path)
+
+    def _remove(self) -> None:
+        self.close()
+        self._remove_companions()
+        self.path.unlink(missing_ok=True)
+
+    def _remove_companions(self) -> None:
         for companion in COMPANIONS:
             self.path.with_name(self.path.name + companion).unlink(missing_ok=True)
-        return set_aside(self.path)
 
     def place(self, shape: Shape) -> Place:
         """Return where a view stands."""
@@ -187,6 +204,11 @@ class ViewFile:
         """Begin a transaction; one that was broken off is undone."""
         self.undo()
         self._opened.execute("BEGIN IMMEDIATE")
+
+    def clear(self, shape: Shape) -> None:
+        """Forget all rows of a view: what follows is all there is."""
+        with self._named_damage():
+            self._opened.execute(shape.clear)
 
     def merge(self, shape: Shape, parts: Iterable[Part]) -> None:
         """Write what changes in some blocks.  Raises CheckpointDamaged for one that can not be read."""
@@ -226,7 +248,7 @@ class ViewFile:
     @property
     def _opened(self) -> sqlite3.Connection:
         if self._database is None:
-            raise sqlite3.OperationalError(f"{self.path} is not open")
+            raise OSError(errno.EBADF, "not open", str(self.path))
         return self._database
 
     @contextlib.contextmanager
@@ -235,7 +257,9 @@ class ViewFile:
         try:
             yield
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_ERROR:  # no such table, say: not as we made it
+            # Python's own has no code: text in the file that is none.
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+            if code & 0xFF == sqlite3.SQLITE_ERROR:  # no such table, say: not as we made it
                 raise CheckpointDamaged(str(error)) from error
             raise
         except (sqlite3.Error, ValueError, TypeError) as error:

@@ -113,6 +113,7 @@ class Follower:
         self._observer = observer
         self._told_in_sync = False
         self._has_view = resume_revision > 0
+        self._has_turn = False
         self._pace = _Pace()
         self._patience = Patience(f"view of {prefix}")
         self._created_at = time.monotonic()
@@ -163,10 +164,12 @@ class Follower:
                 await self._take_batch(batch)
 
     async def _list(self) -> None:
-        if self._gate is not None:
+        if self._gate is not None and not self._has_turn:
             await self._wait_for_turn(self._gate)
+        self._has_turn = True  # until the list is whole: one that fails is not put off by a window
         self._enter(State.LISTING)
         revision, newest = await self._take_pages()
+        self._has_turn = False
         self.cursor.listed(revision, self._client.transport.cluster_id, newest)
         self._sink.listed(revision)
         self._has_view = True

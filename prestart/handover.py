@@ -7,6 +7,7 @@
     HOLDFAST_WINDOW                    seconds of the window as the operator set it; auto: by cluster size
     HOLDFAST_START_KIND                fresh | resume | relist
     HOLDFAST_START_REASON              one sentence for `status`
+    HOLDFAST_START_TROUBLE             what was wrong with the hook's files, for `status`; empty: nothing
 
 The hook calls `variables`, the agent `Handover.read`.  An agent that is started without the hook (by
 hand, in tests) reads an empty environment: it may connect at once, and list whenever it likes.
@@ -30,9 +31,10 @@ WINDOW = "HOLDFAST_WINDOW"
 AUTO = "auto"
 KIND = "HOLDFAST_START_KIND"
 REASON = "HOLDFAST_START_REASON"
+TROUBLE = "HOLDFAST_START_TROUBLE"
 
 
-def variables(now: Now, decision: Decision, window: float | None = None) -> dict[str, str]:
+def variables(now: Now, decision: Decision, window: float | None = None, trouble: str = "") -> dict[str, str]:
     """Return the environment variables for the agent; `window` is what the operator set."""
     return {
         CONNECT: f"{decision.connect_at:.3f}",
@@ -41,6 +43,7 @@ def variables(now: Now, decision: Decision, window: float | None = None) -> dict
         WINDOW: AUTO if window is None else f"{window:.3f}",
         KIND: decision.kind.value,
         REASON: decision.reason,
+        TROUBLE: trouble,
     }
 
 
@@ -52,6 +55,7 @@ class Handover(NamedTuple):
     kind: Kind | None = None
     reason: str = ""
     window: float | None = None
+    trouble: str = ""
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Handover:
@@ -73,6 +77,7 @@ class Handover(NamedTuple):
             _kind(environment),
             environment.get(REASON, ""),
             None if environment.get(WINDOW, AUTO) == AUTO else max(0.0, _seconds(environment, WINDOW)),
+            environment.get(TROUBLE, ""),
         )
 
     def connect_wait(self) -> float:

@@ -43,13 +43,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OptionRefused as error:
         log("error", str(error))
         return 2
-    now = read_clocks()
-    decision = settle(options, now)
-    slot = now.boot + decision.connect_at - now.wall
-    if options.gate is Gate.START and not wait_until(slot, options.state_dir):
-        log("info", "ended during the wait; the slot is kept for the next start")
-        return 0
-    return become(options.command, {**os.environ, **handover.variables(now, decision, options.window)})
+    now, troubles = read_clocks(), list[str]()
+    decision = settle(options, now, troubles)
+    if options.gate is Gate.START:
+        who = wait_until(now.boot + decision.connect_at - now.wall, options.state_dir)
+        if who is None:
+            log("info", "ended during the wait; the slot is kept for the next start")
+            return 0
+        if who:  # the agent is not to wait either
+            now = read_clocks()
+            decision = settle(options, now, troubles, who)
+    said = handover.variables(now, decision, options.window, "; ".join(troubles))
+    return become(options.command, {**os.environ, **said})
 
 
 def read_clocks() -> Now:
@@ -61,74 +66,86 @@ def read_clocks() -> Now:
     return Now(time.time(), handover.boot_time(), boot_id)
 
 
-def settle(options: Options, now: Now) -> Decision:
-    """Decide about this start and write it down, under the lock; problems are reported, never fatal."""
+def settle(options: Options, now: Now, troubles: list[str], who: str = "") -> Decision:
+    """Decide about this start and write it down, under the lock.
+
+    Problems are reported, added to `troubles`, and never fatal.  `who` has ordered it to be now.
+    """
     try:
         options.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         with state.locked(options.state_dir):
-            return _settle(options, now)
+            return _settle(options, now, troubles, who)
     except (StateRefused, OSError) as error:
-        log("warning", f"starting without the state file: {error}")
-        return _settle(options, now)
+        _report(troubles, f"starting without the state file: {error}")
+        return _settle(options, now, troubles, who)
 
 
-def _settle(options: Options, now: Now) -> Decision:
-    last = _load_last(options, now)
+def _settle(options: Options, now: Now, troubles: list[str], who: str) -> Decision:
+    last = _load_last(options, now, troubles)
     setting = Setting(options.node_name, options.nodes, options.window)
-    order = state.ordered(options.state_dir)
+    order = who or state.ordered(options.state_dir)
     # With its time, or a second order by the same person would look like a forgotten variable.
     override = f"{order} at {now.wall:.3f}" if order else options.override
-    decision = decide(now, setting, _load_cluster(options.state_dir), last, override)
-    _report(options, decision, last)
+    decision = decide(now, setting, _load_cluster(options.state_dir, troubles), last, override)
+    _tell(options, decision, last)
     try:
         state.save(options.state_dir, options.node_name, now, decision)
     except OSError as error:
-        log("warning", f"this start can not be written down: {error}")
+        _report(troubles, f"this start can not be written down: {error}")
     return decision
 
 
-def _load_last(options: Options, now: Now) -> Last | None:
+def _load_last(options: Options, now: Now, troubles: list[str]) -> Last | None:
     try:
         return state.load(options.state_dir, options.node_name, now)
     except StateRefused as error:
-        _put_aside(options.state_dir / state.FILE, error)
+        _report(troubles, _put_aside(options.state_dir / state.FILE, error))
         return None
 
 
-def _load_cluster(directory: Path) -> Cluster | None:
+def _load_cluster(directory: Path, troubles: list[str]) -> Cluster | None:
     try:
         return cluster_file.load(directory)
     except StateRefused as error:
-        _put_aside(directory / cluster_file.FILE, error)
+        _report(troubles, _put_aside(directory / cluster_file.FILE, error))
         return None
 
 
-def _put_aside(path: Path, reason: StateRefused) -> None:
+def _put_aside(path: Path, reason: StateRefused) -> str:
     try:
-        log("warning", f"{reason}; kept as {set_aside(path)}, going on as on a first start")
+        outcome = f"kept as {set_aside(path)}"
     except OSError as error:
-        log("warning", f"{reason}; it can not be set aside ({error.strerror}), going on as on a first start")
+        outcome = f"it can not be set aside ({error.strerror})"
+    return f"{reason}; {outcome}, going on as on a first start"
 
 
-def _report(options: Options, decision: Decision, last: Last | None) -> None:
+def _report(troubles: list[str], trouble: str) -> None:
+    log("warning", trouble)
+    troubles.append(trouble)
+
+
+def _tell(options: Options, decision: Decision, last: Last | None) -> None:
     log("info", f"{options.node_name}: {decision.reason}, gate {options.gate.value}")
     if options.override and last is not None and last.override == options.override:
         log("warning", f"the override by {options.override} was for the previous start and is not used again")
 
 
-def wait_until(deadline: float, directory: Path) -> bool:
-    """Wait until `deadline` (seconds since boot) or an order; False when a signal ends the wait."""
+def wait_until(deadline: float, directory: Path) -> str | None:
+    """Wait until `deadline` (seconds since boot), a signal, or an order.
+
+    Returns who ordered, nobody ("") at the deadline, None when a signal ends the wait.
+    """
     pause, report_at = FIRST_PAUSE_S, 0.0
     while (left := deadline - (at := handover.boot_time())) > 0:
         if at >= report_at:
             log("info", f"waiting {left:.0f} s more for this host's slot (`holdfast start-now` ends it)")
             pause, report_at = min(pause * 2, LONGEST_PAUSE_S), at + pause
         if signal.sigtimedwait(ENDING, min(left, ORDER_LOOK_S)) is not None:
-            return False
+            return None
         if who := state.ordered(directory):
             log("warning", f"started now by order of {who}, {left:.0f} s before this host's slot")
-            return True
-    return True
+            return who
+    return ""
 
 
 def become(command: Sequence[str], environment: dict[str, str]) -> int:

@@ -210,9 +210,14 @@ def test_bad_option_in_a_file_names_the_file(site: Site, tmp_path: Path) -> None
     assert all(word in refused for word in ("kvstore-lease-ttl", "tomorrow", str(tmp_path))), refused
 
 
-def agent(site: Site, *arguments: str) -> str:
+def test_bad_word_of_the_start_hook_is_named(site: Site) -> None:
+    refused = agent(site, HOLDFAST_CONNECT_NOT_BEFORE="soon")
+    assert "environment HOLDFAST_CONNECT_NOT_BEFORE='soon' is not a time in seconds" in refused
+
+
+def agent(site: Site, *arguments: str, **more: str) -> str:
     """Start an agent that must refuse its configuration; return what it says."""
-    environment = {"PYTHONPATH": str(REPO)}
+    environment = {"PYTHONPATH": str(REPO), **more}
     done = site.host.exec(sys.executable, "-m", "agent", *arguments, environment=environment, check=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

@@ -341,6 +341,26 @@ async def test_who_waits_for_its_turn_to_list_follows_what_changes(
         assert (len(sink.lists), sink.synced, asked[:2]) == (2, 1, [False, True])
 
 
+async def test_a_list_that_fails_in_its_turn_waits_for_no_other(etcd: EtcdServer, client: Client) -> None:
+    """The next turn is a window away."""
+    turns = 0
+
+    async def gate(has_view: bool) -> None:
+        nonlocal turns
+        turns += 1
+        if turns == 1:
+            await asyncio.to_thread(etcd.stop)
+
+    await client.put("k/a", "1")
+    sink = Recorder()
+    follower = Follower(client, "k/", sink, gate=gate)
+    async with following(follower):
+        await eventually(lambda: follower.state is State.RETRYING, "a list that failed")
+        etcd.start()
+        await eventually(is_watching(follower), "the list")
+        assert (sink.view, turns) == ({"k/a": b"1"}, 1)
+
+
 async def test_resume_from_a_checkpoint_delivers_what_was_missed(client: Client) -> None:
     revision = await client.put("k/a", "1")
     await client.put("k/b", "2")

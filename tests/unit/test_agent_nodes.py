@@ -144,6 +144,17 @@ async def test_hosts_of_a_former_life_stay_until_the_nodes_are_listed() -> None:
         assert cluster.hosts == {"10.9.9.9"}
 
 
+async def test_nodes_of_a_checkpoint_let_addresses_be_followed_and_forget_no_host() -> None:
+    """etcd was restored, say, and the slot of this host's list is an hour away."""
+    cluster = Cluster("10.9.9.9", "10.9.9.8")
+    async with cluster.followed():
+        cluster.say("a", "10.9.9.9")
+        cluster.nodes.source("kvstore").mark_complete()
+        await eventually(cluster.follower.caught_up.is_set, "all nodes of the checkpoint are known")
+        assert cluster.hosts == {"10.9.9.9", "10.9.9.8"}
+        assert not cluster.pools.in_sync
+
+
 async def test_node_of_another_cluster_is_ignored_and_named() -> None:
     cluster = Cluster()
     async with cluster.followed():

@@ -15,11 +15,13 @@ from prometheus_client.registry import Collector
 
 from agent.api.monitor import MonitorHub
 from agent.configuration import load_config
+from agent.gate import Gates
 from agent.parts import Parts
 from agent.process import AgentProcess
 from agent.report import _incomplete
 from core import metrics
 from core.supervisor import Supervisor
+from prestart.handover import Handover
 
 
 class NeedsTheLoop(Collector):
@@ -48,7 +50,7 @@ async def collector() -> AsyncIterator[None]:
 
 
 async def test_the_loop_goes_on_while_maps_are_read_for_a_scrape(collector: None) -> None:
-    process = AgentProcess(load_config([], {}), Supervisor(), MonitorHub(16))
+    process = AgentProcess(load_config([], {}), Supervisor(), MonitorHub(16), Gates(Handover()))
     assert b"test_of_the_loop 42.0" in await process.metrics()
 
 

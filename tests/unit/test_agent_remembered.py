@@ -349,6 +349,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a cluster of letters": (sql("UPDATE places SET cluster_id = 'xyz'"), "xyz"),
     "labels that are no text": (sql("UPDATE identities_blocks SET records = x'ff'"), "malformed"),
+    "a text of no characters": (
+        sql("UPDATE identities_blocks SET records = CAST(x'7b22ff7d' AS TEXT)"),
+        "Could not decode to UTF-8",
+    ),
+    "host bits": (sql("UPDATE addresses_blocks SET records = replace(records, '/32', '/31')"), "host bits"),
+    "a length with a sign": (
+        sql("UPDATE addresses_blocks SET records = replace(records, '/32', '/+32')"),
+        "canonical form",
+    ),
+    "another spelling": (
+        sql("UPDATE addresses_blocks SET records = replace(records, 'fd00', 'FD00')"),
+        "canonical form",
+    ),
+    "nothing in it": (lambda path: path.write_bytes(b""), "it is empty"),
     "records of another shape": (sql("UPDATE nodes_blocks SET records = '{\"a\": []}'"), "length"),
     "records that are cut": (sql("UPDATE nodes_blocks SET records = '{\"a\": ['"), "truncated"),
 }
@@ -392,13 +406,68 @@ async def test_a_record_that_is_refused_makes_its_view_be_listed(
         assert await two.start() == [number != view for number in range(4)]
         assert two.views[view].follower.cursor.must_list
         assert two.memory.damage == ""
+        two.listed(20)  # etcd has it no more
+        await two.memory.write()
+    with life(tmp_path) as three:
+        assert await three.start() == [True] * 4
 
 
-async def test_an_empty_file_is_a_first_start(tmp_path: Path) -> None:
-    (tmp_path / viewfile.NAME).touch()
+async def test_a_view_from_the_future_is_as_fresh_as_one_of_now(tmp_path: Path) -> None:
+    """The clock was set back since it was written; what the view says is as good as ever."""
+    known = await first_life(tmp_path)
+    sql("UPDATE places SET confirmed = confirmed + 1e6")(tmp_path / viewfile.NAME)
+    with life(tmp_path) as two:
+        assert await two.start() == [True] * 4
+        assert two.known() == known
+        assert all(0 <= view.follower.age() < 60 for view in two.views)
+
+
+async def test_what_etcd_deleted_while_the_file_could_not_be_read_does_not_come_back(tmp_path: Path) -> None:
+    await first_life(tmp_path)
+    with life(tmp_path) as two:
+        with closing(sqlite3.connect(tmp_path / viewfile.NAME, isolation_level=None)) as other:
+            other.execute("PRAGMA locking_mode = EXCLUSIVE")
+            other.execute("BEGIN EXCLUSIVE")
+            assert await two.start() == [False] * 4
+            assert "locked" in two.memory.trouble
+        two.listed(20)  # nothing is left
+        await two.memory.write()
+        assert (two.memory.trouble, two.memory.damage) == ("", "")
+    with life(tmp_path) as three:
+        assert await three.start() == [True] * 4
+        assert three.known() == [{}] * 4
+
+
+async def test_damage_that_is_found_while_addresses_are_restored_ends_nothing(tmp_path: Path) -> None:
     with life(tmp_path) as one:
-        assert await one.start() == [False] * 4
-        assert one.memory.damage == ""
+        await one.start()
+        one.fill()
+        addresses = [f"10.2.{number >> 8}.{number & 255}" for number in range(20_000)]
+        one.addresses.take(
+            [
+                (f"{schema.IPS}default/{each}", schema.encode_ip(schema.ip_record(each, 4711)))
+                for each in addresses
+            ]
+        )
+        one.listed(9)
+        await one.memory.write()
+        known = one.known()
+    with life(tmp_path) as two:
+        await two.memory.open()
+        for view in two.views[:3]:
+            await two.memory.restore(view)
+        sql("UPDATE nodes_blocks SET records = '{'")(tmp_path / viewfile.NAME)
+        two.nodes.put(f"{schema.NODES}default/host-2", NODE.replace(b"10.0.0.2", b"10.0.0.3"))
+        two.views[2].follower.cursor.listed(10, CLUSTER)
+        restored, _ = await asyncio.gather(two.memory.restore(two.views[3]), two.memory.write())
+        assert restored
+        assert "truncated" in two.memory.damage
+        two.listed(11)
+        await two.memory.write()
+        assert two.memory.trouble == ""
+    with life(tmp_path) as three:
+        assert await three.start() == [True] * 4
+        assert [len(each) for each in three.known()] == [len(each) for each in known]
 
 
 async def test_a_directory_that_can_not_be_written_is_tried_again(tmp_path: Path) -> None:

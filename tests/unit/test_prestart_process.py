@@ -97,18 +97,23 @@ def test_override_starts_once_and_is_logged(tmp_path: Path) -> None:
 def test_damaged_file_is_kept_aside_and_reported(tmp_path: Path, file: str, damage: bytes) -> None:
     (tmp_path / file).write_bytes(damage)
     result = run(tmp_path)
-    assert handed_over(result)[handover.KIND] == "fresh"
+    given = handed_over(result)
+    assert given[handover.KIND] == "fresh"
     (kept,) = tmp_path.glob(f"{file}.damaged-*")
     assert kept.read_bytes() == damage
     assert "level=WARNING" in result.stderr
     assert str(kept) in result.stderr
+    assert str(kept) in given[handover.TROUBLE], "what status shows"
+    assert handed_over(run(tmp_path))[handover.TROUBLE] == ""
 
 
 def test_state_directory_that_is_none_does_not_stop_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = run(tmp_path / "file" / "below")
-    assert handed_over(result)[handover.KIND] == "fresh"
+    given = handed_over(result)
+    assert given[handover.KIND] == "fresh"
     assert "starting without the state file" in result.stderr
+    assert "starting without the state file" in given[handover.TROUBLE]
 
 
 def test_senseless_option_ends_with_2_and_starts_nothing(tmp_path: Path) -> None:
@@ -157,9 +162,12 @@ def test_signal_during_the_wait_ends_it_with_0(tmp_path: Path, ending: signal.Si
 
 def test_an_order_ends_the_wait_and_counts_once(tmp_path: Path) -> None:
     relist_in_a_long_window(tmp_path)
-    arguments = [*HOOK, "--state-dir", str(tmp_path), *ALWAYS_LONG, "--gate", "start", "--", "/bin/true"]
-    with subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+    arguments = [*HOOK, "--state-dir", str(tmp_path), *ALWAYS_LONG, "--gate", "start", "--", *SHOW]
+    with subprocess.Popen(
+        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
+        assert process.stdout is not None
         try:
             while "waiting" not in process.stderr.readline():
                 assert process.poll() is None
@@ -168,6 +176,12 @@ def test_an_order_ends_the_wait_and_counts_once(tmp_path: Path) -> None:
         finally:
             process.kill()
         assert "by order of alice[2J" in process.stderr.read()
+        now = time.time()
+        given = dict(line.split("=", 1) for line in process.stdout.read().splitlines())
+    assert max(float(given[handover.CONNECT]), float(given[handover.RELIST])) <= now, (
+        "the agent waits as well"
+    )
+    assert "by order of alice" in given[handover.REASON]
     assert not (tmp_path / state.ORDER).exists()
 
 
@@ -177,7 +191,9 @@ def test_an_order_from_before_the_start_is_taken_by_it(tmp_path: Path) -> None:
         (tmp_path / state.ORDER).write_text("alice")
         result = run(tmp_path, *ALWAYS_LONG, "--gate", "start")
         assert "started at once by order of alice at" in result.stderr
-        assert handed_over(result)[handover.KIND] == "relist"
+        given = handed_over(result)
+        assert given[handover.KIND] == "relist"
+        assert float(given[handover.RELIST]) <= time.time()
 
 
 def test_two_at_once_agree(tmp_path: Path) -> None:

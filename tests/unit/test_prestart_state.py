@@ -176,8 +176,9 @@ def test_agent_reads_what_the_hook_hands_over() -> None:
     boot = handover.boot_time()
     now = Now(1_800_000_000.0, boot, "boot-1")
     decision = DECISION._replace(kind=Kind.RESUME, connect_at=now.wall + 40, relist_at=now.wall + 900)
-    message = handover.Handover.read(handover.variables(now, decision))
+    message = handover.Handover.read(handover.variables(now, decision, trouble="a file is empty"))
     assert message.window is None
+    assert message.trouble == "a file is empty"
     assert handover.Handover.read(handover.variables(now, decision, 90.0)).window == 90
     assert (message.kind, message.reason) == (Kind.RESUME, "because")
     assert message.connect_boot == pytest.approx(boot + 40, abs=0.01)
