@@ -24,7 +24,7 @@ import msgspec
 
 from core import files
 from core.errors import HoldfastError
-from core.files import FileDamaged, write_atomic
+from core.files import FileDamaged, sync_directory, write_atomic
 from datapath.layouts import POLICY_ENTRY
 from datapath.maps import PolicyMap
 from datapath.mapspec import open_pinned, policy_map_name
@@ -120,14 +120,39 @@ def read(directory: Path) -> tuple[Order, ...]:
 
 
 def write(directory: Path, orders: Iterable[Order]) -> None:
-    """Replace the orders of a state directory.  Raises OSError."""
-    write_atomic(directory / FILE, msgspec.json.encode(_Content(tuple(orders))))
+    """Replace the orders of a state directory.  Raises OSError.
+
+    Where none is left and that can not be written, the file is removed, for which a full disk has room.  It
+    is not the first choice: an agent that has set a damaged file aside has to see one that says so.
+    """
+    path, content = directory / FILE, _Content(tuple(orders))
+    try:
+        write_atomic(path, msgspec.json.encode(content))
+    except OSError as error:
+        if content.orders:
+            raise
+        try:
+            path.unlink()
+            sync_directory(directory)
+        except OSError:
+            raise error from None
+
+
+def is_damaged(directory: Path) -> bool:
+    """True where the file does not tell what is ordered: it can not be used, or was set aside for that."""
+    try:
+        read(directory)
+    except (FileDamaged, OSError):
+        return True
+    path = directory / FILE
+    return not path.exists() and any(directory.glob(f"{FILE}.damaged-*"))
 
 
 def locked(directory: Path) -> AbstractContextManager[None]:
     """Keep others from changing the orders meanwhile, which is for milliseconds.
 
-    Raises OSError, TimeoutError among them: an emergency does not wait for a command that was stopped.
+    Raises TimeoutError where another command holds the lock, which may be a stopped one, and OSError where
+    it can not be had at all: an emergency goes on without it.
     """
     return files.locked(directory / LOCK, LOCK_PATIENCE_S)
 

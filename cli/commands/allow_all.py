@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,12 +82,14 @@ def allow_all(
     targets = {WHOLE_HOST} if whole else {find(each, state_dir) for each in endpoints}
     now = Now.read()
     if end:
-        finish(take_back(where, targets, now), output, "no longer allowed by order: {}")
+        orders, final = take_back(where, targets, now)
+        finish(written(where, targets, orders, now), output, "no longer allowed by order: {}", done=final)
     elif targets:
         seconds = checked(length, reason)
-        made = give_orders(where, targets, seconds, reason, by or user(), now)
+        orders = give_orders(where, targets, seconds, reason, by or user(), now)
         more = ", and those to come" if whole else ""
-        finish(made, output, f"ALL IS ALLOWED for {duration(seconds)}, to and from {{}}{more}")
+        said = f"ALL IS ALLOWED for {duration(seconds)}, to and from {{}}{more}"
+        finish(written(where, targets, orders, now), output, said)
     else:
         show(known(state_dir), now, output)
 
@@ -139,23 +141,92 @@ def saved(state_dir: Path) -> Iterator[Json]:
 
 def give_orders(
     where: Place, targets: set[int], seconds: float, reason: str, by: str, now: Now
-) -> list[Outcome]:
-    """Write down the orders, then their entries.  Raises Missing for an endpoint that has no map."""
-    from datapath.allowall import WHOLE_HOST, order
+) -> list[Order]:
+    """Write down orders; return all that are in force.  Raises Missing for an endpoint that has no map.
 
-    for each in targets - {WHOLE_HOST}:
+    A file that can not be written must not keep the maps from being opened.
+    """
+    from datapath import allowall
+
+    for each in targets - {allowall.WHOLE_HOST}:
         if not (pin := where.pins / map_name(str(each))).exists():
             raise Missing(f"there is no endpoint {each} on this host", hint=f"no map is pinned as {pin}")
-    made = [order(each, seconds, reason=reason, by=by, now=now) for each in sorted(targets)]
-    orders = change(where.state, lambda all_: [each for each in all_ if each.endpoint not in targets] + made)
-    return written(where, targets, orders, now)
+    made = [allowall.order(each, seconds, reason=reason, by=by, now=now) for each in sorted(targets)]
+    with alone(where.state):
+        orders = [each for each in standing(where.state, now) if each.endpoint not in targets] + made
+        try:
+            allowall.write(where.state, orders)
+        except OSError as error:
+            path = where.state / allowall.FILE
+            click.echo(
+                f"Warning: {path} can not be written ({error.strerror}): a running agent takes the entries"
+                " out again when it writes these maps, and nobody is told why they are there",
+                err=True,
+            )
+    return orders
 
 
-def take_back(where: Place, targets: set[int], now: Now) -> list[Outcome]:
-    orders = change(
-        where.state, lambda all_: [each for each in all_ if targets and each.endpoint not in targets]
-    )
-    return written(where, targets, orders, now)
+def take_back(where: Place, targets: set[int], now: Now) -> tuple[list[Order], bool]:
+    """End the orders of these endpoints, or all; return those that stay, and True if agents will know."""
+    from datapath import allowall
+
+    with alone(where.state):
+        before = standing(where.state, now)
+        orders = [each for each in before if targets and each.endpoint not in targets]
+        try:
+            allowall.write(where.state, orders)
+        except OSError as error:
+            ended = [each for each in before if each not in orders]
+            return orders, not outlasts(where.state, ended, error, now)
+    return orders, True
+
+
+def outlasts(state_dir: Path, ended: Sequence[Order], error: OSError, now: Now) -> bool:
+    """Say which orders an agent still goes by, as their file can not be changed; False if there is none."""
+    from datapath import allowall
+
+    path = state_dir / allowall.FILE
+    for each in ended:
+        left = duration(each.left(now))
+        click.echo(
+            f"Error: the order to allow all {place(each.endpoint)} is still in {path} ({error.strerror}):"
+            f" a running or starting agent puts the entries back until it ends, in {left}",
+            err=True,
+        )
+    unknown = not ended and allowall.is_damaged(state_dir)
+    if unknown:
+        click.echo(
+            f"Error: {path} is damaged and can not be replaced ({error.strerror}):"
+            " a running agent may go on by orders that it has read before",
+            err=True,
+        )
+    if ended or unknown:
+        click.echo("  make room on the disk, or the directory writable, and run this again", err=True)
+        return True
+    click.echo(f"Warning: {path} can not be written ({error.strerror}); it holds no such order", err=True)
+    return False
+
+
+@contextlib.contextmanager
+def alone(state_dir: Path) -> Iterator[None]:
+    """Keep other commands from changing the orders, but go on where that is not to be had.
+
+    An emergency waits for nobody.  The file is replaced as a whole: the worst is that one change is lost.
+    """
+    from datapath import allowall
+
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(allowall.locked(state_dir))
+        except TimeoutError:
+            click.echo(
+                f"Warning: another command holds {state_dir / allowall.LOCK}: going on without it;"
+                " if that one ever goes on, it may undo this",
+                err=True,
+            )
+        except OSError:
+            pass  # what keeps it from being made keeps the orders from being written, which is said then
+        yield
 
 
 def written(where: Place, targets: set[int], orders: list[Order], now: Now) -> list[Outcome]:
@@ -172,25 +243,15 @@ def written(where: Place, targets: set[int], orders: list[Order], now: Now) -> l
     return [give(each, orders, now, where.pins) for each in numbers]
 
 
-def change(state_dir: Path, replaced: Callable[[Sequence[Order]], list[Order]]) -> list[Order]:
-    """Replace the orders in the file by `replaced` of those in force; return them.
-
-    A file that can not be written must not keep the maps from being opened.
-    """
+def standing(state_dir: Path, now: Now) -> tuple[Order, ...]:
+    """Return the orders in force; a file that can not be read keeps nobody from changing them."""
     from datapath import allowall
 
     try:
-        with allowall.locked(state_dir):
-            orders = replaced(allowall.in_force(known(state_dir), allowall.Now.read()))
-            allowall.write(state_dir, orders)
+        return allowall.in_force(known(state_dir), now)
     except OSError as error:
-        orders = replaced(())
-        click.echo(
-            f"Warning: {state_dir / allowall.FILE} can not be written ({error.strerror}): a running agent"
-            " takes the entries out again when it writes these maps, and nobody is told why they are there",
-            err=True,
-        )
-    return orders
+        click.echo(f"Warning: {state_dir / allowall.FILE} can not be read ({error.strerror})", err=True)
+    return ()
 
 
 def known(state_dir: Path) -> tuple[Order, ...]:
@@ -205,9 +266,8 @@ def known(state_dir: Path) -> tuple[Order, ...]:
     return ()
 
 
-def finish(made: Iterable[Outcome], output: str | None, sentence: str) -> None:
-    """Say what became of each map; exit 1 where one could not be written."""
-    made = list(made)
+def finish(made: Sequence[Outcome], output: str | None, sentence: str, *, done: bool = True) -> None:
+    """Say what became of each map; exit 1 where one could not be written, or not all is `done`."""
     failed = [each for each in made if each.error]
     if output:
         print_json([each._asdict() for each in made])
@@ -219,7 +279,7 @@ def finish(made: Iterable[Outcome], output: str | None, sentence: str) -> None:
                 click.echo(f"  {what} by name still in force: holdfast bpf policy get {each.endpoint}")
     for each in failed:
         click.echo(f"Error: endpoint {each.endpoint}: {each.error}", err=True)
-    if failed:
+    if failed or not done:
         click.get_current_context().exit(1)
 
 

@@ -14,6 +14,7 @@ from datapath.mapspec import MapCatalogue
 from tests.support.agent import AgentHost
 from tests.support.engine_fixtures import engine_parts, hub
 from tests.support.host import Hub, wait_for
+from tests.support.stopped import stopped_command
 from tests.support.stream import POLICY
 
 __all__ = ["engine_parts", "hub"]
@@ -149,6 +150,19 @@ def test_policy_changes_and_containers_start_meanwhile(scene: Scene) -> None:
     finally:
         scene.host.engine.docker("rm", "-f", "late")
         scene.apply(POLICY)
+
+
+def test_an_order_that_ended_beside_a_stopped_command_does_not_come_back(scene: Scene) -> None:
+    """Neither at once nor with an agent that starts and compares every map."""
+    scene.opened("--host", "--for", "1h")
+    wait_for(lambda: scene.shows("ALL IS ALLOWED to and from every endpoint"), "word of the order")
+    with stopped_command(scene.host.state):
+        scene.ended()
+    assert not scene.stranger_gets_in()
+    scene.host.kill_agent()
+    scene.host.start_agent()
+    assert not scene.stranger_gets_in()
+    assert not scene.shows("ALL IS ALLOWED")
 
 
 def test_a_policy_that_fills_its_map_leaves_room_for_an_order(scene: Scene) -> None:

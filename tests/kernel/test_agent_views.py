@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from agent import ipcache, remembered, sinks, viewfile
 from agent.remembered import AddressView, Remembered
 from agent.viewfile import ViewFile
 from kvstore import schema
-from tests.support.host import REPO, run, wait_for
+from tests.support.host import REPO, wait_for
 from tests.support.lives import follower
 from tests.support.saved import Saved
 
@@ -77,18 +76,6 @@ def test_an_agent_that_is_killed_while_it_writes_leaves_one_whole_view(tmp_path:
         identities = {row[1] for row in saved.rows("addresses")}
         assert identities == {1000 + last}
         assert len(saved.rows("addresses")) == ADDRESSES
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a megabyte."""
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-    run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mounted)])
-    try:
-        yield mounted
-    finally:
-        run(["umount", str(mounted)])
 
 
 async def test_a_full_disk_keeps_the_last_view_and_is_written_when_there_is_room(small_disk: Path) -> None:

@@ -12,8 +12,9 @@ from subprocess import CompletedProcess
 
 import pytest
 
+from core.files import set_aside
 from datapath import allowall, syscall
-from datapath.allowall import FILE, Now
+from datapath.allowall import FILE, LOCK, WHOLE_HOST, Now
 from datapath.mapspec import policy_map_name
 from datapath.records import PolicyEntry, PolicyKey
 from datapath.testrun import ACT_OK, ACT_SHOT
@@ -22,8 +23,11 @@ from tests.support.bpf import own_bpffs
 from tests.support.bpflab import EGRESS, INGRESS, VM_IDENTITY, WORLD, Lab, lab_with_neighbours
 from tests.support.cli import run
 from tests.support.families import NETS, Net
+from tests.support.host import run as host_run
 from tests.support.host import wait_for
+from tests.support.stopped import stopped_command
 
+BALLAST = "ballast"
 IN, OUT = PolicyKey(0, 0, 0, INGRESS), PolicyKey(0, 0, 0, EGRESS)
 
 
@@ -41,6 +45,11 @@ class Emergency:
         )
         self._ports = iter(range(10_000, 60_000))
 
+    @property
+    def kept(self) -> list[int]:
+        """For which endpoints the file tells an agent of an order in force."""
+        return [each.endpoint for each in allowall.in_force(allowall.read(self.state), Now.read())]
+
     def holdfast(self, *words: str) -> CompletedProcess[str]:
         where = ("--state-dir", str(self.state), "--bpf-root", str(self.root.parents[1]))
         return run("allow-all", *words, *where)
@@ -55,6 +64,10 @@ class Emergency:
         frame = frames.tcp(source or net.vm, net.endpoint(number), next(self._ports), 80)
         return self.host.deliver(number, frame).verdict == ACT_OK
 
+    def ends(self, number: int) -> set[int]:
+        """Return the seconds at which the entries of an endpoint's map end."""
+        return {entry.until for _, entry in self.host.policies[number].items()}  # type: ignore[attr-defined]
+
     def leaves(self, number: int, net: Net) -> bool:
         frame = frames.tcp(net.endpoint(number), net.vm, next(self._ports), 80)
         return self.host.send(number, frame).verdict != ACT_SHOT
@@ -64,6 +77,25 @@ class Emergency:
 def scene(tmp_path: Path) -> Iterator[Emergency]:
     with lab_with_neighbours() as host, own_bpffs(tmp_path) as root:
         yield Emergency(host, root, tmp_path / "state")
+
+
+@pytest.fixture
+def full(scene: Emergency, small_disk: Path) -> Emergency:
+    """The scene with an order for the host, a longer one for endpoint 2, and no room for another word."""
+    scene.state = small_disk
+    scene.ordered("--host")
+    scene.ordered("--endpoint", "2", "--for", "2h")
+    fill(small_disk)
+    return scene
+
+
+def fill(disk: Path) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        (disk / BALLAST).write_bytes(bytes(2 << 20))
+
+
+def mount(disk: Path, mode: str) -> None:
+    host_run(["mount", "-o", f"remount,{mode}", str(disk)])
 
 
 @pytest.mark.parametrize("net", NETS, ids=lambda net: f"IPv{net.family}")
@@ -166,11 +198,100 @@ def test_maps_are_opened_when_the_orders_can_not_be_kept(scene: Emergency) -> No
 
 
 def test_an_emergency_does_not_wait_for_a_command_that_was_stopped(scene: Emergency) -> None:
-    with allowall.locked(scene.state):
+    """Neither to open nor to close; and an agent learns of it."""
+    with stopped_command(scene.state):
         done = scene.holdfast("--endpoint", "1", "--reason", "r")
-    assert done.returncode == 0
-    assert "can not be written (somebody else holds the lock)" in done.stderr
+        assert done.returncode == 0
+        assert f"Warning: another command holds {scene.state / LOCK}" in done.stderr
+        assert scene.passes(1, NETS[0])
+        assert scene.kept == [1]
+        done = scene.holdfast("--end")
+        assert done.returncode == 0
+        assert f"Warning: another command holds {scene.state / LOCK}" in done.stderr
+    assert not scene.passes(1, NETS[0])
+    assert scene.kept == []
+
+
+def test_all_orders_end_on_a_full_disk(full: Emergency) -> None:
+    """There is no room for a file without orders, but for none."""
+    done = full.holdfast("--end")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (full.state / FILE).exists()
+    assert not full.passes(1, NETS[0])
+    assert not full.passes(2, NETS[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "whose", "still_open"),
+    [
+        pytest.param(["--host"], "every endpoint of this host", {2}, id="the host's"),
+        pytest.param(["--host", "-o", "json"], "every endpoint of this host", {2}, id="the host's, as JSON"),
+        pytest.param(["--endpoint", "2"], "endpoint 2", {1, 2}, id="an endpoint's"),
+    ],
+)
+def test_one_of_two_orders_ends_on_a_full_disk(
+    full: Emergency, words: list[str], whose: str, still_open: set[int]
+) -> None:
+    """The maps follow, whatever else is ordered, and it is said that an agent will not."""
+    done = full.holdfast("--end", *words)
+    assert done.returncode == 1
+    assert (
+        f"Error: the order to allow all to and from {whose} is still in {full.state / FILE}"
+        " (No space left on device): a running or starting agent puts the entries back until it ends, in "
+    ) in done.stderr
+    assert "make room on the disk" in done.stderr
+    assert {number for number in (1, 2) if full.passes(number, NETS[0])} == still_open
+    assert full.kept == [WHOLE_HOST, 2]
+    (full.state / BALLAST).unlink()
+    assert full.holdfast("--end", *words).returncode == 0
+    assert len(full.kept) == 1
+
+
+def test_an_order_on_a_full_disk_shortens_no_other(full: Emergency) -> None:
+    """The host's holds for an endpoint with a shorter one, and an endpoint's beside a shorter one for all."""
+    before = full.ends(1), full.ends(2)
+    for words, longer in ((["--endpoint", "1"], 1), (["--host"], 2)):
+        done = full.holdfast(*words, "--for", "1m", "--reason", "r")
+        assert done.returncode == 0
+        assert f"Warning: {full.state / FILE} can not be written (No space left on device)" in done.stderr
+        assert full.ends(longer) == before[longer - 1]
+    assert full.kept == [WHOLE_HOST, 2]
+
+
+def test_orders_in_a_directory_that_is_read_only(scene: Emergency, small_disk: Path) -> None:
+    scene.state = small_disk
+    scene.ordered("--endpoint", "1")
+    mount(small_disk, "ro")
+    done = scene.holdfast("--end", "--endpoint", "2")
+    assert done.returncode == 0, "there is no such order"
+    assert "it holds no such order" in done.stderr
     assert scene.passes(1, NETS[0])
+    done = scene.holdfast("--end", "-o", "json")
+    assert done.returncode == 1
+    assert f"is still in {small_disk / FILE} (Read-only file system)" in done.stderr
+    assert [each["endpoint"] for each in json.loads(done.stdout)] == [1, 2]
+    assert not scene.passes(1, NETS[0])
+    mount(small_disk, "rw")
+    assert scene.holdfast("--end").returncode == 0
+    assert scene.kept == []
+
+
+@pytest.mark.parametrize("agent", [True, False], ids=["set aside by an agent", "no agent"])
+def test_orders_that_nobody_can_read_end_on_a_full_disk(
+    scene: Emergency, small_disk: Path, agent: bool
+) -> None:
+    """An agent that has set the file aside goes on by what it knew, until there is one again."""
+    scene.state = small_disk
+    scene.ordered("--host")
+    (small_disk / FILE).write_text("{")
+    if agent:
+        set_aside(small_disk / FILE)
+    fill(small_disk)
+    done = scene.holdfast("--end")
+    assert done.returncode == int(agent)
+    assert ("a running agent may go on by orders" in done.stderr) == agent
+    assert not (small_disk / FILE).exists()
+    assert not scene.passes(1, NETS[0])
 
 
 def test_orders_that_can_not_be_read_are_named_and_replaced(scene: Emergency) -> None:
