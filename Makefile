@@ -41,6 +41,8 @@ demo: ## two containers and a VM: one flow allowed, one denied, and why
 
 test: venv bpf ## every test, on the real kernel, etcd and docker
 	@$(SETUP)/packages.sh @test @engine
+# Some hundred agents are started that write no bytecode: each would compile itself.
+	@$(PYTHON) -m compileall -q $(dir $(wildcard */__init__.py))
 	$(SUDO) env CI=$(CI) CHAOS=$(CHAOS) $(PYTHON) -m pytest $(PARALLEL) $(TESTS)
 
 chaos: ## all scenarios of failure, those that `make test` leaves out too

@@ -281,7 +281,7 @@ def test_restored_while_the_slots_are_hours_away(scene: Scene, tmp_path: Path) -
     scene.checker.wait_agreed()
     scene.etcd.snapshot(snapshot)
     scene.etcd.ctl("del", MACHINE)
-    with scene.watched(*scene.fleet.hosts), scene.containers("between", "begun"):
+    with scene.watched(*scene.fleet.hosts), scene.containers("between", "begun", "after"):
         for host in scene.fleet.hosts:
             host.kill_agent()
             host.handed_over = far_slots(scene)
@@ -300,6 +300,12 @@ def test_restored_while_the_slots_are_hours_away(scene: Scene, tmp_path: Path) -
         scene.one.container("begun", "sleep", "infinity", labels={"app": "client", "env": "begun"})
         wait_for(lambda: scene.reaches("begun"), "what has begun meanwhile", seconds=RECOVERED_S)
         assert scene.reaches("between")
+        other = scene.fleet.hosts[1]
+        other.kill_agent()
+        other.launch_agent(**scene.options)
+        wait_for(lambda: "in this host's slot" in kvstore_says(other), "its wait again", seconds=RECOVERED_S)
+        scene.one.container("after", "sleep", "infinity", labels={"app": "client", "env": "after"})
+        wait_for(lambda: scene.reaches("after"), "what begins in the next life", seconds=RECOVERED_S)
         assert machine_known(scene) == [], "somebody has listed"
         for host in scene.fleet.hosts:
             host.handed_over = {}
@@ -311,7 +317,8 @@ def test_restored_while_the_slots_are_hours_away(scene: Scene, tmp_path: Path) -
 
 
 def kvstore_says(host: FleetHost) -> str:
-    return str(host.api("/v1/healthz")["kvstore"]["msg"])
+    status = host.api("/v1/healthz", check=False)
+    return str(status["kvstore"]["msg"]) if status else ""
 
 
 # --- another number

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from prestart import handover
 from tests.support.agent import AgentHost
 from tests.support.engine import WORKLOAD_IMAGE
 from tests.support.host import REPO, Hub, wait_for
@@ -125,6 +126,60 @@ def test_full_etcd_is_named_and_nothing_stops(small: AgentHost, flows: Flows) ->
     small.etcdctl("alarm", "disarm")
     wait_for(lambda: record in small.keys(record), "record again", seconds=90)
     wait_for(small.healthy, "healthy agent", seconds=60)
+    flows.check_unbroken()
+    flows.check_denied()
+
+
+def test_state_directory_that_can_not_be_written_is_named_and_nothing_stops(
+    small: AgentHost, flows: Flows
+) -> None:
+    """A start with a disk that has gone read-only; what can not be written down is not begun."""
+    before = [(each["id"], each["status"]["identity"]) for each in small.api("/v1/endpoint")]
+    state = str(small.state)
+    small.stop_agent()
+    small.exec("mount", "--bind", state, state)
+    small.exec("mount", "-o", "remount,bind,ro", state)
+    try:
+        small.start_agent(ipv4_range=SMALL)
+        found = small.api("/v1/healthz")["checkpoint"]
+        assert found["state"] == "Warning"
+        assert f"{state}/views.db can not be" in found["msg"]
+        assert "views.db can not be" in small.cli("status", check=False).stdout
+        assert [(each["id"], each["status"]["identity"]) for each in small.api("/v1/endpoint")] == before
+        command = ("run", "-d", "--network", "holdfast", "--name", "late", WORKLOAD_IMAGE, "sleep", "60")
+        refused = small.engine.docker(*command, check=False)
+        assert refused.returncode != 0
+        assert "Read-only file system" in refused.stderr
+        small.engine.docker("rm", "-f", "late")
+        flows.wait_progress()
+        flows.check_denied()
+    finally:
+        small.exec("umount", state)
+    small.container("late", "sleep", "infinity")
+    small.engine.docker("rm", "-f", "late")
+    wait_for(lambda: small.api("/v1/healthz")["checkpoint"]["state"] == "Ok", "checkpoint", seconds=60)
+    flows.wait_progress()
+    flows.check_unbroken()
+
+
+def test_damaged_files_of_the_last_life_stand_in_status(small: AgentHost, flows: Flows) -> None:
+    small.stop_agent()
+    (small.state / "node.json").write_bytes(b"{")
+    (small.state / "views.db").write_bytes(b"")
+    small.handed_over = {handover.CONNECT: "0", handover.TROUBLE: "prestart.json is empty"}
+    try:
+        small.start_agent(ipv4_range=SMALL)
+    finally:
+        small.handed_over = {}
+    found = small.api("/v1/healthz")["checkpoint"]
+    assert found["state"] == "Warning"
+    for words in ("node.json is damaged", "views.db was damaged (it is empty)", "prestart.json is empty"):
+        assert words in found["msg"]
+    assert {path.name.partition(".damaged-")[0] for path in small.state.glob("*.damaged-*")} == {
+        "node.json",
+        "views.db",
+    }
+    flows.wait_progress()
     flows.check_unbroken()
     flows.check_denied()
 

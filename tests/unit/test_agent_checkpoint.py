@@ -200,6 +200,14 @@ def test_an_unreadable_entry_is_skipped(tmp_path: Path) -> None:
     assert [each.id for each in checkpoint.endpoints()] == [8]
 
 
+def test_a_directory_that_can_not_be_made_is_empty_and_refuses_what_is_written() -> None:
+    """The agent starts all the same: what runs is kept up without it."""
+    none = Checkpoint(Path("/proc/holdfast"))
+    assert (none.node(), none.endpoints(), none.networks()) == (None, [], [])
+    with pytest.raises(FileNotFoundError):
+        none.save_node(Node("a", "10.1.0.0/16"))
+
+
 def test_the_lease_of_a_copied_disk_is_left_alone() -> None:
     here, elsewhere = IPv4Address("10.99.0.2"), IPv4Address("10.99.0.3")
     node = Node("host-1", "10.9.0.0/16", lease=7, lease_address=str(here))
