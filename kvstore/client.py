@@ -306,17 +306,15 @@ class Client:
         """Raise Compacted when this etcd can not be the one that `start_revision` came from."""
         header = response.header
         if cluster_id and header.cluster_id != cluster_id:
-            raise Compacted(
-                prefix, start_revision, 0, f"this is another etcd cluster ({header.cluster_id:x})"
-            )
+            reason = f"this is another etcd cluster ({header.cluster_id:x})"
+            raise Compacted(prefix, start_revision, 0, reason, head=header.revision)
         if header.revision + 1 >= start_revision:
             return
         # A member that lags behind looks the same as a wiped store: let the leader decide.
         head = await self.head(prefix)
         if head + 1 < start_revision:
-            raise Compacted(
-                prefix, start_revision, 0, f"etcd is at revision {head}: it was wiped or restored"
-            )
+            reason = f"etcd is at revision {head}: it was wiped or restored"
+            raise Compacted(prefix, start_revision, 0, reason, head=head)
 
     async def _check_witness(self, prefix: str, start_revision: int, witness: Witness) -> None:
         """Raise Compacted when what the view has seen is not in this etcd's history."""
@@ -324,8 +322,11 @@ class Client:
         answer = await self.transport.call(rpc.RANGE, request, witness.key, wanted=start_revision - 1)
         found = answer.kvs[0].mod_revision if answer.kvs else 0
         if found != witness.revision:
-            reason = f"it has another history: {witness.key} is of revision {found or 'none'}, was of"
-            raise Compacted(prefix, start_revision, 0, f"{reason} {witness.revision}: it was restored")
+            reason = (
+                f"it has another history: {witness.key} is of revision {found or 'none'}, was of "
+                f"{witness.revision}: it was restored"
+            )
+            raise Compacted(prefix, start_revision, 0, reason, head=answer.header.revision)
 
     # --- leases
 

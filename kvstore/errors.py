@@ -61,15 +61,19 @@ class Compacted(KvstoreError):
     """Raised when etcd no longer has, or never had, the history that a watch or a page needs.
 
     `compact_revision` is the oldest revision that is left, or 0 when etcd's history is younger than
-    `wanted` (it was wiped or restored from a backup).
+    `wanted` (it was wiped or restored from a backup).  `head` is the revision that etcd was at then, 0 when
+    it did not say: what comes after it is in the history that there is now.
     """
 
-    def __init__(self, prefix: str, wanted: int, compact_revision: int, detail: str = "") -> None:
+    def __init__(
+        self, prefix: str, wanted: int, compact_revision: int, detail: str = "", *, head: int = 0
+    ) -> None:
         reason = detail or f"compacted up to {compact_revision}"
         super().__init__(f"{shorten(prefix)!r}: the history from revision {wanted} on is gone: {reason}")
         self.prefix = prefix
         self.wanted = wanted
         self.compact_revision = compact_revision
+        self.head = head
 
 
 class LeaseNotFound(KvstoreError):

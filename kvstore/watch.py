@@ -191,14 +191,14 @@ class WatchStream:
     def check(self, response: WatchResponse, key: str, start_revision: int) -> None:
         """Raise what a canceled watch means: Compacted, PermissionDenied, else Unavailable."""
         if response.compact_revision:
-            raise Compacted(key, start_revision, response.compact_revision)
+            raise Compacted(key, start_revision, response.compact_revision, head=response.header.revision)
         if not response.canceled:
             return
         reason = response.cancel_reason
         if "permission denied" in reason or "user name" in reason:
             raise PermissionDenied("watch", key, self._peer.target, reason)
         if "compacted" in reason:
-            raise Compacted(key, start_revision, 0, reason)
+            raise Compacted(key, start_revision, 0, reason, head=response.header.revision)
         raise self._lost(reason or "the server canceled the watch")
 
 

@@ -7,8 +7,8 @@
     CATCHING_UP ──▶ WATCHING                resumed at a revision known from before
 
 A fleet that loses its history loses it at once, so a full list may have to wait for this host's turn (the
-gate).  WAITING is not blind: what changes from now on is followed all the while, and only what happened
-while nobody looked waits for the list.
+gate).  WAITING is not blind: what changes after the loss was noticed is followed all the while, and only what
+happened while nobody looked waits for the list.
 
 A list goes into the sink page by page, a slice at a time, so that the process does everything else
 meanwhile.  What is gone from a fresh list is what was in none of its pages, never a deletion: the sink's
@@ -114,6 +114,7 @@ class Follower:
         self._told_in_sync = False
         self._has_view = resume_revision > 0
         self._has_turn = False
+        self._meanwhile = Cursor()  # in the history that there is now, while the list waits for its turn
         self._pace = _Pace()
         self._patience = Patience(f"view of {prefix}")
         self._created_at = time.monotonic()
@@ -181,7 +182,7 @@ class Follower:
         tasks = [turn]
         try:
             if not (await asyncio.wait(tasks, timeout=SHORT_WAIT_S))[0]:
-                tasks.append(asyncio.create_task(self._follow_from_now()))
+                tasks.append(asyncio.create_task(self._follow_meanwhile()))
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
                 if task.done():
@@ -191,18 +192,22 @@ class Follower:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _follow_from_now(self) -> None:
-        """Hand on what changes from now on, for ever.  The view is not fresh by that: there is a gap before.
+    async def _follow_meanwhile(self) -> None:
+        """Hand on what has changed since the loss was noticed, for ever.
 
-        May be broken off anywhere: the list that comes has all of it.
+        The view is not fresh by that: there is a gap before.  May be broken off anywhere: the list that
+        comes has all of it.
         """
         self._enter(State.WAITING)
-        nowhere = Cursor()
-        async with contextlib.aclosing(self._client.watch(self.prefix, 0)) as batches:
+        known = self._meanwhile
+        start = known.revision + 1 if known.revision else 0
+        watch = self._client.watch(self.prefix, start, witness=known.witness)
+        async with contextlib.aclosing(watch) as batches:
             async for batch in batches:
                 self.error = ""
                 self._patience.troubled("what changes is followed; its turn to list everything comes later")
-                await self._hand_on(nowhere.changes(batch))
+                await self._hand_on(known.changes(batch))
+                known.passed(batch)
 
     async def _take_pages(self) -> tuple[int, Witness | None]:
         """Hand a whole list to the sink; return its revision, and what was written last."""
@@ -274,6 +279,7 @@ class Follower:
         if isinstance(error, Compacted | RequestRefused):
             logger.warning("{}; listing again", error)
             self.cursor.lost()
+            self._meanwhile = Cursor(error.head if isinstance(error, Compacted) else 0)
         denied = isinstance(error, PermissionDenied)
         self._enter(State.DENIED if denied else State.RETRYING)
 

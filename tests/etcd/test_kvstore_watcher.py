@@ -318,7 +318,10 @@ async def test_who_waits_for_its_turn_to_list_follows_what_changes(
         etcd.restore(tmp_path / "snapshot")
         etcd.start()
         await client.put("k/gap", "1")  # perhaps before anybody looks
+        await eventually(lambda: follower.cursor.must_list, "the loss")
+        await client.put("k/pause", "1")  # before the follower tries again
         await eventually(waits, "its wait")
+        await eventually(lambda: "k/pause" in sink.view, "what changed before the wait")
         seen.clear()
         fresh_at = follower.fresh_at
         await client.put("k/a", "2")
@@ -328,14 +331,22 @@ async def test_who_waits_for_its_turn_to_list_follows_what_changes(
         assert (sink.view["k/a"], "k/b" in sink.view) == (b"2", False)
         assert [each.key for each in seen][-3:] == ["k/a", "k/b", "k/new"]
         assert (len(sink.lists), follower.revision, follower.fresh_at) == (1, 0, fresh_at)
-        etcd.restart()
+        await asyncio.to_thread(etcd.restart)
+        await client.put("k/trouble", "1")
         await eventually(lambda: len(asked) > 2 and waits(), "its wait for the same turn, after trouble")
+        await eventually(lambda: "k/trouble" in sink.view, "what changed in the trouble")
         await client.put("k/a", "3")
         await eventually(lambda: sink.view["k/a"] == b"3", "what changes after the trouble")
         assert len(sink.lists) == 1
         turn.set()
         await eventually(is_watching(follower), "the list")
-        assert sink.lists[1] == {"k/a": b"3", "k/new": b"1", "k/gap": b"1"}
+        assert sink.lists[1] == {
+            "k/a": b"3",
+            "k/new": b"1",
+            "k/gap": b"1",
+            "k/pause": b"1",
+            "k/trouble": b"1",
+        }
         await client.put("k/after", "1")
         await eventually(lambda: "k/after" in sink.view, "what changes after the list")
         assert (len(sink.lists), sink.synced, asked[:2]) == (2, 1, [False, True])
