@@ -93,6 +93,43 @@ def test_a_restart_with_a_slow_etcd_and_long_after_it(scene: Scene) -> None:
 
 
 @pytest.mark.rare
+def test_a_lock_of_somebody_who_died(scene: Scene) -> None:
+    """cilium#9046, #9855: a lock whose holder was dead kept everybody from that identity, and stayed.
+
+    It ends with its lease; what starts meanwhile runs as `init`, and everything else goes on.
+    """
+    labels = "container:app=client;container:env=locked;container:holdfast.network=holdfast;"
+    lease = int(scene.etcd.ctl("lease", "grant", "45").split()[1], 16)
+    with scene.watched(), scene.containers("locked", "free"):
+        lock = schema.identity_lock_key(labels, lease)
+        scene.etcd.ctl("put", "--lease", f"{lease:x}", lock, stdin="dead")
+        started = {"locked": {"app": "client", "env": "locked"}, "free": {"app": "client", "env": "free"}}
+        with scene.starting(started) as ends:
+            wait_for(lambda: scene.reaches("free"), "a number for others", seconds=RECOVERED_S)
+            assert not scene.reaches("locked")
+            assert lock in scene.checker.stored()
+            wait_for(lambda: scene.reaches("locked"), "a number for its labels", seconds=RECOVERED_S)
+            assert lock not in scene.checker.stored()
+            assert [each.result() for each in ends.values()] == [0, 0]
+        scene.checker.wait_agreed()
+
+
+@pytest.mark.rare
+def test_who_lost_etcd_asks_for_it_less_and_less(scene: Scene) -> None:
+    """cilium#22037: all nodes came back at once, again and again, to an etcd that was down for it."""
+    with scene.watched():
+        asked = []
+        with scene.cut():
+            scene.wait_trouble()
+            for seconds in (10, 30):
+                before = [wire.attempts for wire in scene.wires]
+                time.sleep(seconds)
+                asked.append([wire.attempts - each for wire, each in zip(scene.wires, before, strict=True)])
+        sooner, later = asked
+        assert all(0 < after < 3 * before for before, after in zip(sooner, later, strict=True)), asked
+
+
+@pytest.mark.rare
 def test_a_first_list_that_takes_longer_than_its_time(scene: Scene) -> None:
     """cilium#7248, #8283: "timeout while retrieving initial list" ended the agent, again and again.
 

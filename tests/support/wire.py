@@ -25,10 +25,14 @@ CHUNK = 1 << 16
 
 
 class Wire:
-    """Use as a context manager; `delay` are seconds and may be changed at any time."""
+    """Use as a context manager; `delay` are seconds and may be changed at any time.
+
+    `attempts` counts the connections that were begun, those that were ended at once included.
+    """
 
     def __init__(self, host: Host, port: int) -> None:
         self.delay = 0.0
+        self.attempts = 0
         self._port = port
         self._is_cut = False
         self._open: set[socket.socket] = set()
@@ -72,6 +76,7 @@ class Wire:
         with contextlib.suppress(OSError):
             while True:
                 agent, _ = self._listener.accept()
+                self.attempts += 1
                 threading.Thread(target=self._serve, args=(agent,), daemon=True).start()
 
     def _serve(self, agent: socket.socket) -> None:
