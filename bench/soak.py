@@ -9,7 +9,8 @@ soak_faults
 soak_recovery_s
     Median of the time from the end of a fault until all agree again; the longest is a comment.
 
-Containers come and go on host 1 meanwhile.  The seed of the faults is printed; give it to have them again.
+Containers come and go on host 1 meanwhile.  None of a group's faults is done again before all others of it
+were.  The seed of the faults is printed; give it to have them again.
 
 Run: python -m bench.soak [seconds [seed]]
 """
@@ -28,8 +29,9 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from bench import harness
-from tests.support.chaos import Scene, new_scene
+from tests.support.chaos import RECOVERED_S, Scene, full, missing, new_scene, refusing, slow
 from tests.support.fleet import FleetHost
+from tests.support.host import wait_for
 
 HOSTS = 3
 SECONDS = 600.0
@@ -40,13 +42,17 @@ Fault = Callable[["Soak"], AbstractContextManager[None]]
 
 
 class Soak:
-    """A scene whose engines keep their containers, and the faults that are done to it."""
+    """A scene whose engines keep their containers, a snapshot of its etcd, and what is done to it."""
 
-    def __init__(self, scene: Scene, chance: random.Random) -> None:
+    def __init__(self, scene: Scene, chance: random.Random, directory: Path) -> None:
         self.scene, self.chance = scene, chance
+        self.snapshot = directory / "first.snapshot"
         self._started = 0
         for host in scene.fleet.hosts:  # containers outlive their engine
             host.engine.configure(live_restore=True)
+        with self.passing_container():
+            scene.checker.wait_agreed()
+            scene.etcd.snapshot(self.snapshot)
 
     def some_host(self) -> FleetHost:
         return self.chance.choice(self.scene.fleet.hosts)
@@ -55,11 +61,13 @@ class Soak:
         """Let the present faults last."""
         time.sleep(self.chance.uniform(*LASTS_S))
 
-    def container_comes_and_goes(self) -> None:
+    @contextlib.contextmanager
+    def passing_container(self) -> Iterator[None]:
         name = f"passing-{self._started}"
         self._started += 1
         with self.scene.containers(name):
             self.scene.one.container(name, "sleep", "infinity", labels={"app": self.chance.choice("abc")})
+            yield
 
     def round(self, faults: list[Fault]) -> float:
         """Do these faults at once; return the seconds until all agreed.  AssertionError names what broke."""
@@ -101,6 +109,36 @@ def etcd_killed(soak: Soak) -> Iterator[None]:
         soak.scene.etcd.start()
 
 
+def etcd_slow(soak: Soak) -> AbstractContextManager[None]:
+    return slow(soak.scene)
+
+
+def etcd_full(soak: Soak) -> AbstractContextManager[None]:
+    return full(soak.scene)
+
+
+def etcd_refuses_certificate(soak: Soak) -> AbstractContextManager[None]:
+    return refusing(soak.scene, expired=soak.chance.choice((True, False)))
+
+
+@contextlib.contextmanager
+def etcd_wiped(soak: Soak) -> Iterator[None]:
+    """Policies have no owner: they are brought back while the hosts keep them."""
+    soak.scene.etcd.wipe()
+    wait_for(lambda: missing(soak.scene) > 0, "host that misses something", seconds=RECOVERED_S)
+    soak.scene.put_policy()
+    yield
+
+
+@contextlib.contextmanager
+def etcd_restored(soak: Soak) -> Iterator[None]:
+    """From the first snapshot, which lacks one container of now and has one of then."""
+    with soak.passing_container():
+        soak.scene.etcd.restore(soak.snapshot)
+        soak.scene.etcd.start()
+        yield
+
+
 @contextlib.contextmanager
 def etcd_compacted(soak: Soak) -> Iterator[None]:
     soak.scene.etcd.ctl("put", "soak/compacted", "")  # what has been compacted is not compacted again
@@ -139,23 +177,30 @@ def engine_killed(soak: Soak) -> Iterator[None]:
 @contextlib.contextmanager
 def containers_come_and_go(soak: Soak) -> Iterator[None]:
     for _ in range(3):
-        soak.container_comes_and_goes()
+        with soak.passing_container():
+            pass
     yield
 
 
 # At once: two of different groups, so that one does not undo the other.
 GROUPS: tuple[tuple[Fault, ...], ...] = (
-    (etcd_hangs, etcd_unreachable, etcd_killed),
+    (
+        *(etcd_hangs, etcd_unreachable, etcd_killed, etcd_slow, etcd_full, etcd_refuses_certificate),
+        *(etcd_wiped, etcd_restored),
+    ),
     (agent_killed, agent_restarted),
     (engine_killed, etcd_compacted, containers_come_and_go),
 )
-# These need what the others take away.
-ALONE: frozenset[Fault] = frozenset({etcd_compacted, containers_come_and_go})
+# These need what the others take away: a host whose agent is dead does not write its keys again.
+ALONE: frozenset[Fault] = frozenset({etcd_compacted, etcd_wiped, etcd_restored, containers_come_and_go})
 
 
-def some_faults(chance: random.Random) -> list[Fault]:
+def some_faults(chance: random.Random, done: Counter[str]) -> list[Fault]:
+    """Return one or two, of those of their groups that were done least."""
     groups = chance.sample(GROUPS, chance.choice((1, 2)))
-    faults: list[Fault] = [chance.choice(group) for group in groups]
+    faults: list[Fault] = [
+        min(group, key=lambda each: (done[each.__name__], chance.random())) for group in groups
+    ]
     alone: list[Fault] = [each for each in faults if each in ALONE]
     return alone or faults
 
@@ -170,10 +215,10 @@ def main() -> None:
     done: Counter[str] = Counter()
     recoveries: list[float] = []
     with tempfile.TemporaryDirectory() as directory, new_scene(Path(directory), hosts=HOSTS) as scene:
-        soak = Soak(scene, chance)
+        soak = Soak(scene, chance, Path(directory))
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            faults = some_faults(chance)
+            faults = some_faults(chance, done)
             names = [each.__name__ for each in faults]
             harness.note(f"{until - time.monotonic():.0f} s left: {', '.join(names)}")
             recoveries.append(soak.round(faults))

@@ -22,19 +22,27 @@ import pytest
 from kvstore import schema
 from prestart import handover
 from prestart.handover import Handover, boot_time
-from tests.support.chaos import GRACE_S, INIT, RECOVERED_S, Scene, new_scene
+from tests.support.chaos import (
+    GRACE_S,
+    INIT,
+    RECOVERED_S,
+    Scene,
+    full,
+    missing,
+    new_scene,
+    refusing,
+    slow,
+)
 from tests.support.checker import labels_of
 from tests.support.engine_fixtures import engine_parts
 from tests.support.fleet import FleetHost
 from tests.support.host import wait_for
-from tests.support.pki import TestPki
 from tests.support.stream import POLICY
 
 __all__ = ["engine_parts"]
 
 pytestmark = pytest.mark.timeout(600)
 
-MEGABYTE = "x" * 1_000_000
 # So many changes of what hosts follow come after a snapshot: more than hosts write again before all are back.
 NEWER = 20
 
@@ -67,47 +75,17 @@ def unreachable(scene: Scene) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def full(scene: Scene) -> Iterator[None]:
-    """The quota is used up: etcd answers questions and writes nothing, until an operator has made room."""
-    for number in range(20):
-        if "NOSPACE" in scene.etcd.ctl("alarm", "list"):
-            break
-        with contextlib.suppress(AssertionError):  # the one that did not fit
-            scene.etcd.ctl("put", f"junk/{number}", stdin=MEGABYTE)
-    assert "NOSPACE" in scene.etcd.ctl("alarm", "list")
-    try:
+def expired(scene: Scene) -> Iterator[None]:
+    with refusing(scene, expired=True):
+        scene.wait_trouble()
         yield
-    finally:
-        scene.etcd.ctl("del", "--prefix", "junk/")
-        scene.etcd.compact()
-        scene.etcd.ctl("defrag")
-        scene.etcd.ctl("alarm", "disarm")
 
 
 @contextlib.contextmanager
-def refusing(scene: Scene, *, expired: bool) -> Iterator[None]:
-    """Agents show a certificate that ran out, or one of another authority of the same name."""
-    pki = scene.etcd.pki
-    assert pki is not None
-    if not expired:
-        (scene.certificates / "other").mkdir(exist_ok=True)
-        pki = TestPki(scene.certificates / "other")
-    scene.show_certificate(*pki.issue("bad", expired=expired))
-    for wire in scene.wires:
-        wire.drop()
-    try:
+def of_another_ca(scene: Scene) -> Iterator[None]:
+    with refusing(scene, expired=False):
         scene.wait_trouble()
         yield
-    finally:
-        scene.show_certificate(scene.etcd.directory / "agent.crt", scene.etcd.directory / "agent.key")
-
-
-def expired(scene: Scene) -> contextlib.AbstractContextManager[None]:
-    return refusing(scene, expired=True)
-
-
-def of_another_ca(scene: Scene) -> contextlib.AbstractContextManager[None]:
-    return refusing(scene, expired=False)
 
 
 Trouble = Callable[[Scene], contextlib.AbstractContextManager[None]]
@@ -147,21 +125,14 @@ def test_no_answer(scene: Scene, trouble: Trouble) -> None:
 def test_two_seconds_a_call(scene: Scene) -> None:
     """A new number comes within the engine's patience, and what others write arrives, each a little later."""
     new = {"slow-friend": {"app": "client", "env": "slow"}, "slow-foe": {"app": "stranger", "env": "slow"}}
-    with scene.watched(), scene.containers(*new):
-        for wire in scene.wires:
-            wire.delay = 2.0
-            wire.drop()  # sessions and views begin anew, as slowly
-        try:
-            with scene.starting(new) as started:
-                assert {name: start.result() for name, start in started.items()} == dict.fromkeys(new, 0)
-            for name in new:
-                wait_for(lambda: scene.identity(name) > 255, f"identity of {name}")  # noqa: B023
-            wait_for(lambda: scene.reaches("slow-friend"), "way to the server", seconds=RECOVERED_S)
-            assert not scene.reaches("slow-foe")
-            scene.checker.wait_agreed()
-        finally:
-            for wire in scene.wires:
-                wire.delay = 0.0
+    with scene.watched(), scene.containers(*new), slow(scene):
+        with scene.starting(new) as started:
+            assert {name: start.result() for name, start in started.items()} == dict.fromkeys(new, 0)
+        for name in new:
+            wait_for(lambda: scene.identity(name) > 255, f"identity of {name}")  # noqa: B023
+        wait_for(lambda: scene.reaches("slow-friend"), "way to the server", seconds=RECOVERED_S)
+        assert not scene.reaches("slow-foe")
+        scene.checker.wait_agreed()
 
 
 # --- another history
@@ -182,12 +153,6 @@ def put_machine(scene: Scene) -> None:
 def machine_known(scene: Scene) -> list[str]:
     """Return the hosts whose kernel has the machine."""
     return [host.name for host in scene.fleet.hosts if "10.99.0.7/32" in scene.ipcache(host)]
-
-
-def missing(scene: Scene) -> int:
-    """Return how many records the hosts keep although a list lacked them."""
-    tables = [table for host in scene.fleet.hosts for table in host.api("/v1/healthz")["tables"]]
-    return sum(table["missing"] for table in tables)
 
 
 @rare

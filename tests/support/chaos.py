@@ -29,6 +29,7 @@ from tests.support.engine import WORKLOAD_IMAGE
 from tests.support.etcd import EtcdServer
 from tests.support.fleet import Fleet, FleetHost, new_fleet
 from tests.support.host import wait_for
+from tests.support.pki import TestPki
 from tests.support.stream import POLICY, Flows
 from tests.support.wire import Wire
 
@@ -39,6 +40,8 @@ GRACE_S = 20
 RECOVERED_S = 90.0
 POLICY_KEY = f"{schema.POLICIES}server"
 INIT = 5
+MEGABYTE = "x" * 1_000_000
+SLOW_S = 2.0
 
 
 class Scene:
@@ -171,3 +174,60 @@ def new_scene(directory: Path, *, hosts: int = 2) -> Iterator[Scene]:
         etcd.start()
         wires = [stack.enter_context(Wire(host, etcd.client_port)) for host in fleet.hosts]
         yield Scene(fleet, etcd, wires, directory)
+
+
+# --- failures of etcd that take more than a signal
+
+
+@contextlib.contextmanager
+def full(scene: Scene) -> Iterator[None]:
+    """The quota is used up: etcd answers questions and writes nothing, until an operator has made room."""
+    for number in range(20):
+        if "NOSPACE" in scene.etcd.ctl("alarm", "list"):
+            break
+        with contextlib.suppress(AssertionError):  # the one that did not fit
+            scene.etcd.ctl("put", f"junk/{number}", stdin=MEGABYTE)
+    assert "NOSPACE" in scene.etcd.ctl("alarm", "list")
+    try:
+        yield
+    finally:
+        scene.etcd.ctl("del", "--prefix", "junk/")
+        scene.etcd.compact()
+        scene.etcd.ctl("defrag")
+        scene.etcd.ctl("alarm", "disarm")
+
+
+@contextlib.contextmanager
+def refusing(scene: Scene, *, expired: bool) -> Iterator[None]:
+    """Agents show a certificate that ran out, or one of another authority of the same name."""
+    pki = scene.etcd.pki
+    assert pki is not None
+    if not expired:
+        (scene.certificates / "other").mkdir(exist_ok=True)
+        pki = TestPki(scene.certificates / "other")
+    scene.show_certificate(*pki.issue("bad", expired=expired))
+    for wire in scene.wires:
+        wire.drop()
+    try:
+        yield
+    finally:
+        scene.show_certificate(scene.etcd.directory / "agent.crt", scene.etcd.directory / "agent.key")
+
+
+@contextlib.contextmanager
+def slow(scene: Scene) -> Iterator[None]:
+    """Each answer takes two seconds."""
+    for wire in scene.wires:
+        wire.delay = SLOW_S
+        wire.drop()  # sessions and views begin anew, as slowly
+    try:
+        yield
+    finally:
+        for wire in scene.wires:
+            wire.delay = 0.0
+
+
+def missing(scene: Scene) -> int:
+    """Return how many records the hosts keep although a list lacked them."""
+    tables = [table for host in scene.fleet.hosts for table in host.api("/v1/healthz")["tables"]]
+    return sum(table["missing"] for table in tables)
