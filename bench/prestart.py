@@ -8,6 +8,10 @@ prestart_jitter_peak_ratio, prestart_none_peak_ratio
     The same with a random delay over the same window from each host's own boot, and with no delay.
 prestart_slots_s
     CPU of deciding for all of them: what the simulation takes.
+prestart_start_ms, prestart_start_mb
+    The hook as a process, to the end of what it starts (nothing): time and peak memory.
+floor_prestart_start_ms
+    The interpreter alone.
 
 Every host lists everything (no checkpoint names a revision) and boots within a minute of the others.  The
 median is over cuts with other boots and other delays; racks and restarts one by one are printed beside it.
@@ -18,11 +22,13 @@ Run: python -m bench.prestart
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from random import Random
 
 from bench.harness import emit_median, load, note
 from prestart.simulation import History, Outage, Phase, Plan, Way, boots, decisions, simulate
+from tests.support.starts import HOOK, INTERPRETER, cost
 
 CUT = Plan(5_000, history=History.LOST)
 SEEDS = range(1, 51)
@@ -53,6 +59,11 @@ def main() -> None:
         decisions(CUT, booted)
         samples.append(time.process_time() - began)
     emit_median("prestart_slots_s", samples, "s")
+    with tempfile.TemporaryDirectory() as directory:
+        milliseconds, megabytes = cost([*HOOK, "--state-dir", directory, "--", "/bin/true"])
+    emit_median("prestart_start_ms", milliseconds, "ms")
+    emit_median("prestart_start_mb", megabytes, "MB")
+    emit_median("floor_prestart_start_ms", cost([*INTERPRETER, "-c", "pass"])[0], "ms")
 
 
 if __name__ == "__main__":

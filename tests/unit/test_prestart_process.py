@@ -8,20 +8,15 @@ import os
 import random
 import re
 import signal
-import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-import prestart
 from prestart import cluster, handover, state
+from tests.support.starts import FOLDER, HOOK, INTERPRETER, cost
 
-FOLDER = Path(prestart.__file__).parent
-INTERPRETER = (os.path.realpath(sys.executable), "-S", "-E")
-HOOK = (*INTERPRETER, str(FOLDER))
 SHOW = ("/usr/bin/env",)
 # Of two hosts in a window of a day one has its slot at six and the other at eighteen hours UTC: the one whose
 # slot is hours away, or the instant would pass while a test looks.
@@ -212,30 +207,8 @@ def test_two_at_once_agree(tmp_path: Path) -> None:
     assert len(instants) == 1
 
 
-def test_start_costs_little(tmp_path: Path) -> None:
-    """Prints median time and peak memory beside the bare interpreter's; only the memory is asserted."""
+def test_start_takes_little_memory(tmp_path: Path) -> None:
+    """And time, of which bench/prestart.py tells."""
     relist_in_a_long_window(tmp_path)
-    bare_ms, _ = cost([*INTERPRETER, "-c", "pass"])
-    hook_ms, megabytes = cost([*HOOK, "--state-dir", str(tmp_path), "--", "/bin/true"])
-    print(f"prestart: {hook_ms:.1f} ms, {megabytes:.1f} MB (bare interpreter {bare_ms:.1f} ms)")
-    assert megabytes < 15
-
-
-# Run by a small process of its own: a child's peak memory begins with what it was forked from.
-MEASURE = """
-import os, sys, time
-for _ in range(9):
-    begin = time.perf_counter()
-    pid = os.posix_spawn(sys.argv[1], sys.argv[1:], {}, file_actions=[(os.POSIX_SPAWN_CLOSE, 2)])
-    usage = os.wait4(pid, 0)[2]
-    print(time.perf_counter() - begin, usage.ru_maxrss)
-"""
-
-
-def cost(arguments: list[str]) -> tuple[float, float]:
-    """Return the median wall time in ms and the peak resident megabytes of a command."""
-    measured = subprocess.run(
-        [*INTERPRETER, "-c", MEASURE, *arguments], capture_output=True, text=True, timeout=60, check=True
-    )
-    rows = [tuple(map(float, line.split())) for line in measured.stdout.splitlines()]
-    return statistics.median(row[0] for row in rows) * 1000, max(row[1] for row in rows) / 1024
+    _, megabytes = cost([*HOOK, "--state-dir", str(tmp_path), "--", "/bin/true"])
+    assert max(megabytes) < 15
