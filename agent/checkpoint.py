@@ -60,6 +60,7 @@ class Node(msgspec.Struct, frozen=True, omit_defaults=True):
     last_address: str = ""  # the one handed out last: the next one follows it
     local_identities: dict[str, int] = {}
     lease: int = 0
+    lost_leases: tuple[int, ...] = ()  # before it, the last one last: a restored etcd may have them again
     lease_address: str = ""  # the node's own when it had `lease`: a copied disk is recognised by it
     former_lease: int = 0  # of this node at another address, until its keys are gone
 
@@ -208,7 +209,8 @@ def _check_network(_: Path, network: Network) -> None:
 def _check_node(path: Path, node: Node) -> None:
     _require(bool(node.name), "the node has no name")
     _require(IPv4Network(node.pool).prefixlen <= 29, f"pool {node.pool} is smaller than a /29")
-    _require(node.last_endpoint_id >= 0 and 0 <= node.lease < 1 << 63, "a number is out of range")
+    numbers = (node.last_endpoint_id, node.lease, *node.lost_leases)
+    _require(all(0 <= number < 1 << 63 for number in numbers), "a number is out of range")
     if node.last_address:
         IPv4Address(node.last_address)
     if node.version > VERSION:

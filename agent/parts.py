@@ -235,6 +235,7 @@ def _store(ground: Ground) -> Store:
         client,
         ttl=int(ground.config["kvstore-lease-ttl"]),
         lease=ground.node.lease,
+        lost=ground.node.lost_leases,
         elsewhere=(schema.IPS, schema.IDENTITY_VALUES),
         read_elsewhere=(schema.IDENTITY_VALUES,),  # by the allocator, together with id/ keys
         sync=ground.config["kvstore-periodic-sync"],

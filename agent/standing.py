@@ -81,6 +81,7 @@ def _node_record(known: Node | None, name: str, pool: str, node_ip: IPv4Address)
         last_address=known.last_address,
         local_identities=known.local_identities,
         lease=lease,
+        lost_leases=known.lost_leases if known.lease_address in ("", str(node_ip)) else (),
         lease_address=str(node_ip),
         former_lease=known.former_lease or (known.lease if not lease else 0),
     )

@@ -229,6 +229,7 @@ def node_now(parts: Parts) -> Node:
         last_address=str(parts.pool.last),
         local_identities=parts.local.numbers(),
         lease=parts.session.lease_id,
+        lost_leases=parts.session.lost,
         lease_address=str(parts.host.node_ip),
         former_lease=parts.registration.former_lease,
     )

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What former lives of this process left in etcd: found, and deleted.
 
-    lease of the checkpoint ──▶ the keys on it ──▶ wanted here? about to be? ──▶ no: deleted
+    lease of the checkpoint,  ──▶ the keys on it ──▶ wanted here? about to be? ──▶ no: deleted
+    and those that were lost
 
 A process that goes on with its lease has etcd keep everything that hangs on it, also what it does not want
 any more: a key disowned while etcd was away, before an end; the records of a name, a pool or an address
-space that the configuration had then.  Nobody else would ever delete them.
+space that the configuration had then.  Nobody else would ever delete them.  And a store that is restored from
+a snapshot may have again what hung on a lease that it had lost since.
 
-Only what hangs on our lease is looked at, so keys of others are not touched; and it is deleted only as it
+Only what hangs on our leases is looked at, so keys of others are not touched; and it is deleted only as it
 was when it was found unwanted, so nothing is lost that this life writes at that moment.
 
 Called by: agent.tasks, once everything that this life wants has been said.
@@ -58,14 +60,15 @@ async def abandon_all(client: Client, session: Session, claims: Claims) -> None:
 
 async def abandon(client: Client, session: Session, claims: Claims) -> int:
     """Do it once, and return how many keys the session will delete.  Raises KvstoreError."""
-    lease = await session.ready()
-    unwanted = sorted(set(await client.lease_keys(lease)) - session.own_keys.keys())
+    leases = {await session.ready(), *session.lost}
+    hanging = {key for lease in leases for key in await client.lease_keys(lease)}
+    unwanted = sorted(hanging - session.own_keys.keys())
     count = 0
     for start in range(0, len(unwanted), MAX_TXN_OPS):
         answer = await client.txn((), [get_op(key) for key in unwanted[start : start + MAX_TXN_OPS]])
         # Asked anew, now that they are read: what is claimed later is written later.
         claimed = claims()
         for item in (item for response in answer.responses for item in response.items):
-            if item.lease == lease and item.key not in claimed:
+            if item.lease in leases and item.key not in claimed:
                 count += await session.abandon(item.key, item.mod_revision)
     return count

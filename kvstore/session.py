@@ -90,8 +90,13 @@ def spread_s(keys: int, nodes: int) -> float:
 ADOPT_CALM_S, ADOPT_LATEST_S = 0.5, 2.0
 
 
+# Of a role that is lost in every outage, say, only these are remembered.
+LOST_KEPT = 8
+
+
 class Session:
-    """See the module's text.  `lease` is the number of a lease from before (a checkpoint's), or 0.
+    """See the module's text.  `lease` is the number of a lease from before (a checkpoint's), or 0; `lost` are
+    those before it that etcd did not know any more, the last of them last: a restored one may.
 
     `elsewhere` are prefixes whose own keys are not watched but read every `sync` seconds, unless they are
     `read_elsewhere` too.  `nodes` says how many hosts have such a session: the period grows with them, and so
@@ -105,6 +110,7 @@ class Session:
         *,
         ttl: int = DEFAULT_TTL_S,
         lease: int = 0,
+        lost: Sequence[int] = (),
         name: str = "agent",
         elsewhere: tuple[str, ...] = (),
         read_elsewhere: tuple[str, ...] = (),
@@ -114,6 +120,7 @@ class Session:
     ) -> None:
         self.ttl = ttl
         self.lease_id = lease
+        self.lost = tuple(lost)
         self.name = name
         self.error = ""
         self._client = client
@@ -294,6 +301,7 @@ class Session:
         metrics.KVSTORE_LEASE_LOST.inc()
         logger.warning("{}: {}; a new lease, and {} own keys again", self.name, error, len(self._keys))
         self.error = str(error)
+        self.lost = (*self.lost, self.lease_id)[-LOST_KEPT:]
         self.lease_id = 0
         self._keys.all_lost()
 

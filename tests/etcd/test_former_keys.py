@@ -114,6 +114,32 @@ async def held(client: Client) -> set[str]:
     return {item.key for prefix in prefixes for item in (await client.list(prefix)).items}
 
 
+async def test_what_a_snapshot_brings_back_on_a_lease_that_was_lost_since(
+    etcd: EtcdServer, client: Client, tmp_path: Path
+) -> None:
+    """An endpoint ended, etcd was wiped, so there is another lease, and then restored."""
+    async with Life(client).lived() as life:
+        life.has(1, 300)
+        life.has(2, 301)
+        await life.reconciler.wait_idle()
+        await asyncio.wait_for(life.session.settled(), 30)
+        etcd.snapshot(tmp_path / "snapshot")
+        life.table.source("agent").delete(2)
+        await asyncio.to_thread(etcd.wipe)
+        await eventually(lambda: len(life.session.lost) == 1 and life.session.alive, "another lease")
+        await asyncio.wait_for(life.session.settled(), 30)
+        await asyncio.to_thread(etcd.restore, tmp_path / "snapshot")
+        await asyncio.to_thread(etcd.start)
+        await eventually(lambda: len(life.session.lost) == 2 and life.session.alive, "a third one")
+        await asyncio.wait_for(life.session.settled(), 30)
+        assert ip_key(2) in await held(client), "the snapshot's"
+        assert await life.tidy() == 1
+        assert await held(client) == {life.node_key, ip_key(1)}
+        kept = await client.get(ip_key(1))
+        assert kept is not None
+        assert kept.lease == life.session.lease_id
+
+
 async def test_an_identity_that_nobody_uses_since_a_crash_becomes_free(client: Client) -> None:
     """Two endpoints of two identities; the one with `db` ends while etcd is away, and the agent dies."""
     async with Life(client).lived() as first:
