@@ -29,6 +29,7 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from bench import harness
+from kvstore import schema
 from tests.support.chaos import RECOVERED_S, Scene, full, missing, new_scene, refusing, slow
 from tests.support.fleet import FleetHost
 from tests.support.host import wait_for
@@ -50,7 +51,8 @@ class Soak:
         self._started = 0
         for host in scene.fleet.hosts:  # containers outlive their engine
             host.engine.configure(live_restore=True)
-        with self.passing_container():
+        with self.passing_container() as address:
+            self.ended = schema.ip_key(schema.DEFAULT_SPACE, address)
             scene.checker.wait_agreed()
             scene.etcd.snapshot(self.snapshot)
 
@@ -62,12 +64,13 @@ class Soak:
         time.sleep(self.chance.uniform(*LASTS_S))
 
     @contextlib.contextmanager
-    def passing_container(self) -> Iterator[None]:
+    def passing_container(self) -> Iterator[str]:
+        """Run one for the length of the block, which is given its address."""
         name = f"passing-{self._started}"
         self._started += 1
         with self.scene.containers(name):
-            self.scene.one.container(name, "sleep", "infinity", labels={"app": self.chance.choice("abc")})
-            yield
+            app = self.chance.choice("abc")
+            yield self.scene.one.container(name, "sleep", "infinity", labels={"app": app})
 
     def round(self, faults: list[Fault]) -> float:
         """Do these faults at once; return the seconds until all agreed.  AssertionError names what broke."""
@@ -137,6 +140,8 @@ def etcd_restored(soak: Soak) -> Iterator[None]:
         soak.scene.etcd.restore(soak.snapshot)
         soak.scene.etcd.start()
         yield
+    gone = "end of what had ended before"
+    wait_for(lambda: not soak.scene.etcd.ctl("get", soak.ended), gone, seconds=RECOVERED_S)
 
 
 @contextlib.contextmanager
