@@ -41,13 +41,6 @@ def free_ports(count: int) -> list[int]:
         return [int(each.getsockname()[1]) for each in sockets]
 
 
-def is_stopped(task: Path) -> bool:
-    """True for a thread (of /proc) that is stopped, or gone."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
-    return True
-
-
 class EtcdServer:
     """One member.  `directory` is where data, log and certificates go; `options` are more of etcd's."""
 
@@ -157,11 +150,7 @@ class EtcdServer:
     def pause(self) -> None:
         """Hang: the process stops, its connections stay.  Returns once none of its threads runs any more."""
         os.kill(self.pid, signal.SIGSTOP)
-        tasks = Path(f"/proc/{self.pid}/task")
-        deadline = time.monotonic() + 10
-        while not all(is_stopped(task) for task in tasks.iterdir()):
-            assert time.monotonic() < deadline, f"etcd ({self.pid}) does not stop"
-            time.sleep(0.001)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
 
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
