@@ -138,18 +138,23 @@ class Maintainer:
     # --- steps
 
     async def _act(self, step: Step, cluster: Cluster) -> bool:
+        """Take a step; returns whether another round should follow at once."""
         logger.warning("{}", step.reason)
         if step.action is Action.COMPACT:
             await self._members.compact(step.revision)
             self._compacted = step.revision
+            self.state = msgspec.structs.replace(self.state, defragmented={})
+            # The others free what it took in their own time: a file that is written anew before keeps it.
+            return False
         elif step.action is Action.DISARM:
             for alarm in cluster.alarms:
                 await self._members.disarm(alarm)
         elif step.target is not None:
-            await self._defragment(step.target)
+            return await self._defragment(step.target)
         return True
 
-    async def _defragment(self, target: Member) -> None:
+    async def _defragment(self, target: Member) -> bool:
+        """Defragment a member and return whether it was done; what fails is not tried again at once."""
         started, error = time.monotonic(), ""
         await self._tell(f"{target.name} is being defragmented", self.state.record.trouble, busy=True)
         with waiting(target.name, "defragmentation"):
@@ -166,6 +171,7 @@ class Maintainer:
         done = f"{target.name}: {size_text(target.size)} before, {size_text(after.size)} after"
         logger.info("{}, {:.1f} s{}", done, seconds, f": {error}" if error else "")
         await self._tell(done, self.state.record.trouble)
+        return not error
 
     def _defragmented(self, member: Member, done: DefragmentationRecord) -> None:
         """Remember an attempt; the record is of our own member alone."""

@@ -5,7 +5,7 @@
                    NOSPACE, a member does not serve          WAIT
                    NOSPACE, all files have room              DISARM
                    NOSPACE, keys and history fill etcd       COMPACT, once for a revision
-                   NOSPACE, this file is full                DEFRAGMENT
+                   NOSPACE, this file is full                DEFRAGMENT; still full: COMPACT, and again
                    NOSPACE, another file is full             PASS the turn; DEFRAGMENT it where nobody waits
     otherwise      enough free pages here, a day since       DEFRAGMENT; who leads lets others go first
                    enough free pages elsewhere               PASS
@@ -32,6 +32,8 @@ DEFAULT_QUOTA = 8 << 30
 # Parts of the quota.  Above the first, free pages are given back although they are few; below the second
 # there is room again after NOSPACE.
 NEAR, ROOM = 0.75, 0.8
+# So much must be free for a full file to be written anew a second time.
+GAIN = 0.05
 # So often who leads lets the others go first; of those that need it one may have no maintenance.
 COURTESY = 3
 
@@ -61,7 +63,8 @@ class Rules:
 class Memory:
     """What was done before: seconds since the last attempt here, etcd's revision at the last of each member.
 
-    `passed` counts how often the turn was passed on although a defragmentation was due here.
+    `passed` counts how often the turn was passed on although a defragmentation was due here.  A compaction
+    forgets `defragmented`: what was too full before it need not be after it.
     """
 
     since: float = float("inf")
@@ -158,19 +161,33 @@ def _make_room(
         return _wait(f"{prefix}; room can be made once all members serve: {absent[0]}")
     if not full:
         return Step(Action.DISARM, f"{prefix}; there is room again: it is disarmed", prefix)
+    may_compact = memory.compacted < local.revision
     most = max(each.used for each in cluster.members)
-    if most > ROOM * rules.quota and memory.compacted < local.revision:
-        reason = f"{prefix}; {size_text(most)} of {size_text(rules.quota)} in use: history is compacted"
-        return Step(Action.COMPACT, reason, prefix, revision=local.revision)
+    if most > ROOM * rules.quota and may_compact:
+        return _compact(prefix, f"{size_text(most)} of {size_text(rules.quota)} in use", local)
     if local not in full and waiting:
         names = ", ".join(each.name for each in full)
         return Step(Action.PASS, f"{prefix}; {names} to be defragmented", f"{prefix}; waits for {names}")
     # Whoever passed the turn is in the queue again when etcd takes keys: nobody may be left to pass it to.
     target = local if local in full else full[0]
-    if memory.defragmented.get(target.name, 0) >= target.revision:
-        advice = "the keys alone fill it: delete some, or give etcd a larger quota"
-        return _wait(f"{prefix}; {size_text(target.size)} after a defragmentation: {advice}")
+    if memory.defragmented.get(target.name, 0) >= target.revision and not _has_gained(target, rules):
+        after = f"{target.name}: {size_text(target.size)} after a defragmentation"
+        if may_compact:
+            return _compact(prefix, after, local)
+        return _wait(f"{prefix}; {after}: the keys alone fill it: delete some, or give etcd a larger quota")
     return Step(Action.DEFRAGMENT, f"{prefix}; {_defragment(target).reason}", prefix, target)
+
+
+def _compact(prefix: str, why: str, local: Member) -> Step:
+    return Step(Action.COMPACT, f"{prefix}; {why}: history is compacted", prefix, revision=local.revision)
+
+
+def _has_gained(member: Member, rules: Rules) -> bool:
+    """True when pages became free in a full file since it was written anew, and enough to make room.
+
+    A compaction is carried out by each member in its own time, minutes where much is forgotten.
+    """
+    return member.free >= GAIN * rules.quota and member.used <= ROOM * rules.quota
 
 
 def _defragment(target: Member) -> Step:

@@ -132,6 +132,22 @@ def test_full_of_history_is_compacted_first_and_once() -> None:
     assert step(seen, memory=Memory(compacted=50)).action is Action.DEFRAGMENT
 
 
+@pytest.mark.parametrize(
+    ("used", "compacted", "expected"),
+    [
+        (830, 0, Action.COMPACT),
+        (830, 50, Action.WAIT),  # the keys alone
+        (790, 0, Action.COMPACT),  # what is in use was told late
+        (790, 50, Action.WAIT),  # next to nothing would be gained
+        (700, 0, Action.DEFRAGMENT),  # pages became free since
+        (700, 50, Action.DEFRAGMENT),  # the member has carried out a compaction since
+    ],
+)
+def test_still_full_after_a_defragmentation(used: int, compacted: int, expected: Action) -> None:
+    seen = cluster(member("b", 830, used), alarms=FULL)
+    assert step(seen, memory=Memory(compacted=compacted, defragmented={"b": 50})).action is expected
+
+
 def test_full_of_keys_needs_a_person_until_some_are_deleted() -> None:
     seen = cluster(*(member(name, 1000, 990) for name in "abc"), alarms=FULL)
     memory = Memory(compacted=50, defragmented={"b": 50})
