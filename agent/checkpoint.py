@@ -27,7 +27,7 @@ from loguru import logger
 from agent.endpoint import ENDPOINT_ID_MAX, Endpoint
 from agent.errors import CheckpointDamaged
 from core.errors import HoldfastError, shorten
-from core.files import set_aside, write_atomic
+from core.files import put_aside, write_atomic
 from datapath.devices import host_name, temporary_name
 from identity.labels import Labels
 from kvstore.schema import codec
@@ -141,11 +141,7 @@ class Checkpoint:
         return record
 
     def _put_aside(self, path: Path, error: Exception) -> None:
-        try:
-            outcome = f"kept as {set_aside(path)}"
-        except OSError as problem:
-            outcome = f"it stays in place: {problem.strerror}"
-        self.damage.append(f"{path} is damaged ({error}); {outcome}")
+        self.damage.append(f"{path} is damaged ({error}); {put_aside(path)}")
         logger.error("checkpoint {}", self.damage[-1])
 
     def _write(self, path: Path, record: msgspec.Struct, *, durable: bool = True) -> None:

@@ -161,7 +161,7 @@ class ViewFile:
             self._database.close()
             self._database = None
 
-    def set_aside(self) -> Path:
+    def set_aside(self) -> str:
         """Put a damaged file out of the way, for a person; return where it is."""
         self.close()
         self._remove_companions()

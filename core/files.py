@@ -10,24 +10,27 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from core.errors import HoldfastError
+
+# No pathlib here: the start hook, which writes its file with this, has not the time to load it.
+StrPath = str | os.PathLike[str]
 
 
 class FileDamaged(HoldfastError):
     """Raised when a state file exists but can not be read as what it should be."""
 
 
-def write_atomic(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
+def write_atomic(path: StrPath, data: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
     """Replace `path` by `data` so that a reader, a crash or a full disk sees the old or the new file.
 
     With `durable` that holds over a power cut as well, for two disk flushes; without, it holds for
     everything that the kernel survives.  Raises OSError when the directory can not be written; the old
     file is then untouched.
     """
+    directory, name = os.path.split(path)
     # A thread's own: two may write the same file at once.
-    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
+    temporary = os.path.join(directory, f".{name}.{threading.get_native_id()}.tmp")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
     try:
         with open(handle, "wb") as file:
@@ -42,11 +45,11 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = 
             os.unlink(temporary)
         raise
     if durable:
-        sync_directory(path.parent)
+        sync_directory(directory or os.curdir)
 
 
 @contextlib.contextmanager
-def locked(path: Path, patience: float) -> Iterator[None]:
+def locked(path: StrPath, patience: float) -> Iterator[None]:
     """Hold a lock file, made if need be; TimeoutError when somebody else holds it for `patience` seconds.
 
     Raises OSError where it can not be opened.
@@ -70,14 +73,22 @@ def _lock(handle: int, end: float) -> None:
             time.sleep(0.05)
 
 
-def set_aside(path: Path) -> Path:
+def set_aside(path: StrPath) -> str:
     """Rename a damaged file to `<name>.damaged-<unix time>`, keep it for a person, return the new path."""
-    target = path.with_name(f"{path.name}.damaged-{int(time.time())}")
+    target = f"{os.fspath(path)}.damaged-{int(time.time())}"
     os.replace(path, target)
     return target
 
 
-def sync_directory(directory: Path) -> None:
+def put_aside(path: StrPath) -> str:
+    """Set a damaged file aside if that is possible; return what has become of it, for a message."""
+    try:
+        return f"kept as {set_aside(path)}"
+    except OSError as error:
+        return f"it stays in place, it can not be set aside: {error.strerror}"
+
+
+def sync_directory(directory: StrPath) -> None:
     """Have the names in a directory survive a power cut."""
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

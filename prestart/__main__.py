@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python3 -S -E -m prestart`, or `python3 -S -E <path of this folder>` from anywhere.
+"""`python3 -S -E <path of this file>` from anywhere, or `python3 -S -E -m prestart`, which is slower.
 
-Without site-packages (-S, which saves half of the start) the second form knows only this folder: the one
+Without site-packages (-S, which saves half of the start) the first form knows only this folder: the one
 around it, where `core` lies too, is added behind the standard library.
 """
 

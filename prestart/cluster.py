@@ -12,10 +12,11 @@ each checkpoint; this package reads it, because the checkpoint itself may be hun
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from core.errors import shorten
+from core.files import StrPath
 from prestart.decision import Cluster
 from prestart.errors import StateRefused
 
@@ -52,11 +53,12 @@ def parse(data: bytes, origin: str) -> Cluster:
     )
 
 
-def load(directory: Path) -> Cluster | None:
+def load(directory: StrPath) -> Cluster | None:
     """Return the cluster as the agent last saw it, None on a host that has no checkpoint."""
-    path = directory / FILE
+    path = os.path.join(directory, FILE)
     try:
-        return parse(path.read_bytes(), str(path))
+        with open(path, "rb") as file:
+            return parse(file.read(), path)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -13,16 +13,15 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from core.files import set_aside
+from core.files import put_aside
 from prestart import cluster as cluster_file
 from prestart import handover, state
 from prestart.decision import Cluster, Decision, Last, Now, Setting, decide
 from prestart.errors import OptionRefused, StateRefused
 from prestart.options import Gate, Options, parse, usage
 
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
 ENDING = (signal.SIGTERM, signal.SIGINT)
 # The first message of a wait comes at once, the next after 2 s, then each pause doubles up to 10 minutes.
 FIRST_PAUSE_S = 2.0
@@ -43,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OptionRefused as error:
         log("error", str(error))
         return 2
-    now, troubles = read_clocks(), list[str]()
-    decision = settle(options, now, troubles)
+    now, start = read_clocks(), Start(options)
+    decision = start.settle(now)
     if options.gate is Gate.START:
         who = wait_until(now.boot + decision.connect_at - now.wall, options.state_dir)
         if who is None:
@@ -52,85 +51,83 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if who:  # the agent is not to wait either
             now = read_clocks()
-            decision = settle(options, now, troubles, who)
-    said = handover.variables(now, decision, options.window, "; ".join(troubles))
+            decision = start.settle(now, who)
+    said = handover.variables(now, decision, options.window, "; ".join(start.troubles))
     return become(options.command, {**os.environ, **said})
 
 
 def read_clocks() -> Now:
     """Return the present; a host without a boot id gets one that matches no other."""
     try:
-        boot_id = BOOT_ID.read_text().strip()
+        with open(BOOT_ID, encoding="ascii") as file:
+            boot_id = file.read().strip()
     except OSError:
         boot_id = f"unknown-{time.time_ns()}"
     return Now(time.time(), handover.boot_time(), boot_id)
 
 
-def settle(options: Options, now: Now, troubles: list[str], who: str = "") -> Decision:
-    """Decide about this start and write it down, under the lock.
+class Start:
+    """One start: decided about, and written down.  What goes wrong is told and kept, and never fatal."""
 
-    Problems are reported, added to `troubles`, and never fatal.  `who` has ordered it to be now.
-    """
-    try:
-        options.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with state.locked(options.state_dir):
-            return _settle(options, now, troubles, who)
-    except (StateRefused, OSError) as error:
-        _report(troubles, f"starting without the state file: {error}")
-        return _settle(options, now, troubles, who)
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.troubles: list[str] = []
 
+    def settle(self, now: Now, who: str = "") -> Decision:
+        """Decide about this start and write it down, under the lock; `who` has ordered it to be now."""
+        try:
+            os.makedirs(self.options.state_dir, mode=0o700, exist_ok=True)
+            with state.locked(self.options.state_dir):
+                return self._settle(now, who)
+        except (StateRefused, OSError) as error:
+            self._report(f"starting without the state file: {error}")
+            return self._settle(now, who)
 
-def _settle(options: Options, now: Now, troubles: list[str], who: str) -> Decision:
-    last = _load_last(options, now, troubles)
-    setting = Setting(options.node_name, options.nodes, options.window)
-    order = who or state.ordered(options.state_dir)
-    # With its time, or a second order by the same person would look like a forgotten variable.
-    override = f"{order} at {now.wall:.3f}" if order else options.override
-    decision = decide(now, setting, _load_cluster(options.state_dir, troubles), last, override)
-    _tell(options, decision, last)
-    try:
-        state.save(options.state_dir, options.node_name, now, decision)
-    except OSError as error:
-        _report(troubles, f"this start can not be written down: {error}")
-    return decision
+    def _settle(self, now: Now, who: str) -> Decision:
+        options, last = self.options, self._last(now)
+        setting = Setting(options.node_name, options.nodes, options.window)
+        order = who or state.ordered(options.state_dir)
+        # With its time, or a second order by the same person would look like a forgotten variable.
+        override = f"{order} at {now.wall:.3f}" if order else options.override
+        decision = decide(now, setting, self._cluster(), last, override)
+        self._tell(decision, last)
+        try:
+            state.save(options.state_dir, options.node_name, now, decision)
+        except OSError as error:
+            self._report(f"this start can not be written down: {error}")
+        return decision
 
+    def _last(self, now: Now) -> Last | None:
+        try:
+            return state.load(self.options.state_dir, self.options.node_name, now)
+        except StateRefused as error:
+            self._put_aside(state.FILE, error)
+            return None
 
-def _load_last(options: Options, now: Now, troubles: list[str]) -> Last | None:
-    try:
-        return state.load(options.state_dir, options.node_name, now)
-    except StateRefused as error:
-        _report(troubles, _put_aside(options.state_dir / state.FILE, error))
-        return None
+    def _cluster(self) -> Cluster | None:
+        try:
+            return cluster_file.load(self.options.state_dir)
+        except StateRefused as error:
+            self._put_aside(cluster_file.FILE, error)
+            return None
 
+    def _put_aside(self, name: str, reason: StateRefused) -> None:
+        outcome = put_aside(os.path.join(self.options.state_dir, name))
+        self._report(f"{reason}; {outcome}; going on as on a first start")
 
-def _load_cluster(directory: Path, troubles: list[str]) -> Cluster | None:
-    try:
-        return cluster_file.load(directory)
-    except StateRefused as error:
-        _report(troubles, _put_aside(directory / cluster_file.FILE, error))
-        return None
+    def _report(self, trouble: str) -> None:
+        log("warning", trouble)
+        self.troubles.append(trouble)
 
-
-def _put_aside(path: Path, reason: StateRefused) -> str:
-    try:
-        outcome = f"kept as {set_aside(path)}"
-    except OSError as error:
-        outcome = f"it can not be set aside ({error.strerror})"
-    return f"{reason}; {outcome}, going on as on a first start"
-
-
-def _report(troubles: list[str], trouble: str) -> None:
-    log("warning", trouble)
-    troubles.append(trouble)
-
-
-def _tell(options: Options, decision: Decision, last: Last | None) -> None:
-    log("info", f"{options.node_name}: {decision.reason}, gate {options.gate.value}")
-    if options.override and last is not None and last.override == options.override:
-        log("warning", f"the override by {options.override} was for the previous start and is not used again")
+    def _tell(self, decision: Decision, last: Last | None) -> None:
+        options = self.options
+        log("info", f"{options.node_name}: {decision.reason}, gate {options.gate.value}")
+        if options.override and last is not None and last.override == options.override:
+            who = options.override
+            log("warning", f"the override by {who} was for the previous start and is not used again")
 
 
-def wait_until(deadline: float, directory: Path) -> str | None:
+def wait_until(deadline: float, directory: str) -> str | None:
     """Wait until `deadline` (seconds since boot), a signal, or an order.
 
     Returns who ordered, nobody ("") at the deadline, None when a signal ends the wait.

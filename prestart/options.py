@@ -12,7 +12,6 @@ import enum
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.errors import shorten
@@ -50,7 +49,7 @@ class Option(NamedTuple):
 class Options(NamedTuple):
     """The parsed options and the agent's command line."""
 
-    state_dir: Path
+    state_dir: str
     node_name: str
     nodes: int
     window: float | None
@@ -59,10 +58,10 @@ class Options(NamedTuple):
     command: tuple[str, ...]
 
 
-def _directory(text: str) -> Path:
+def _directory(text: str) -> str:
     if not text.startswith("/"):
         raise ValueError("it must be an absolute path")
-    return Path(text)
+    return text
 
 
 def _name(text: str) -> str:

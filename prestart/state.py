@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from core import files
 from core.errors import shorten
-from core.files import write_atomic
+from core.files import StrPath, write_atomic
 from prestart.decision import Decision, Kind, Last, Now
 from prestart.errors import StateRefused
 
@@ -30,9 +30,9 @@ LONGEST_NAME = 200
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: StrPath) -> Iterator[None]:
     """Hold the lock of the state file; StateRefused when another start keeps it for five seconds."""
-    path = directory / LOCK
+    path = os.path.join(directory, LOCK)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(files.locked(path, LOCK_PATIENCE_S))
@@ -43,31 +43,33 @@ def locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def ordered(directory: Path) -> str:
+def ordered(directory: StrPath) -> str:
     """Take an operator's order for one start (`holdfast start-now`); return whose it is, or ""."""
-    path = directory / ORDER
+    path = os.path.join(directory, ORDER)
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")[:LONGEST_NAME]
-        path.unlink()
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read(LONGEST_NAME)
+        os.unlink(path)
     except OSError:
         return ""
     return "".join(each for each in text.strip() if each.isprintable()) or "nobody named"
 
 
-def load(directory: Path, host: str, now: Now) -> Last | None:
+def load(directory: StrPath, host: str, now: Now) -> Last | None:
     """Return the previous start, None if there was none; StateRefused says why a file can not be used."""
-    path = directory / FILE
+    path = os.path.join(directory, FILE)
     try:
-        return parse(path.read_bytes(), str(path), host, now)
+        with open(path, "rb") as file:
+            return parse(file.read(), path, host, now)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise StateRefused(f"{path} can not be read: {error.strerror}") from error
 
 
-def save(directory: Path, host: str, now: Now, decision: Decision) -> None:
+def save(directory: StrPath, host: str, now: Now, decision: Decision) -> None:
     """Write down this start; OSError when that is not possible."""
-    write_atomic(directory / FILE, encode(host, now, decision))
+    write_atomic(os.path.join(directory, FILE), encode(host, now, decision))
 
 
 def encode(host: str, now: Now, decision: Decision) -> bytes:

@@ -13,7 +13,7 @@ import prestart
 
 FOLDER = Path(prestart.__file__).parent
 INTERPRETER = (os.path.realpath(sys.executable), "-S", "-E")
-HOOK = (*INTERPRETER, str(FOLDER))
+HOOK = (*INTERPRETER, str(FOLDER / "__main__.py"))
 
 # Run by a small process of its own: a child's peak memory begins with what it was forked from.
 _MEASURE = """

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from core import waiting
 from core.backoff import Backoff, cluster_interval, jittered
 from core.errors import HoldfastError, shorten
-from core.files import set_aside, write_atomic
+from core.files import put_aside, write_atomic
 from core.supervisor import OnDeath, Supervisor
 
 
@@ -73,9 +73,14 @@ def test_two_threads_may_write_one_file(tmp_path: Path) -> None:
 def test_a_damaged_file_is_kept_beside(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     path.write_bytes(b"{")
-    aside = set_aside(path)
-    assert aside.read_bytes() == b"{"
-    assert not path.exists()
+    assert put_aside(path) == f"kept as {(kept := next(tmp_path.iterdir()))}"
+    assert kept.read_bytes() == b"{"
+    assert kept != path
+
+
+def test_a_damaged_file_that_can_not_be_kept_stays_and_is_told(tmp_path: Path) -> None:
+    told = put_aside(tmp_path / "not-there.json")
+    assert told == "it stays in place, it can not be set aside: No such file or directory"
 
 
 async def test_a_wait_is_registered_while_it_lasts() -> None:
