@@ -10,9 +10,10 @@ key alone.  A change is merged into its block; who reads the file sees a table w
 which is a view of the blocks in SQLite's sense.
 
 SQLite, because it is what this needs: a change costs what has changed, a transaction is in the file or is
-not (its journal has checksums), a full disk refuses the transaction and keeps what was.  Flushed to the disk
-when the journal is taken over, not at every write: a power cut may lose the last seconds, and the watch
-brings them again.
+not, a full disk refuses the transaction and keeps what was.  Until each view has been written, a page goes
+where it belongs at once; from then on into a log first (SQLite's WAL, which has checksums), flushed to the
+disk when it is taken over, not at every write: a power cut may lose the last seconds, and the watch brings
+them again.
 
 Everything here blocks; `agent.remembered` calls it in one thread.
 """
@@ -44,7 +45,7 @@ BLOCKS = 4096
 READ_AT_ONCE = 13  # blocks: a thousand addresses
 # In place of a cluster's number (a random one): the view is whole, but no history can be followed from it.
 NO_CLUSTER = 1
-COMPANIONS = ("-wal", "-shm")
+COMPANIONS = ("-wal", "-shm", "-journal")
 
 Row = tuple[Any, ...]  # without the key
 Rows = dict[Any, Row]
@@ -125,6 +126,7 @@ class ViewFile:
         self._owner = owner
         self._shapes = shapes
         self._database: sqlite3.Connection | None = None
+        self._filling = False
 
     def open(self) -> bool:
         """Open the file, or make it; return whether there was one.
@@ -145,8 +147,10 @@ class ViewFile:
         self._database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         try:
             with self._named_damage():
-                self._settings(new=not existed)
+                self._filling = not existed
+                self._opened.execute("PRAGMA busy_timeout = 1000")
                 if existed:
+                    self._log_changes()
                     self._check()
                 else:
                     self._make()
@@ -238,6 +242,15 @@ class ViewFile:
 
     def commit(self) -> None:
         self._opened.execute("COMMIT")
+        if self._filling:
+            self._end_of_filling()
+
+    def _end_of_filling(self) -> None:
+        written = self._opened.execute("SELECT count(*) FROM places").fetchone()[0]
+        if written == len(self._shapes):
+            with contextlib.suppress(sqlite3.OperationalError):  # somebody reads the file just now
+                self._log_changes()
+                self._filling = False
 
     def undo(self) -> None:
         """Undo the transaction under way, if there is one."""
@@ -265,12 +278,9 @@ class ViewFile:
         except (sqlite3.Error, ValueError, TypeError) as error:
             raise CheckpointDamaged(str(error)) from error
 
-    def _settings(self, *, new: bool) -> None:
-        if new:
-            self._opened.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+    def _log_changes(self) -> None:
         self._opened.execute("PRAGMA journal_mode = WAL")
         self._opened.execute("PRAGMA synchronous = NORMAL")
-        self._opened.execute("PRAGMA busy_timeout = 1000")
 
     def _check(self) -> None:
         version = int(self._opened.execute("PRAGMA user_version").fetchone()[0])
@@ -281,6 +291,7 @@ class ViewFile:
             raise CheckpointDamaged(f"it is of {found and found[0]}, this is {self._owner}")
 
     def _make(self) -> None:
+        self._opened.execute(f"PRAGMA page_size = {PAGE_BYTES}")
         self._opened.execute("BEGIN IMMEDIATE")
         self._opened.execute("CREATE TABLE owner (name TEXT NOT NULL)")
         self._opened.execute("INSERT INTO owner VALUES (?)", (self._owner,))

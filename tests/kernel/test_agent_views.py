@@ -58,9 +58,15 @@ class Life:
         self.view.follower.cursor.listed(number)
 
 
-def test_an_agent_that_is_killed_while_it_writes_leaves_one_whole_view(tmp_path: Path) -> None:
-    saved, last = Saved(tmp_path), 0
+@pytest.mark.parametrize("filling", [True, False], ids=["first life", "later"])
+def test_an_agent_that_is_killed_while_it_writes_leaves_one_whole_view(tmp_path: Path, filling: bool) -> None:
+    """In its first life it writes the file's pages themselves, later a log of them."""
+    last = 0
     for kill in range(KILLS):
+        if filling:
+            tmp_path, last = tmp_path / "next", 0
+            tmp_path.mkdir()
+        saved = Saved(tmp_path)
         writer = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(tmp_path)],
             env=os.environ | {"PYTHONPATH": str(REPO)},
@@ -72,6 +78,9 @@ def test_an_agent_that_is_killed_while_it_writes_leaves_one_whole_view(tmp_path:
         finally:
             writer.send_signal(signal.SIGKILL)
             writer.wait()
+        file = ViewFile(saved.path, OWNER, remembered.SHAPES)
+        assert file.open(), "what was broken off is undone by the next life"
+        file.close()
         last = saved.revision("addresses")
         identities = {row[1] for row in saved.rows("addresses")}
         assert identities == {1000 + last}

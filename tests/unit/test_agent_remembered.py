@@ -301,8 +301,29 @@ async def test_files_are_private(tmp_path: Path) -> None:
         one.fill()
         one.listed(3)
         await one.memory.write()
+        one.listed(4)
+        await one.memory.write()
         found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert found == {"views.db": 0o600, "views.db-wal": 0o600, "views.db-shm": 0o600}
+
+
+async def test_changes_are_logged_from_when_every_view_is_written(tmp_path: Path) -> None:
+    log = tmp_path / "views.db-wal"
+    with life(tmp_path) as one:
+        await one.start()
+        one.fill()
+        for revision, view in enumerate(one.views, 3):
+            view.follower.cursor.listed(revision, CLUSTER)
+            await one.memory.write()
+            assert not log.exists()
+        reader = sqlite3.connect(one.path, isolation_level=None)
+        with closing(reader):
+            reader.execute("BEGIN")
+            assert reader.execute("SELECT count(*) FROM places").fetchone() == (4,)
+            one.listed(9)
+            await one.memory.write()
+            assert log.stat().st_size > 0, "and who reads keeps nobody from writing"
+            assert one.memory.trouble == ""
 
 
 def sql(*statements: str) -> Callable[[Path], None]:
