@@ -8,6 +8,6 @@ central: node count and names come from a small file that the agent leaves besid
 Called by the container's engine; the agent reads `prestart.handover` and writes `prestart.cluster`; the
 command line and the benches ask `prestart.simulation` what it does to a fleet (the hook never loads it).
 May import the standard library and `core.errors` and `core.files` (which import nothing else), because it
-has to start in 50 ms and 15 MB on a host that is busy booting (pathlib alone would be six of them);
-`simulation` also `core.backoff`.
+has to start in 50 ms and 15 MB on a host that is busy booting; `simulation` also `core.backoff`.  What the
+standard library loads for a module counts too: no `pathlib`, no `typing` (`prestart.values`).
 """

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from prestart.values import NamedTuple
 from prestart.window import next_slot, slot_fraction, window_length
 
 FRESH_LIMIT_S = 30.0

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from core.errors import shorten
 from prestart.decision import Decision, Kind, Now
 from prestart.errors import OptionRefused
+from prestart.values import NamedTuple
 from prestart.window import next_slot, slot_fraction, window_length
 
 CONNECT = "HOLDFAST_CONNECT_NOT_BEFORE"

@@ -12,11 +12,14 @@ import enum
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
 
 from core.errors import shorten
 from prestart.cluster import MOST_NODES
 from prestart.errors import OptionRefused
+from prestart.values import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from typing import Any
 
 PREFIX = "HOLDFAST_PRESTART_"
 STATE_DIR = "/var/lib/holdfast"
