@@ -19,7 +19,7 @@ from core.waiting import Wait, waiting
 RETRY_BASE_S, RETRY_CAP_S = 0.2, 30.0
 # Trouble that a person has to end (a missing right) is not worth quick attempts.
 SLOW_BASE_S = 5.0
-# An attempt that lasted this long was a success: the next trouble starts with short pauses again.
+# What worked for this long was a success: the next trouble starts with short pauses again.
 HEALTHY_AFTER_S = 10.0
 
 
@@ -32,7 +32,7 @@ class Patience:
         self._base = base
         self._stack = contextlib.ExitStack()
         self._wait: Wait | None = None
-        self._started = time.monotonic()
+        self._answered_at: float | None = None  # in this attempt
 
     def __enter__(self) -> Patience:
         return self
@@ -44,7 +44,7 @@ class Patience:
 
     def attempt(self, note: str = "") -> None:
         """An attempt begins; unless something works already, this is a wait that others can see."""
-        self._started = time.monotonic()
+        self._answered_at = None
         self.troubled(note)
 
     def troubled(self, note: str = "") -> None:
@@ -53,14 +53,20 @@ class Patience:
             self._wait = self._stack.enter_context(waiting("etcd", self.purpose))
         self._wait.note = note or self._wait.note
 
+    def answered(self) -> None:
+        """etcd does in this attempt what it is asked for, though what is waited for may be still to come."""
+        if self._answered_at is None:
+            self._answered_at = time.monotonic()
+
     def works(self) -> None:
         """It works: nothing is being waited for."""
+        self.answered()
         self._stack.close()
         self._wait = None
 
     async def pause(self, *, slow: bool = False) -> None:
-        """Sleep before the next attempt."""
-        if time.monotonic() - self._started > HEALTHY_AFTER_S:
+        """Sleep before the next attempt.  One that only waited, until its time was up, was no success."""
+        if self._answered_at is not None and time.monotonic() - self._answered_at > HEALTHY_AFTER_S:
             self.backoff.reset()
         self.backoff.base = SLOW_BASE_S if slow else self._base
         await asyncio.sleep(self.backoff.next())

@@ -205,6 +205,7 @@ class Follower:
         async with contextlib.aclosing(watch) as batches:
             async for batch in batches:
                 self.error = ""
+                self._patience.answered()
                 self._patience.troubled("what changes is followed; its turn to list everything comes later")
                 await self._hand_on(known.changes(batch))
                 known.passed(batch)
@@ -264,6 +265,7 @@ class Follower:
     def _fresh(self) -> None:
         """etcd has just spoken: the view is current, and in sync if nothing older is under way."""
         self.fresh_at = time.monotonic()
+        self._patience.answered()
         if not self.cursor.caught_up:
             return
         self.error = ""

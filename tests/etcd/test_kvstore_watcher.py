@@ -13,7 +13,7 @@ import pytest
 
 from core.table import Table
 from core.waiting import current
-from kvstore import schema
+from kvstore import patience, schema
 from kvstore.client import Client
 from kvstore.ops import put_op
 from kvstore.sink import TableSink
@@ -447,6 +447,25 @@ async def test_hung_server_is_left_for_another(tmp_path: Path) -> None:
         await other.close()
     finally:
         cluster.stop()
+
+
+async def test_a_hung_etcd_is_asked_less_and_less(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each attempt lasts longer than what counts as healthy: it ends because its time is up."""
+    monkeypatch.setattr(patience, "HEALTHY_AFTER_S", 0.1)
+    client = Client(etcd.config, timeout=0.3, idle=0.2, hang=0.3)
+    await client.put("k/a", "1")
+    sink = Recorder()
+    async with following(Follower(client, "k/", sink)) as follower:
+        waits = follower._patience
+        await eventually(lambda: sink.synced == 1, "in sync")
+        etcd.pause()
+        try:
+            await eventually(lambda: waits.backoff.attempts >= 4, "four failures in a row", deadline=30)
+        finally:
+            etcd.resume()
+        await client.put("k/b", "2")
+        await eventually(lambda: "k/b" in sink.view, "it is followed again", deadline=30)
+    await client.close()
 
 
 async def test_denied_prefix_is_told_and_followed_once_it_is_allowed(tmp_path: Path) -> None:
