@@ -40,13 +40,28 @@ from kvstore.schema import (
 )
 from kvstore.snapshots import Snapshots
 from kvstore.turn import TTL_S, Turn
-from kvstore.upkeep import Action, Memory, Rules, Step, decide, size_text
+from kvstore.upkeep import (
+    DISARMED,
+    REMEMBERED_S,
+    Action,
+    Attempt,
+    Memory,
+    Rules,
+    Step,
+    decide,
+    full_members,
+    is_blind,
+    size_text,
+    with_etcds_quota,
+)
 
 ELECTION = "etcd-maintenance"
 STATE_FILE = "maintenance.json"
 SNAPSHOTS = "snapshots"
 # Seconds.  A failed snapshot is tried again after so long.
 RETRY_S = 600.0
+# Between a compaction and the defragmentation that it is for.
+SETTLE_S = 5.0
 # What has not changed is told to etcd again after so long.
 TELL_S = 600.0
 # The health check's patience: a round that does nothing long, and one that does.
@@ -63,12 +78,20 @@ class Schedule:
     defragmentation: float = 1200.0  # 8 GiB at 7 MiB/s; longer, and it is given up
 
 
+class Tried(msgspec.Struct, frozen=True):
+    """A defragmentation; `at` is its end, unix seconds (see `kvstore.upkeep.Attempt`)."""
+
+    at: float
+    blind: bool = False
+    failed: bool = False
+
+
 class State(msgspec.Struct, frozen=True):
     """What survives a restart."""
 
     record: MaintenanceRecord
     lease: int = 0
-    defragmented: dict[str, int] = {}  # by member, etcd's revision when it was
+    attempts: dict[str, tuple[Tried, ...]] = {}  # of the last day, by member
     busy: bool = False
 
 
@@ -94,7 +117,9 @@ class Maintainer:
         self._client = client
         self._directory = directory
         self._members = Members(client)
-        self._compacted = 0
+        self._compacted, self._compacted_at = 0, 0.0
+        self._disarmed = 0  # so often in a row, without a file that was full
+        self._quota_told = self.rules.quota
         self._passed = 0
         self._snapshot_error = ""
         self._snapshot_due = self._first_due()
@@ -122,6 +147,7 @@ class Maintainer:
     async def round(self) -> bool:
         """Look, tell, and do at most one thing; returns whether another round should follow at once."""
         cluster = await self._members.look()
+        self._mind_etcds_quota(cluster)
         waiting = await self.turn.waiting() if self.turn.held and not cluster.error else 0
         step = decide(cluster, self.member, self.rules, self._memory(), waiting)
         await self._tell(step.reason, self._troubles(step))
@@ -142,16 +168,23 @@ class Maintainer:
         logger.warning("{}", step.reason)
         if step.action is Action.COMPACT:
             await self._members.compact(step.revision)
-            self._compacted = step.revision
-            self.state = msgspec.structs.replace(self.state, defragmented={})
+            self._compacted, self._compacted_at = step.revision, time.time()
             # The others free what it took in their own time: a file that is written anew before keeps it.
-            return False
-        elif step.action is Action.DISARM:
+            await asyncio.sleep(min(SETTLE_S, self.schedule.look))
+            return True
+        if step.action is Action.DISARM:
             for alarm in cluster.alarms:
                 await self._members.disarm(alarm)
-        elif step.target is not None:
-            return await self._defragment(step.target)
-        return True
+            self._disarmed += 1
+            return False  # if it is not true, it comes again with the next write
+        return step.target is not None and await self._defragment(step.target)
+
+    def _mind_etcds_quota(self, cluster: Cluster) -> None:
+        """Notice an etcd that calls files full which are not by our rules: its own quota is smaller."""
+        if full_members(cluster, self.rules):
+            self._disarmed = 0
+        elif cluster.alarms and self._disarmed >= DISARMED and not cluster.troubles():
+            self.rules, self._disarmed = with_etcds_quota(self.rules, cluster), 0
 
     async def _defragment(self, target: Member) -> bool:
         """Defragment a member and return whether it was done; what fails is not tried again at once."""
@@ -165,8 +198,10 @@ class Maintainer:
                 logger.error("given up, and watched until the member serves again: {}", error)
             seconds = time.monotonic() - started
             after = await self._until_it_serves(target)
+        if after.error:
+            error = error or after.error
         self._defragmented(
-            after, DefragmentationRecord(now(), round(seconds, 3), target.size, after.size, error)
+            target, DefragmentationRecord(now(), round(seconds, 3), target.size, after.size, error)
         )
         done = f"{target.name}: {size_text(target.size)} before, {size_text(after.size)} after"
         logger.info("{}, {:.1f} s{}", done, seconds, f": {error}" if error else "")
@@ -174,23 +209,27 @@ class Maintainer:
         return not error
 
     def _defragmented(self, member: Member, done: DefragmentationRecord) -> None:
-        """Remember an attempt; the record is of our own member alone."""
-        record, when = self.state.record, self.state.defragmented
+        """Remember an attempt on a member as it was before; the record is of our own member alone."""
+        record = self.state.record
         if member.name == self.member:
             record = msgspec.structs.replace(record, defragmentation=done)
             self._passed = 0
             self.rules = _from_now(self.rules)
-        if not done.error:
-            when = {**when, member.name: member.revision}
-        self.state = msgspec.structs.replace(self.state, record=record, defragmented=when)
+        tried = Tried(time.time(), blind=is_blind(member, self.rules), failed=bool(done.error))
+        kept = [each for each in self.state.attempts.get(member.name, ()) if ago(each.at) < REMEMBERED_S]
+        attempts = {**self.state.attempts, member.name: (*kept, tried)}
+        self.state = msgspec.structs.replace(self.state, record=record, attempts=attempts)
 
     async def _until_it_serves(self, member: Member) -> Member:
-        """Return how a member is once it serves again, however long that takes."""
+        """Return how a member is once it serves again, however long that takes, or is none any more."""
         backoff = Backoff(base=0.1, cap=10.0)
         while True:
-            found = (await self._members.look()).member(member.name)
+            cluster = await self._members.look()
+            found = cluster.member(member.name)
             if found is not None and not found.error:
                 return found
+            if found is None and not cluster.error:
+                return msgspec.structs.replace(member, error="etcd has it no longer as a member")
             await asyncio.sleep(backoff.next())
 
     async def _snapshot(self, local: Member) -> None:
@@ -216,19 +255,32 @@ class Maintainer:
 
     def _memory(self) -> Memory:
         last = self.state.record.defragmentation
-        since = float("inf") if last is None else (now() - last.at).total_seconds()
-        return Memory(since, self._passed, self.state.defragmented, self._compacted)
+        since = float("inf") if last is None else ago(last.at.timestamp())
+        attempts = {
+            name: [Attempt(ago(each.at), each.blind, each.failed) for each in tried]
+            for name, tried in self.state.attempts.items()
+        }
+        return Memory(since, self._passed, attempts, self._compacted, ago(self._compacted_at))
 
     def _troubles(self, step: Step) -> str:
         last = self.state.record.defragmentation
         failed = f"the last defragmentation failed: {last.error}" if last and last.error else ""
         helpless = f"no turn can be had, etcd grants no lease: {self.turn.error or 'not yet'}"
         stuck = helpless if step.acts and not self.turn.lease else ""
-        return "; ".join(filter(None, [step.trouble, stuck, self._snapshot_error, failed]))
+        return "; ".join(filter(None, [step.trouble, stuck, self._quota_error, self._snapshot_error, failed]))
+
+    @property
+    def _quota_error(self) -> str:
+        if self.rules.quota == self._quota_told:
+            return ""
+        found, told = size_text(self.rules.quota), size_text(self._quota_told)
+        return f"etcd is full at {found}: its --quota-backend-bytes is smaller than --quota here, {told}"
 
     def _first_due(self) -> float:
         newest = self.snapshots.newest()
-        return 0.0 if newest is None else newest.timestamp() + jittered(self.schedule.snapshot)
+        if newest is None or ago(newest.timestamp()) == float("inf"):
+            return 0.0
+        return newest.timestamp() + jittered(self.schedule.snapshot)
 
     async def _tell(self, doing: str, trouble: str, *, busy: bool = False) -> None:
         """Say what is new in the log, keep the state, and write the record to etcd if that takes it."""
@@ -263,6 +315,13 @@ def _from_now(rules: Rules) -> Rules:
 
 def now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0)
+
+
+def ago(at: float) -> float:
+    """Return the seconds since a moment, unix seconds; for one in the future, by a clock that was wrong then,
+    it is as if it had never been."""
+    past = time.time() - at
+    return past if past >= 0 else float("inf")
 
 
 def read_state(directory: Path) -> State | None:

@@ -92,9 +92,13 @@ class Snapshots:
             raise SnapshotFailed(f"snapshot {target}: {error.strerror or error}") from error
         finally:
             self._remove_partial()
-        for old in self.all()[: -self.keep]:
-            old.unlink(missing_ok=True)
+        self._remove_beyond(target)
         return record
+
+    def _remove_beyond(self, taken: Path) -> None:
+        """Keep this one, though by a clock that was wrong once others may seem younger."""
+        for old in [each for each in self.all() if each != taken][: -(self.keep - 1) or None]:
+            old.unlink(missing_ok=True)
 
     async def _save(self, partial: Path, settings: Mapping[str, str]) -> None:
         saving = asyncio.create_task(etcdctl("snapshot", "save", str(partial), settings=settings))
@@ -150,8 +154,11 @@ def has_its_digest(path: Path) -> bool:
 async def _verified(path: Path, name: str, taken: datetime) -> SnapshotRecord:
     if not await asyncio.to_thread(has_its_digest, path):
         raise SnapshotFailed(f"snapshot {name}: its checksum does not fit, it was cut off or damaged")
-    async with asyncio.timeout(READ_S):
-        text = await etcdctl("snapshot", "status", str(path), "--write-out=json", settings=environment())
+    try:
+        async with asyncio.timeout(READ_S):
+            text = await etcdctl("snapshot", "status", str(path), "--write-out=json", settings=environment())
+    except TimeoutError as error:
+        raise SnapshotFailed(f"snapshot {name}: etcdctl could not read it within {READ_S:g} s") from error
     try:
         status = msgspec.json.decode(text, type=Status)
     except msgspec.DecodeError as error:

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import os
 import stat
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from kvstore.client import Client
 from kvstore.config import EtcdConfig
 from kvstore.errors import NoSpace
-from kvstore.maintenance import ELECTION, STATE_FILE, Maintainer, Schedule, read_state
+from kvstore.maintenance import ELECTION, STATE_FILE, Maintainer, Schedule, Tried, read_state
 from kvstore.members import Cluster, Members
 from kvstore.schema import maintenance_key, parse_maintenance
 from kvstore.snapshots import SnapshotFailed, Snapshots, has_its_digest
@@ -267,11 +268,11 @@ async def test_what_was_too_full_before_a_compaction_is_defragmented_after_it(
         )
         await eventually(lambda: waiting_is(client, 2), "two wait", deadline=60)
     await fill(client)
-    revision = (await Members(client).look()).members[0].revision
     for name in names:
         state = read_state(tmp_path / name)
         assert state is not None
-        tried = msgspec.structs.replace(state, defragmented=dict.fromkeys(names, revision))
+        attempts = dict.fromkeys(names, (Tried(time.time(), blind=True),))
+        tried = msgspec.structs.replace(state, attempts=attempts)
         (tmp_path / name / STATE_FILE).write_bytes(msgspec.json.encode(tried))
     async with maintained(cluster.config, tmp_path, names, NEVER) as members:
         await eventually(lambda: "NOSPACE on" in members[0].state.record.trouble, "it is told")
@@ -279,6 +280,51 @@ async def test_what_was_too_full_before_a_compaction_is_defragmented_after_it(
         await client.put("test/after", "x")
     check_no_overlap(cluster)
     assert {member for _, _, member in cluster.defragmentations()} == set(names)
+
+
+async def test_an_etcd_whose_quota_is_smaller_than_told_is_noticed_and_served(
+    cluster: EtcdCluster, client: Client, tmp_path: Path
+) -> None:
+    """Its files are small by our rules, so the alarm is disarmed; with the next write it stands again."""
+    names, told = ["m0", "m1", "m2"], replace(NEVER, quota=10 * QUOTA)
+
+    async with maintained(cluster.config, tmp_path, names, told) as members:
+        await eventually(lambda: waiting_is(client, 2), "two wait", deadline=60)
+        await fill(client)
+        async with asyncio.timeout(60):
+            while not any("smaller than --quota here" in each.state.record.trouble for each in members):
+                with contextlib.suppress(NoSpace):
+                    await client.put("test/big", MEGABYTE)
+                await asyncio.sleep(0.1)
+
+        async def five_more_are_written() -> bool:
+            with contextlib.suppress(NoSpace):
+                for _ in range(5):
+                    await client.put("test/big", MEGABYTE)
+                return True
+            return False
+
+        await eventually(five_more_are_written, "there is room", deadline=60)
+    check_no_overlap(cluster)
+    assert cluster.defragmentations() != []
+
+
+async def test_a_defragmentation_that_fails_is_not_tried_again_at_once(
+    cluster: EtcdCluster, client: Client, tmp_path: Path
+) -> None:
+    names, hasty = ["m0", "m1", "m2"], Schedule(look=0.1, snapshot=3600.0, defragmentation=0.0001)
+    async with maintained(cluster.config, tmp_path, names, NEVER) as members:
+        await eventually(
+            lambda: all(kept(each) == each.turn.lease != 0 for each in members), "leases are kept"
+        )
+        await eventually(lambda: waiting_is(client, 2), "two wait", deadline=60)
+    await fill(client)
+    async with maintained(cluster.config, tmp_path, names, NEVER, hasty) as members:
+        await eventually(lambda: all_done(members)(), "each has failed", deadline=60)
+        seen = members[0].state.record.seen
+        await eventually(lambda: members[0].state.record.seen > seen, "further rounds")
+        assert all("defragmentation failed: defragment m" in each.state.record.trouble for each in members)
+        assert all(len(tried) <= 2 for each in members for tried in each.state.attempts.values())
 
 
 def kept(maintainer: Maintainer) -> int:
@@ -311,7 +357,7 @@ async def test_full_of_keys_stays_alarmed_until_some_are_deleted(
     cluster: EtcdCluster, client: Client, tmp_path: Path
 ) -> None:
     # Its keys are 25 MB; with less than 20 there would be room enough.
-    rules = replace(NEVER, quota=25 * MIB)
+    rules = replace(NEVER, quota=25 * MIB, again=2.0)
     async with maintained(cluster.config, tmp_path, ["m0", "m1", "m2"], rules) as members:
         await eventually(lambda: any(each.turn.held for each in members), "one has the turn")
         await fill(client, "test/{}")
