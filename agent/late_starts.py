@@ -48,6 +48,11 @@ class LateStarts:
     async def _look(self, container: EngineContainer) -> None:
         try:
             end = await self._engine.end_of(container.id)
+        except EngineError as error:
+            self._looked.discard(container.id)  # busy starting it, perhaps: it is asked with the next list
+            logger.warning("how container {} ended can not be told yet: {}", container.name, error)
+            return
+        try:
             if end is None or end.restart_policy not in KEPT_RUNNING or not _OF_A_DRIVER.search(end.error):
                 return
             logger.warning(

@@ -191,6 +191,8 @@ async def _checkpoint(parts: Parts) -> None:
     while True:
         await asyncio.sleep(CHECKPOINT_S)
         parts.endpoints.store.save_unsaved()
+        if parts.driver is not None:
+            parts.driver.save_unsaved()
         now = node_now(parts)
         if now != parts.node:
             parts.node = now

@@ -31,7 +31,7 @@ def start_now(settings: Settings, by: str, state_dir: Path, output: str | None) 
     second. The next start waits for its slot again. Of a whole cluster that comes back from a power cut,
     order only what has to be there first: the window is what keeps etcd alive.
     """
-    who = by or user()
+    who = (by or user()).encode(errors="replace").decode()
     try:
         found: Any = settings.agent().request("PUT", "/v1/start-now", {"by": who})
     except Unreachable:
@@ -52,6 +52,11 @@ def _leave(directory: Path, who: str) -> Path:
     if not directory.is_dir():
         raise CliError(f"no agent answers, and there is no {directory} where a start hook would look")
     path = directory / ORDER
-    write_atomic(path, who.encode())
+    try:
+        write_atomic(path, who.encode())
+    except OSError as error:
+        raise CliError(
+            f"no agent answers, and the order can not be left in {path}: {error.strerror}"
+        ) from error
     click.echo(f"no agent answers; the start hook finds the order in {path}", err=True)
     return path

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 from agent import endpoints as endpoints_module
 from agent import engine, engine_watch
+from agent.checkpoint import Network
 from agent.engine import EngineContainer
 from agent.engine_watch import EngineWatch, unmanaged
 from tests.support.driver_host import NETWORK, DriverHost, driver_host
@@ -159,6 +162,45 @@ def test_a_container_that_was_left_exited_is_started_again_once(tmp_path: Path, 
             host.fake.refusal = ""
             host.fake.end_streams()  # another engine, another chance
             await until(lambda: host.fake.containers["c1"]["State"] == "running")
+
+    run(tmp_path, story)
+
+
+def test_a_container_of_which_the_engine_tells_nothing_yet_is_asked_for_again(tmp_path: Path) -> None:
+    async def story(host: DriverHost) -> None:
+        host.fake.add_container("c1", "web", network=NETWORK)
+        host.fake.end("c1", LATE)
+        host.fake.broken["/containers/c1/json"] = (500, b'{"message": "busy"}')
+        async with watching(host) as watch:
+            await until(lambda: any("c1" in each for each in host.fake.asked))
+            assert host.fake.started == []
+            host.fake.broken.clear()
+            while not host.fake.started:
+                listed = watch.view.listed_at
+                host.fake.emit(b'{"Action": "die"}\n')
+                await until(lambda: watch.view.listed_at > listed)  # noqa: B023
+            assert host.fake.started == ["c1"]
+
+    run(tmp_path, story)
+
+
+def test_a_network_that_can_not_be_written_stops_nothing(tmp_path: Path) -> None:
+    async def story(host: DriverHost) -> None:
+        def full(network: Network) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        checkpoint = host.driver._checkpoint
+        host.driver.networks.clear()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(checkpoint, "save_network", full)
+            async with watching(host) as watch:
+                await watch.first_list.wait()
+                assert NETWORK in host.driver.networks
+                with pytest.raises(OSError, match="No space left"):
+                    host.driver.save_unsaved()
+        saved = len(checkpoint.networks())
+        host.driver.save_unsaved()
+        assert len(checkpoint.networks()) == saved + 1
 
     run(tmp_path, story)
 

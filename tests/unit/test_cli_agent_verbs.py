@@ -50,6 +50,14 @@ def test_start_now_without_an_agent_leaves_the_order_to_the_start_hook(tmp_path:
     assert "no agent answers, and there is no" in lost.stderr
 
 
+def test_start_now_that_can_not_be_left_is_told(tmp_path: Path) -> None:
+    (tmp_path / "start-now").mkdir()
+    lost = run("start-now", "--by", "\udcff", "--state-dir", str(tmp_path), socket=tmp_path / "nobody.sock")
+    assert lost.returncode == 1
+    assert f"the order can not be left in {tmp_path}/start-now: Is a directory" in lost.stderr
+    assert "Traceback" not in lost.stderr
+
+
 def test_status_has_ciliums_lines(agent: Serving) -> None:
     result = run("status", socket=agent.path)
     assert (result.returncode, result.stderr) == (0, "")
