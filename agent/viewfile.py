@@ -10,10 +10,10 @@ key alone.  A change is merged into its block; who reads the file sees a table w
 which is a view of the blocks in SQLite's sense.
 
 SQLite, because it is what this needs: a change costs what has changed, a transaction is in the file or is
-not, a full disk refuses the transaction and keeps what was.  Until each view has been written, a page goes
-where it belongs at once; from then on into a log first (SQLite's WAL, which has checksums), flushed to the
-disk when it is taken over, not at every write: a power cut may lose the last seconds, and the watch brings
-them again.
+not, a full disk refuses the transaction and keeps what was.  Until the first view, the largest, has been
+written, a page goes where it belongs at once; from then on into a log first (SQLite's WAL, which has
+checksums), flushed to the disk when it is taken over, not at every write: a power cut may lose the last
+seconds, and the watch brings them again.
 
 Everything here blocks; `agent.remembered` calls it in one thread.
 """
@@ -150,7 +150,7 @@ class ViewFile:
                 self._filling = not existed
                 self._opened.execute("PRAGMA busy_timeout = 1000")
                 if existed:
-                    self._log_changes()
+                    self._filling = not self._log_changes()
                     self._check()
                 else:
                     self._make()
@@ -246,11 +246,9 @@ class ViewFile:
             self._end_of_filling()
 
     def _end_of_filling(self) -> None:
-        written = self._opened.execute("SELECT count(*) FROM places").fetchone()[0]
-        if written == len(self._shapes):
-            with contextlib.suppress(sqlite3.OperationalError):  # somebody reads the file just now
-                self._log_changes()
-                self._filling = False
+        largest = (self._shapes[0].name,)
+        if self._opened.execute("SELECT 1 FROM places WHERE view = ?", largest).fetchone():
+            self._filling = not self._log_changes()
 
     def undo(self) -> None:
         """Undo the transaction under way, if there is one."""
@@ -278,9 +276,16 @@ class ViewFile:
         except (sqlite3.Error, ValueError, TypeError) as error:
             raise CheckpointDamaged(str(error)) from error
 
-    def _log_changes(self) -> None:
-        self._opened.execute("PRAGMA journal_mode = WAL")
+    def _log_changes(self) -> bool:
+        """Log changes from now on; False where somebody reads the file just now, which keeps it as it is."""
+        try:
+            self._opened.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+            return False
         self._opened.execute("PRAGMA synchronous = NORMAL")
+        return True
 
     def _check(self) -> None:
         version = int(self._opened.execute("PRAGMA user_version").fetchone()[0])

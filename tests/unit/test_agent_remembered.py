@@ -307,7 +307,29 @@ async def test_files_are_private(tmp_path: Path) -> None:
     assert found == {"views.db": 0o600, "views.db-wal": 0o600, "views.db-shm": 0o600}
 
 
-async def test_changes_are_logged_from_when_every_view_is_written(tmp_path: Path) -> None:
+async def test_who_reads_a_file_that_is_being_filled_keeps_no_agent_from_its_checkpoint(
+    tmp_path: Path,
+) -> None:
+    with life(tmp_path) as one:
+        await one.start()
+        one.fill()
+        one.views[0].follower.cursor.listed(3, CLUSTER)
+        await one.memory.write()
+    with closing(sqlite3.connect(tmp_path / viewfile.NAME, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        assert len(reader.execute("SELECT * FROM identities").fetchall()) == 1
+        with life(tmp_path) as two:
+            assert await two.start() == [True, False, False, False]
+            assert two.memory.trouble == two.memory.damage == ""
+            reader.execute("COMMIT")
+            two.fill()
+            two.listed(5)
+            await two.memory.write()
+            assert two.memory.trouble == ""
+    assert Saved(tmp_path).revision("addresses") == 5
+
+
+async def test_changes_are_logged_from_when_the_addresses_are_written(tmp_path: Path) -> None:
     log = tmp_path / "views.db-wal"
     with life(tmp_path) as one:
         await one.start()
@@ -316,8 +338,7 @@ async def test_changes_are_logged_from_when_every_view_is_written(tmp_path: Path
             view.follower.cursor.listed(revision, CLUSTER)
             await one.memory.write()
             assert not log.exists()
-        reader = sqlite3.connect(one.path, isolation_level=None)
-        with closing(reader):
+        with closing(sqlite3.connect(one.path, isolation_level=None)) as reader:
             reader.execute("BEGIN")
             assert reader.execute("SELECT count(*) FROM places").fetchone() == (4,)
             one.listed(9)
