@@ -266,6 +266,15 @@ class Remembered:
             await self._put_aside(error)
         except (OSError, sqlite3.Error) as error:
             self._tell(f"{self._file.path} can not be opened: {error}")
+            if isinstance(error, sqlite3.Error):
+                await self._open_to_read()
+
+    async def _open_to_read(self) -> None:
+        """On a full disk what is known is restored all the same, and written when there is room."""
+        try:
+            self._found = await self._do(self._file.open_to_read)
+        except (CheckpointDamaged, OSError, sqlite3.Error) as error:
+            logger.error("checkpoint {} can not be read either: {}", self._file.path, error)
 
     @property
     def resumable(self) -> int:

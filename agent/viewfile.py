@@ -160,6 +160,20 @@ class ViewFile:
             raise
         return existed
 
+    def open_to_read(self) -> bool:
+        """Open a file beside which there is no room for the index of its log; return whether there is one.
+
+        The index is kept in memory then, and nobody else can read the file meanwhile.  Raises as `open`.
+        """
+        self.close()
+        if not self.path.exists():
+            return False
+        self._database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        with self._named_damage():
+            self._opened.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._check()
+        return True
+
     def close(self) -> None:
         if self._database is not None:
             self._database.close()
@@ -285,6 +299,8 @@ class ViewFile:
                 raise
             return False
         self._opened.execute("PRAGMA synchronous = NORMAL")
+        # Makes the log and its index, while there is room.
+        self._opened.execute("SELECT count(*) FROM sqlite_master").fetchone()
         return True
 
     def _check(self) -> None:

@@ -170,7 +170,7 @@ class Maintainer:
             await self._members.compact(step.revision)
             self._compacted, self._compacted_at = step.revision, time.time()
             # The others free what it took in their own time: a file that is written anew before keeps it.
-            await asyncio.sleep(min(SETTLE_S, self.schedule.look))
+            await asyncio.sleep(jittered(min(SETTLE_S, self.schedule.look)))
             return True
         if step.action is Action.DISARM:
             for alarm in cluster.alarms:

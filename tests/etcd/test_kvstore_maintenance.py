@@ -213,6 +213,7 @@ async def test_no_defragmentation_while_a_member_is_away(
 async def test_too_long_is_given_up_and_told(cluster: EtcdCluster, client: Client, tmp_path: Path) -> None:
     rules = Rules(quota=QUOTA, minimum=1, share=0.0, every=3600.0)
     hasty = Schedule(look=0.1, defragmentation=0.0001)
+    await make_garbage(client)
     async with maintained(cluster.config, tmp_path, ["m1"], rules, hasty) as (maintainer,):
         await eventually(lambda: maintainer.state.record.trouble != "", "the failure is told", deadline=60)
         record = maintainer.state.record

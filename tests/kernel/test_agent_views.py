@@ -111,3 +111,39 @@ async def test_a_full_disk_keeps_the_last_view_and_is_written_when_there_is_room
         life.memory.close()
     assert Saved(small_disk).revision("addresses") == 2
     assert {row[1] for row in Saved(small_disk).rows("addresses")} == {1002}
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["ended", "killed"])
+async def test_what_was_known_is_restored_though_the_disk_is_full(small_disk: Path, killed: bool) -> None:
+    ballast = small_disk / "ballast"
+    first = Life(small_disk)
+    await first.memory.open()
+    await first.memory.restore(first.view)
+    for number in (1, 2):
+        first.write_round(number, 100)
+        await first.memory.write()
+    if killed:  # what it leaves, without what the end of a life takes over
+        log = (small_disk / "views.db-wal").read_bytes()
+        assert log
+    first.memory.close()
+    if killed:
+        (small_disk / "views.db-wal").write_bytes(log)
+    with pytest.raises(OSError, match="No space left"):
+        ballast.write_bytes(bytes(2 << 20))
+    second = Life(small_disk)
+    try:
+        await second.memory.open()
+        assert await second.memory.restore(second.view)
+        assert second.view.place.revision == 2
+        assert {record.identity for record in second.view.source.entries().values()} == {1002}
+        assert "can not be opened" in second.memory.trouble
+        second.write_round(3, 100)
+        await second.memory.write()
+        assert second.memory.trouble
+        ballast.unlink()
+        await second.memory.write()
+        assert second.memory.trouble == ""
+    finally:
+        second.memory.close()
+    assert Saved(small_disk).revision("addresses") == 3
+    assert {row[1] for row in Saved(small_disk).rows("addresses")} == {1003}

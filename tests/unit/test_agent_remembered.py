@@ -335,9 +335,9 @@ async def test_changes_are_logged_from_when_the_addresses_are_written(tmp_path: 
         await one.start()
         one.fill()
         for revision, view in enumerate(one.views, 3):
+            assert not log.exists()
             view.follower.cursor.listed(revision, CLUSTER)
             await one.memory.write()
-            assert not log.exists()
         with closing(sqlite3.connect(one.path, isolation_level=None)) as reader:
             reader.execute("BEGIN")
             assert reader.execute("SELECT count(*) FROM places").fetchone() == (4,)
