@@ -198,8 +198,7 @@ class Maintainer:
                 logger.error("given up, and watched until the member serves again: {}", error)
             seconds = time.monotonic() - started
             after = await self._until_it_serves(target)
-        if after.error:
-            error = error or after.error
+        error = error or after.error
         self._defragmented(
             target, DefragmentationRecord(now(), round(seconds, 3), target.size, after.size, error)
         )
