@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import TypeVar
@@ -74,6 +75,7 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.damage: list[str] = []
+        self._unsaved: dict[Path, Callable[[], None]] = {}  # what could not be written yet
         self._newer: dict[Path, bytes] = {}  # files with fields that this version does not know, as they were
         self._endpoints = directory / "endpoints"
         self._networks = directory / "networks"
@@ -95,9 +97,9 @@ class Checkpoint:
 
         return list(self._read_all(self._endpoints, Endpoint, check))
 
-    def save_endpoint(self, endpoint: Endpoint) -> None:
+    def save_endpoint(self, endpoint: Endpoint, *, may_wait: bool = False) -> None:
         # Not flushed: after a power cut no endpoint exists any more, whatever the file says.
-        self._write(self._endpoint_path(endpoint.id), endpoint, durable=False)
+        self._write(self._endpoint_path(endpoint.id), endpoint, durable=False, may_wait=may_wait)
 
     def drop_endpoint(self, endpoint_id: int) -> None:
         self._drop(self._endpoint_path(endpoint_id))
@@ -105,8 +107,8 @@ class Checkpoint:
     def networks(self) -> list[Network]:
         return list(self._read_all(self._networks, Network, _check_network))
 
-    def save_network(self, network: Network) -> None:
-        self._write(self._network_path(network.id), network)
+    def save_network(self, network: Network, *, may_wait: bool = False) -> None:
+        self._write(self._network_path(network.id), network, may_wait=may_wait)
 
     def drop_network(self, network_id: str) -> None:
         self._drop(self._network_path(network_id))
@@ -116,6 +118,11 @@ class Checkpoint:
 
     def save_node(self, node: Node) -> None:
         self._write(self.directory / "node.json", node)
+
+    def save_unsaved(self) -> None:
+        """Write what could not be written and was allowed to wait.  Raises OSError."""
+        for write in list(self._unsaved.values()):
+            write()
 
     def _read_all(self, directory: Path, kind: type[T], check: Check[T]) -> Iterator[T]:
         for path in sorted(directory.glob("*.json")):
@@ -144,10 +151,21 @@ class Checkpoint:
         self.damage.append(f"{path} is damaged ({error}); {put_aside(path)}")
         logger.error("checkpoint {}", self.damage[-1])
 
-    def _write(self, path: Path, record: msgspec.Struct, *, durable: bool = True) -> None:
-        write_atomic(path, codec.rewrite(record, self._newer.get(path)), durable=durable)
+    def _write(
+        self, path: Path, record: msgspec.Struct, *, durable: bool = True, may_wait: bool = False
+    ) -> None:
+        """Write a record; one that may wait, for what it tells of runs already, once there is room."""
+        try:
+            write_atomic(path, codec.rewrite(record, self._newer.get(path)), durable=durable)
+            self._unsaved.pop(path, None)
+        except OSError as error:
+            if not may_wait:
+                raise
+            logger.error("checkpoint {} can not be written, tried again: {}", path, error.strerror)
+            self._unsaved[path] = partial(self._write, path, record, durable=durable)
 
     def _drop(self, path: Path) -> None:
+        self._unsaved.pop(path, None)
         self._newer.pop(path, None)
         path.unlink(missing_ok=True)
 

@@ -70,7 +70,6 @@ class Driver:
         self.endpoints = endpoints
         self.engine = engine
         self.networks: dict[str, Network] = {}
-        self._unsaved: set[str] = set()  # networks
         # Endpoints whose labels were looked at in this life; the engine watch drops those that are gone.
         self.identified: set[int] = set()
         self._checkpoint = checkpoint
@@ -202,22 +201,9 @@ class Driver:
     async def _learn(self, found: EngineNetwork) -> Network:
         subnet = found.subnet if found.subnet not in ("", "0.0.0.0/0") else ""
         network = Network(found.id, found.name, subnet)
-        try:
-            await asyncio.to_thread(self._checkpoint.save_network, network)
-            self._unsaved.discard(network.id)
-        except OSError as error:
-            logger.error("network {} could not be checkpointed, tried again: {}", found.name, error)
-            self._unsaved.add(network.id)
+        await asyncio.to_thread(self._checkpoint.save_network, network, may_wait=True)
         self._remember(network)
         return network
-
-    def save_unsaved(self) -> None:
-        """Write the networks that could not be written when they were learned.  Raises OSError."""
-        for network_id in list(self._unsaved):
-            network = self.networks.get(network_id)
-            if network is not None:
-                self._checkpoint.save_network(network)
-            self._unsaved.discard(network_id)
 
     # --- endpoints
 

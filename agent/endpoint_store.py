@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import msgspec
-from loguru import logger
 
 from agent.checkpoint import Checkpoint
 from agent.endpoint import ENDPOINT_ID_MAX, Endpoint
@@ -30,7 +29,6 @@ class EndpointStore:
         self._source = table.source("agent")
         self._checkpoint = checkpoint
         self._by_engine_id: dict[str, int] = {}
-        self._unsaved: set[int] = set()
 
     def find(self, endpoint_id: int) -> Endpoint | None:
         return self.table.get(endpoint_id)
@@ -84,13 +82,8 @@ class EndpointStore:
         endpoint = msgspec.structs.replace(known, **fields)
         if endpoint == known:
             return known
-        try:
-            # 50 µs into the page cache: cheaper here than by way of a thread.
-            self._checkpoint.save_endpoint(endpoint)
-            self._unsaved.discard(endpoint_id)
-        except OSError as error:
-            logger.error("endpoint {} could not be checkpointed, tried again: {}", endpoint_id, error)
-            self._unsaved.add(endpoint_id)
+        # 50 µs into the page cache: cheaper here than by way of a thread.
+        self._checkpoint.save_endpoint(endpoint, may_wait=True)
         self._source.upsert(endpoint_id, endpoint)
         return endpoint
 
@@ -101,16 +94,7 @@ class EndpointStore:
     def forget(self, endpoint: Endpoint) -> None:
         """Remove what is left of an endpoint that is gone from the kernel."""
         self._by_engine_id.pop(endpoint.engine_endpoint_id, None)
-        self._unsaved.discard(endpoint.id)
         self._checkpoint.drop_endpoint(endpoint.id)
-
-    def save_unsaved(self) -> None:
-        """Write the records that could not be written when they changed.  Raises OSError."""
-        for endpoint_id in list(self._unsaved):
-            endpoint = self.table.get(endpoint_id)
-            if endpoint is not None:
-                self._checkpoint.save_endpoint(endpoint)
-            self._unsaved.discard(endpoint_id)
 
     def _put(self, endpoint: Endpoint) -> None:
         if endpoint.engine_endpoint_id:

@@ -190,9 +190,7 @@ async def _checkpoint(parts: Parts) -> None:
     written: tuple[list[str], bool] = ([], False)
     while True:
         await asyncio.sleep(CHECKPOINT_S)
-        parts.endpoints.store.save_unsaved()
-        if parts.driver is not None:
-            parts.driver.save_unsaved()
+        parts.checkpoint.save_unsaved()
         now = node_now(parts)
         if now != parts.node:
             parts.node = now

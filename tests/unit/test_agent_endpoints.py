@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent import checkpoint as checkpoint_module
 from agent import endpoints as endpoints_module
 from agent.checkpoint import Checkpoint
 from agent.endpoint import Endpoint, Port, State
@@ -389,17 +390,17 @@ def test_a_full_disk_refuses_new_endpoints_and_lets_the_others_end(monkeypatch: 
     async def story(host: Host) -> None:
         endpoint = await host.start("web", app="web")
 
-        def full(self: Checkpoint, endpoint: Endpoint) -> None:
+        def full(path: Path, data: bytes, *, durable: bool) -> None:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as disk:
-            disk.setattr(Checkpoint, "save_endpoint", full)
+            disk.setattr(checkpoint_module, "write_atomic", full)
             with pytest.raises(OSError, match="No space"):
                 await host.start("new")
             await host.manager.disconnect(endpoint.id)
             with pytest.raises(OSError, match="No space"):
-                host.manager.store.save_unsaved()
-        host.manager.store.save_unsaved()
+                host.manager.store._checkpoint.save_unsaved()
+        host.manager.store._checkpoint.save_unsaved()
         host.check()
         await host.manager.delete(endpoint.id)
         host.check()

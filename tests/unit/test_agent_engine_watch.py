@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
+from agent import checkpoint, engine, engine_watch
 from agent import endpoints as endpoints_module
-from agent import engine, engine_watch
-from agent.checkpoint import Network
 from agent.engine import EngineContainer
 from agent.engine_watch import EngineWatch, unmanaged
 from tests.support.driver_host import NETWORK, DriverHost, driver_host
@@ -186,21 +185,21 @@ def test_a_container_of_which_the_engine_tells_nothing_yet_is_asked_for_again(tm
 
 def test_a_network_that_can_not_be_written_stops_nothing(tmp_path: Path) -> None:
     async def story(host: DriverHost) -> None:
-        def full(network: Network) -> None:
+        def full(path: Path, data: bytes, *, durable: bool) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        checkpoint = host.driver._checkpoint
+        kept = host.driver._checkpoint
         host.driver.networks.clear()
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(checkpoint, "save_network", full)
+            patched.setattr(checkpoint, "write_atomic", full)
             async with watching(host) as watch:
                 await watch.first_list.wait()
                 assert NETWORK in host.driver.networks
                 with pytest.raises(OSError, match="No space left"):
-                    host.driver.save_unsaved()
-        saved = len(checkpoint.networks())
-        host.driver.save_unsaved()
-        assert len(checkpoint.networks()) == saved + 1
+                    kept.save_unsaved()
+        saved = len(kept.networks())
+        kept.save_unsaved()
+        assert len(kept.networks()) == saved + 1
 
     run(tmp_path, story)
 
