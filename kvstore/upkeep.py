@@ -190,9 +190,11 @@ def _make_room(
     worth = [each for each in full if _may_help(each, rules, memory)]
     if local in worth:
         return _make_room_in(prefix, local)
-    # Of one that is stuck the turn goes to who can surely be helped.
-    others = full if local not in full else [each for each in full if _makes_room(each, rules)]
-    names = ", ".join(each.name for each in others if each is not local)
+    # Where writing it anew made no room the keys fill it, and all have the same ones: the turn goes on only
+    # to who can surely be helped.  An attempt that failed has shown nothing.
+    shown = local in full and not _last(local, memory).failed
+    others = [each for each in full if each is not local and (_makes_room(each, rules) or not shown)]
+    names = ", ".join(each.name for each in others)
     if waiting and names:
         return Step(Action.PASS, f"{prefix}; {names} to be defragmented", f"{prefix}; waits for {names}")
     if worth and not waiting:

@@ -238,6 +238,17 @@ def test_who_is_stuck_lets_those_go_that_can_be_helped() -> None:
     assert "the defragmentation of b failed" in stuck.trouble
 
 
+def test_an_attempt_that_failed_has_not_shown_that_the_keys_fill_etcd() -> None:
+    """What is in use is told late: by it nobody has a promise of room, and the others were not tried."""
+    seen = cluster(*(member(name, 950, 900) for name in "abc"), alarms=FULL)
+    passed = step(seen, memory=tried(Attempt(60, blind=True, failed=True), compaction=120))
+    assert passed.action is Action.PASS
+    assert "waits for a, c" in passed.trouble
+    shown = step(seen, memory=tried(Attempt(60, blind=True), compaction=120))
+    assert shown.action is Action.WAIT
+    assert "the keys alone fill it" in shown.trouble
+
+
 def test_etcd_that_calls_small_files_full_has_a_smaller_quota() -> None:
     seen = cluster(member("b", 250, 100), alarms=FULL)
     assert step(seen).action is Action.DISARM
