@@ -4,9 +4,10 @@
     nodes table ──▶ Schedule (who is due) ──▶ agent.probes (TCP, HTTP, ICMP) ──▶ Results
                                                                    who answered ──▶ agent.path_mtu
 
-What is found here is shown (`holdfast health`, a line of `status`, metrics) and changes nothing else.  A node
-is probed once a period, which grows with the logarithm of the cluster's size; the nodes are spread over the
-period, and so are the agents that a new node is probed by.  Run as a supervised task.
+What is found here is shown (`holdfast health`, a line of `status`, metrics), and decides one thing: whether a
+node that etcd has no record of any more is gone (`agent.departures`).  A node is probed once a period, which
+grows with the logarithm of the cluster's size; the nodes are spread over the period, and so are the agents
+that a new node is probed by.  Run as a supervised task.
 """
 
 from __future__ import annotations
@@ -240,7 +241,7 @@ class Prober:
         self._families = frozenset(map(family_of, own_addresses))
         self._port = port
         self._slots = asyncio.Semaphore(IN_FLIGHT_MAX)
-        self._under_way: set[str] = set()
+        self._under_way: dict[str, asyncio.Event] = {}
         self._round = asyncio.Lock()
         self._round_began = 0.0
 
@@ -289,6 +290,19 @@ class Prober:
                     for _ in range(IN_FLIGHT_MAX):
                         group.create_task(self._each(names))
 
+    async def who_answers(self, names: Sequence[str]) -> set[str]:
+        """Probe these nodes now; return those whose agents answer at one of their addresses."""
+        before = {name: self.results.nodes.get(name) for name in names}
+        rest = iter(names)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(len(names), IN_FLIGHT_MAX)):
+                group.create_task(self._each(rest))
+        return {name for name in names if self._answered(name, before[name])}
+
+    def _answered(self, name: str, before: NodeHealth | None) -> bool:
+        found = self.results.nodes.get(name, UNKNOWN)
+        return found is not before and any(not path.http.error for path in found.paths)
+
     async def _each(self, names: Iterator[str]) -> None:
         for name in names:
             async with self._slots:
@@ -312,15 +326,19 @@ class Prober:
         return name == self.own or name in self._nodes
 
     async def _probe(self, name: str) -> None:
-        """Probe one node at all its addresses, unless that is under way."""
-        ips = self.addresses(name)
-        if not ips or name in self._under_way:
+        """Probe one node at all its addresses; where that is under way, wait for its end."""
+        if name in self._under_way:
+            await self._under_way[name].wait()
             return
-        self._under_way.add(name)
+        ips = self.addresses(name)
+        if not ips:
+            return
+        ended = self._under_way[name] = asyncio.Event()
         try:
             paths = tuple(await asyncio.gather(*map(self._path, ips)))
         finally:
-            self._under_way.discard(name)
+            del self._under_way[name]
+            ended.set()
         if name in self.schedule and ips == self.addresses(name):
             found = NodeHealth(paths, time.time())
             self.results.put(name, found)

@@ -8,8 +8,8 @@ an identity is in the ip→identity table.
                                            ├─▶ name → addresses ──▶ agent.names_zone
     addresses    prefix → number ──────────┘
 
-A name is there as long as an address has it.  Kept up by the tables' changes, so that a question costs the
-same in a fleet of any size.
+A name is there as long as an address has it; where etcd has a part of a name's addresses no more, the others
+are told.  Kept up by the tables' changes, so that a question costs the same in a fleet of any size.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class Names:
     def __init__(self) -> None:
         self.unusable: dict[int, str] = {}  # identity → the service and project that make no name
         self._addresses: dict[Name, dict[str, None]] = {}
+        self._doubtful: set[str] = set()
         self._projects: Counter[bytes] = Counter()  # names that have an address
         self._built: dict[Name, Records] = {}
         self._name_of: dict[int, Name] = {}
@@ -92,7 +93,9 @@ class Names:
         """Return the records of a name, None when nobody has it."""
         built = self._built.get(name)
         if built is None and name in self._addresses:
-            built = self._built[name] = _records(self._addresses[name])
+            addresses = self._addresses[name]
+            sure = [each for each in addresses if each not in self._doubtful]
+            built = self._built[name] = _records(sure or addresses)
         return built
 
     def has_project(self, project: bytes) -> bool:
@@ -121,13 +124,17 @@ class Names:
             for prefix in self._members.get(identity, ()):
                 self._move(prefix, old, name)
 
-    def set_identity(self, prefix: str, identity: int | None) -> None:
-        """Take whose a prefix is; None when it is nobody's.  Only a workload's single address has a name."""
+    def set_identity(self, prefix: str, identity: int | None, *, doubtful: bool = False) -> None:
+        """Take whose a prefix is; None when it is nobody's.  Only a workload's single address has a name.
+
+        A `doubtful` one may be gone: it is told only of a name that has no other address.
+        """
         if identity is not None and not (is_global(identity) and prefix.endswith(_HOST_LENGTHS)):
             identity = None
         old = self._identity_of.pop(prefix, None)
         if identity is not None:
             self._identity_of[prefix] = identity
+        self._doubt(prefix, self._name_at(old), doubtful=doubtful and identity is not None)
         if identity == old:
             return
         if old is not None:
@@ -138,6 +145,13 @@ class Names:
         if identity is not None:
             self._members.setdefault(identity, {})[prefix] = None
         self._move(prefix, self._name_at(old), self._name_at(identity))
+
+    def _doubt(self, prefix: str, name: Name | None, *, doubtful: bool) -> None:
+        if doubtful == (prefix in self._doubtful):
+            return
+        self._doubtful ^= {prefix}
+        if name is not None:
+            self._built.pop(name, None)
 
     def _name_at(self, identity: int | None) -> Name | None:
         return None if identity is None else self._name_of.get(identity)
@@ -231,4 +245,5 @@ class NameIndex:
 
     def _take_address(self, prefix: str) -> None:
         record = self._addresses.get(prefix)
-        self.names.set_identity(prefix, None if record is None else record.identity)
+        identity = None if record is None else record.identity
+        self.names.set_identity(prefix, identity, doubtful=self._addresses.is_doubtful(prefix))

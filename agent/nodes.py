@@ -82,12 +82,15 @@ class Claims(Generic[V]):
     def changed(self, node: str, now: Mapping[str, V]) -> set[str]:
         """Take all that a node claims now; return the things that this may concern."""
         before = self._by_node.pop(node, frozenset())
-        for thing in before:
+        for thing in before - now.keys():
             self._by_thing[thing].pop(node)
         if now:
             self._by_node[node] = frozenset(now)
         for thing, word in now.items():
-            self._by_thing.setdefault(thing, {})[node] = word
+            words = self._by_thing.setdefault(thing, {})
+            if node not in words or words[node] != word:  # who says the same again has not the last word
+                words.pop(node, None)
+                words[node] = word
         return {*before, *now}
 
     def word(self, thing: str) -> V | None:

@@ -79,7 +79,7 @@ from kvstore.client import Client
 from kvstore.election import Election
 from kvstore.pools import Wish
 from kvstore.session import Session
-from kvstore.sink import TableSink
+from kvstore.sink import HOLD_S, TableSink
 from kvstore.watcher import Follower
 from policy.engine import PolicyEngine
 from policy.model import EnforcementMode
@@ -253,7 +253,7 @@ def _store(ground: Ground) -> Store:
 
 async def _knowledge(ground: Ground, store: Store) -> Knowledge:
     grace = ground.config["kvstore-missing-grace-period"]
-    identities = IdentityCache(grace=grace)
+    identities = IdentityCache(grace=grace, hold=HOLD_S)
     local = LocalIdentities(identities.local)
     local.restore(ground.node.local_identities)
     identities.local.mark_in_sync()
@@ -265,9 +265,13 @@ async def _knowledge(ground: Ground, store: Store) -> Knowledge:
     pools: PoolTable = Table("node-pools", ("nodes",))
     store.session.nodes = store.role_session.nodes = nodes.__len__
     hosts = {host for _, host in ground.programs.maps.tunnel.items()} if ground.overlay.enabled else set()
-    ip_sink = sinks.IpSink(addresses.source(ipcache.KVSTORE_SOURCE), grace)
+    ip_sink = sinks.IpSink(
+        addresses.source(ipcache.KVSTORE_SOURCE), grace, hold=HOLD_S, own=str(ground.host.node_ip)
+    )
     ground.gates.cluster = lambda: (ground.node.name, node_names(nodes, ground.node.name))
-    node_sink = TableSink(nodes.source("kvstore"), sinks.node_entry, sinks.node_name, grace=grace)
+    node_sink = TableSink(
+        nodes.source("kvstore"), sinks.node_entry, sinks.node_name, grace=grace, hold=HOLD_S
+    )
     follow = partial(Follower, store.client, gate=ground.gates.relist)
     identity_follower = follow(schema.IDENTITY_IDS, identities)
     policy_follower = follow(schema.POLICIES, keys, prepare=keys.prepare)
@@ -408,6 +412,7 @@ def _endpoints(
     manager.identity_patience = ground.config["identity-allocation-timeout"]
     manager.store.last_id = ground.node.last_endpoint_id
     manager.has_interface = is_present
+    ground.pool.others_know = lambda: not store.session.error
     manager.refused_because = lambda: store.registration.refusal
     return allocator, manager, renumbering
 

@@ -5,17 +5,23 @@ With IPv6 each endpoint has a second address that is made of its first: the node
 the 32 bits of the IPv4 address.  So there is one pool, and people see at once what belongs together.
 
 Pure: no I/O, no kernel.  Addresses are handed out in rotation, so that one that was just given back rests
-as long as possible (peers may still have it in their connection tracking).  Owner: the endpoint manager.
+as long as possible (peers may still have it in their connection tracking), and for `REST_S` at least where
+another is free: for so long other hosts may take it for the former one's (`kvstore.sink.HOLD_S`).  Owner: the
+endpoint manager.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Container
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from agent.errors import AddressTaken, PoolExhausted
 
 # The first address is the node's own inside the pool (Cilium's CiliumInternalIP).
 RESERVED_FIRST = 2  # network address and router
+# Seconds.
+REST_S = 30.0
 # Of our own (RFC 4193): "hold", then the node's IPv4 address, as Cilium makes a node's range.
 AUTOMATIC_IPV6 = IPv6Network("fd68:6f6c:6400::/64")
 
@@ -23,7 +29,12 @@ AUTOMATIC_IPV6 = IPv6Network("fd68:6f6c:6400::/64")
 class Pool:
     """Addresses of one network, each with the name of its user."""
 
-    def __init__(self, network: IPv4Network, network6: IPv6Network | None = None) -> None:
+    def __init__(
+        self,
+        network: IPv4Network,
+        network6: IPv6Network | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         if network.num_addresses < 8:
             raise PoolExhausted(
                 f"pool {network} has too few addresses", hint="use a network of /29 or larger for ipv4-range"
@@ -35,6 +46,9 @@ class Pool:
         self._next = self._first
         self._users: dict[IPv4Address, str] = {}
         self._excluded: set[IPv4Network] = set()
+        self._rest: dict[IPv4Address, float] = {}  # given back, at
+        self._clock = clock
+        self.others_know: Callable[[], bool] = lambda: True  # what was given back, by etcd
 
     def exclude(self, subnet: IPv4Network) -> None:
         """Never hand out addresses of `subnet` by ourselves: the engine's own IPAM assigns them."""
@@ -84,18 +98,29 @@ class Pool:
 
     def allocate(self, user: str) -> IPv4Address:
         """Return the next free address for `user`; PoolExhausted when there is none."""
-        for _ in range(self.capacity):
-            candidate = IPv4Address(self._next)
-            self._next = self._next + 1 if self._next < self._last else self._first
-            if candidate not in self._users and not any(candidate in each for each in self._excluded):
-                self._users[candidate] = user
-                return candidate
+        if self.others_know():
+            now = self._clock()
+            self._rest = {address: at for address, at in self._rest.items() if now - at < REST_S}
+        candidate = self._next_free(avoided=self._rest) or self._next_free()
+        if candidate is not None:
+            self._users[candidate] = user
+            return candidate
         assigned = f"; the engine assigns those of {', '.join(map(str, self._excluded))}"
         raise PoolExhausted(
             f"no free address in pool {self.network}: {self.used} of {self.capacity} are in use"
             f"{assigned if self._excluded else ''}",
             hint="remove endpoints or configure a larger ipv4-range",
         )
+
+    def _next_free(self, avoided: Container[IPv4Address] = ()) -> IPv4Address | None:
+        for _ in range(self.capacity):
+            candidate = IPv4Address(self._next)
+            self._next = self._next + 1 if self._next < self._last else self._first
+            if candidate in self._users or candidate in avoided:
+                continue
+            if not any(candidate in each for each in self._excluded):
+                return candidate
+        return None
 
     def reserve(self, address: IPv4Address, user: str) -> None:
         """Mark a given address as used by `user`; AddressTaken when it is not to be had."""
@@ -112,6 +137,7 @@ class Pool:
         """Give an address back; another user's claim on it is left alone."""
         if self._users.get(address) == user:
             del self._users[address]
+            self._rest[address] = self._clock()
 
     def holder(self, address: IPv4Address) -> str | None:
         return self._users.get(address)

@@ -168,9 +168,10 @@ class KeyedView(View[K, V]):
         self._item = item
 
     def rows(self, keys: Sequence[K]) -> dict[K, Row]:
-        entries, missing, text = self.source.entries(), self.source.missing, self._text
+        entries, text = self.source.entries(), self._text
+        missing, held = self.source.missing, self.source.held
         return {
-            key: (text(key, record), key in missing)
+            key: (text(key, record), key in missing or key in held)
             for key in keys
             if (record := entries.get(key)) is not None
         }
@@ -190,10 +191,17 @@ class AddressView(View[str, Record]):
         super().__init__(ADDRESSES, follower, sink)
 
     def rows(self, keys: Sequence[str]) -> dict[str, Row]:
-        entries, missing = self.source.entries(), self.source.missing
+        entries, missing, held = self.source.entries(), self.source.missing, self.source.held
         # A call for each takes as long again.
         return {
-            key: (each.identity, each.host_ip, each.key, each.metadata, each.space, key in missing)
+            key: (
+                each.identity,
+                each.host_ip,
+                each.key,
+                each.metadata,
+                each.space,
+                key in missing or key in held,
+            )
             for key in keys
             if (each := entries.get(key)) is not None
         }

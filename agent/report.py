@@ -382,7 +382,7 @@ def own_node(parts: Parts) -> models.Node:
 
 def nodes(parts: Parts) -> Sequence[models.Node]:
     """Return this node and the others that etcd knows."""
-    own = own_node(parts)
+    own, source = own_node(parts), parts.nodes.source("kvstore")
     others = [
         models.Node(
             name=record.name,
@@ -391,9 +391,9 @@ def nodes(parts: Parts) -> Sequence[models.Node]:
             ipv4_endpoint_cidr=record.ipv4_alloc_cidr.prefix if record.ipv4_alloc_cidr else "",
             ipv6_address=record.address(ipv6=True),
             ipv6_endpoint_cidr=record.ipv6_alloc_cidr.prefix if record.ipv6_alloc_cidr else "",
-            source="kvstore",
+            source="missing" if name in source.missing or name in source.held else "kvstore",
         )
-        for _, record in sorted(parts.nodes.items())
+        for name, record in sorted(parts.nodes.items())
         if (record.cluster, record.name) != (own.cluster, own.name)
     ]
     return [own, *others]

@@ -76,11 +76,15 @@ def with_length(prefix: str) -> str:
 class IpSink(TableSink[str, Record]):
     """All address spaces in one table: the last writer counts, and only its deletion is a deletion.
 
-    Of what was restored from the kernel's map the space is not known: any deletion of it counts.
+    Of what was restored from the kernel's map the space is not known: any deletion of it counts.  Held are
+    deletions of what agents of other hosts than the `own` one wrote: a machine's entry is on no host's lease.
     """
 
-    def __init__(self, source: Source[str, Record], grace: float) -> None:
-        super().__init__(source, ip_entry, ip_prefix, grace=grace)
+    def __init__(
+        self, source: Source[str, Record], grace: float, *, hold: float = 0.0, own: str = ""
+    ) -> None:
+        super().__init__(source, ip_entry, ip_prefix, grace=grace, hold=hold)
+        self._not_held = ("", own)
 
     def _read(self, items: Sequence[tuple[str, bytes]]) -> tuple[list[tuple[str, Record]], list[RecordError]]:
         plain = ip_entries(items)
@@ -95,3 +99,12 @@ class IpSink(TableSink[str, Record]):
         known = self.source.entries().get(with_length(prefix))
         if known is None or known.space in ("", space):
             super().deleted(key)
+
+    def _may_be_lost(self, entry: str) -> bool:
+        known = self.source.entries().get(entry)
+        return known is not None and known.host_ip not in self._not_held and not is_machine(known)
+
+
+def is_machine(record: Record) -> bool:
+    """True for the entry of a VM or bare-metal machine: no agent's, and taken back by a person."""
+    return record.metadata.startswith(schema.MACHINE)

@@ -17,6 +17,7 @@ from agent import ipcache, publish, remembered
 from agent.agent_events import AgentEvents, start_event
 from agent.checkpoint import Node
 from agent.collector import MapCollector
+from agent.departures import Departures, nobody_answers
 from agent.nodes import node_names
 from agent.parts import Parts
 from agent.report_health import HealthCollector
@@ -31,8 +32,8 @@ from kvstore import former, schema
 from kvstore.watcher import Follower
 from prestart import cluster
 
-# Records that a relist lacked are looked at this often; their grace is minutes to hours.
-EXPIRE_S = 15.0
+# Prefixes that no policy names, and numbers that nothing has, are looked for this often.
+UNUSED_S = 15.0
 CHECKPOINT_S = 5.0
 
 
@@ -99,7 +100,16 @@ def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
         tasks["firewall pools"] = partial(parts.firewall.follow_pools, parts.pools, parts.endpoints.table)
     tasks["staleness"] = StalenessAlarm(parts.config["kvstore-staleness-threshold"]).run
     tasks["conntrack"] = parts.conntrack.run
-    tasks["grace periods"] = partial(_expire, parts)
+    tasks["unused prefixes"] = partial(_forget_unused, parts)
+    who_answers = parts.prober.who_answers if parts.prober is not None else nobody_answers
+    tasks["departures"] = Departures(
+        parts.nodes,
+        parts.addresses,
+        parts.identities.source,
+        parts.policy_keys.source,
+        parts.followers,
+        who_answers,
+    ).run
     tasks["checkpoint"] = partial(_checkpoint, parts)
     tasks["views"] = parts.memory.run
     tasks["addresses of the last life"] = partial(_restore_addresses, parts)
@@ -173,13 +183,9 @@ async def _former_keys(parts: Parts) -> None:
         parts.identities.on_listed.remove(listed.set)
 
 
-async def _expire(parts: Parts) -> None:
+async def _forget_unused(parts: Parts) -> None:
     while True:
-        await asyncio.sleep(jittered(EXPIRE_S))
-        ended = len(parts.identities.expire()) + len(parts.policy_keys.source.expire())
-        ended += len(parts.ip_sink.source.expire()) + len(parts.node_sink.source.expire())
-        if ended:
-            logger.warning("{} records stayed missing in etcd for their whole grace: removed", ended)
+        await asyncio.sleep(jittered(UNUSED_S))
         parts.derivations.free_restored_prefixes()
         await parts.derivations.forget_unused()
 

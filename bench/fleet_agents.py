@@ -157,7 +157,7 @@ class LightAgent:
         """Missing records end as they do in an agent."""
         while True:
             await asyncio.sleep(60)
-            self.identities.expire()
+            self.identities.source.expire()
 
     async def relabel(self, turn: int) -> None:
         """Give every endpoint the labels of a turn: identities, then all entries in one transaction."""

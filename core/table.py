@@ -12,6 +12,7 @@ A source lists, then watches, then says it is *in sync*.  One that was restored 
 *complete* before that: what it holds was the whole truth once.  Losing a source never empties a table:
 
 * `Source.delete` (a deletion that a watch delivered) counts at once;
+* `Source.hold` is for a deletion that may be a loss: the record stays for a while, in which it may come back;
 * `Source.relist` (a fresh full list) keeps what the list lacks as *missing* until a grace period has
   passed and `expire` is called: a wiped or half-restored store looks exactly like that.
 
@@ -43,6 +44,7 @@ class Source(Generic[K, V]):
         self.in_sync = False
         self.complete = False
         self.missing: dict[K, float] = {}
+        self.held: dict[K, float] = {}
         self._table = table
         self._entries: dict[K, V] = {}
         self._subscriptions: list[Subscription[K]] = []
@@ -56,7 +58,7 @@ class Source(Generic[K, V]):
 
     def upsert(self, key: K, value: V) -> None:
         """Insert or replace one record; an equal record is not a change."""
-        if self.missing:
+        if self.missing or self.held:
             self._found_again((key,))
         old = self._entries.get(key)
         if old is not None and old == value:
@@ -68,8 +70,8 @@ class Source(Generic[K, V]):
     def upsert_many(self, items: Collection[tuple[K, V]]) -> None:
         """Insert or replace many records, in their order."""
         changed = self._merged(items)
-        if self.missing:
-            self._found_again(key for key, _ in items)
+        if self.missing or self.held:
+            self._found_again([key for key, _ in items])
         if changed:
             self._changed(changed)
             self._table._changed_many(changed, self.rank)
@@ -90,9 +92,17 @@ class Source(Generic[K, V]):
     def delete(self, key: K) -> None:
         """Remove one record because its source said so.  Removing what is not there is no change."""
         self.missing.pop(key, None)
+        self.held.pop(key, None)
         if self._entries.pop(key, None) is not None:
             self._changed((key,))
             self._table._changed(key, self.rank)
+
+    def hold(self, key: K, until: float) -> None:
+        """Take a deletion that may be a loss: the record is held until then, monotonic seconds."""
+        if key in self._entries:
+            self.missing.pop(key, None)
+            self.held[key] = until
+            self._doubted([key])
 
     def relist(self, listed: Mapping[K, V], *, grace: float, now: float | None = None) -> int:
         """Merge a full list that is at hand; see `Listing`, which takes it in parts."""
@@ -104,25 +114,38 @@ class Source(Generic[K, V]):
         """Begin to merge a full list that comes in parts."""
         return Listing(self)
 
+    def due(self, now: float, *, missing: bool = True) -> list[K]:
+        """Return the records that are held (or `missing`) and whose time has ended."""
+        waiting = chain(self.held.items(), self.missing.items() if missing else ())
+        return [key for key, deadline in waiting if deadline <= now]
+
+    def keep(self, keys: Collection[K], until: float) -> None:
+        """Have records that are held or missing stay until then, as missing."""
+        held = self.held.keys() & keys
+        for key in held:
+            self.missing[key] = self.held.pop(key)
+        self.missing.update((key, until) for key in keys if key in self.missing)
+        self._changed(held)
+
     def expire(self, now: float | None = None) -> list[K]:
-        """Delete the missing records whose grace has ended; return their keys."""
-        at = time.monotonic() if now is None else now
-        ended = [key for key, deadline in self.missing.items() if deadline <= at]
-        self._delete_many(ended)
+        """Delete the records whose time has ended; return their keys."""
+        ended = self.due(time.monotonic() if now is None else now)
+        self.remove(ended)
         return ended
 
-    def _delete_many(self, keys: Collection[K]) -> None:
+    def remove(self, keys: Collection[K]) -> None:
+        """Remove many records."""
         for key in keys:
             self.missing.pop(key, None)
+            self.held.pop(key, None)
         gone = [key for key in keys if self._entries.pop(key, None) is not None]
         self._changed(gone)
         self._table._changed_many(gone, self.rank)
 
     def mark_missing(self, keys: Collection[K], until: float) -> None:
         """Say that the last full list lacked these: they are kept until then (monotonic seconds)."""
-        if keys:
-            self.missing.update(dict.fromkeys(keys, until))
-            self._changed(keys)
+        self.missing.update(dict.fromkeys(keys, until))
+        self._doubted(list(keys))
 
     def mark_complete(self) -> None:
         """Say that this source has delivered a whole view, be it an old one: good enough to be enforced."""
@@ -155,12 +178,24 @@ class Source(Generic[K, V]):
             self._subscriptions.append(subscription)
 
     def _changed(self, keys: Collection[K]) -> None:
+        if not keys:
+            return
         for subscription in self._subscriptions:
             subscription.mark_many(keys)
 
-    def _found_again(self, keys: Iterable[K]) -> None:
-        """Records that were missing are there."""
-        self._changed([key for key in keys if self.missing.pop(key, None) is not None])
+    def _found_again(self, keys: Collection[K]) -> None:
+        """Records that were missing or held are there."""
+        found = [key for key in keys if key in self.missing or key in self.held]
+        for key in found:
+            self.missing.pop(key, None)
+            self.held.pop(key, None)
+        self._doubted(found)
+
+    def _doubted(self, keys: list[K]) -> None:
+        """Say that records are held or missing, or no longer: who has better ones may take those."""
+        if keys:
+            self._changed(keys)
+            self._table._changed_many(keys, self.rank)
 
 
 class Listing(Generic[K, V]):
@@ -194,9 +229,9 @@ class Listing(Generic[K, V]):
         source = self._source
         absent = [key for key in self._unseen if key in source._entries]
         if grace <= 0:
-            source._delete_many(absent)
+            source.remove(absent)
             return len(absent)
-        fresh = [key for key in absent if key not in source.missing]
+        fresh = [key for key in absent if key not in source.missing and key not in source.held]
         source.mark_missing(fresh, at + grace)
         return len(fresh)
 
@@ -324,6 +359,13 @@ class Table(Generic[K, V]):
             if key in source._entries:
                 return source.name
         return None
+
+    def is_doubtful(self, key: K) -> bool:
+        """True when the effective record of `key` is held or missing: it may be gone."""
+        for source in self._sources:
+            if key in source._entries:
+                return key in source.held or key in source.missing
+        return False
 
     def keys(self) -> Iterator[K]:
         # Not by a generator over the records: who subscribes, and who has all looked at again, asks for all.

@@ -31,7 +31,6 @@ from kvstore.errors import InvalidKeyPart
 
 # Keys of one resource are written in one transaction, which etcd limits to 128 operations.
 MAX_ADDRESSES = 50
-_METADATA = "vm:"
 # Sources whose labels say what a thing is (host, world, a prefix), not what somebody calls it.
 _NOT_TO_GIVE = (RESERVED, CIDR, GENERATED)
 
@@ -100,7 +99,7 @@ class Resource:
     @property
     def metadata(self) -> str:
         """What its address records carry, and what tells them from others'."""
-        return f"{_METADATA}{self.name}"
+        return f"{schema.MACHINE}{self.name}"
 
     def ip_keys(self, space: str = schema.DEFAULT_SPACE) -> dict[str, str]:
         """Return key → address."""
@@ -150,7 +149,7 @@ def canonical_address(text: str) -> str:
 
 def owned_by(name: str, record: schema.IpRecord) -> bool:
     """True when an address record is that of the external resource `name`."""
-    return record.metadata == f"{_METADATA}{name}"
+    return record.metadata == f"{schema.MACHINE}{name}"
 
 
 def describe_owner(record: schema.IpRecord) -> str:

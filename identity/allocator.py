@@ -97,7 +97,7 @@ class Allocator:
         self._unsettled: dict[_Use, None] = {}
         self._wake = asyncio.Event()
         cache.on_listed.append(self.verify_all)
-        cache.on_deleted.append(self._verify)
+        cache.on_deleted.append(self._deleted)
 
     # --- what callers do
 
@@ -224,6 +224,12 @@ class Allocator:
     def _verify(self, number: int) -> None:
         use = self._by_number.get(number)
         if use is not None and self._cache.get(number) != use.slot.labels:
+            self._settle_later(use)
+
+    def _deleted(self, number: int) -> None:
+        """etcd has lost a number, whatever the cache still says of it."""
+        use = self._by_number.get(number)
+        if use is not None:
             self._settle_later(use)
 
     def _settle_later(self, use: _Use) -> None:

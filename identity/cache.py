@@ -12,7 +12,6 @@ Called by the agent (which follows `schema.IDENTITY_IDS` into it), allocator and
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from core import metrics
@@ -32,13 +31,17 @@ KVSTORE_SOURCE = "kvstore"
 class IdentityCache(TableSink[int, Labels]):
     """The identity table with its reverse lookup.  Is a `kvstore.watcher.Sink`; belongs to the loop."""
 
-    def __init__(self, *, grace: float = GRACE_S) -> None:
+    def __init__(self, *, grace: float = GRACE_S, hold: float = 0.0) -> None:
         self.table: Table[int, Labels] = Table("identities", (RESERVED_SOURCE, LOCAL_SOURCE, KVSTORE_SOURCE))
         super().__init__(
-            self.table.source(KVSTORE_SOURCE), parse_record, schema.parse_identity_id_key, grace=grace
+            self.table.source(KVSTORE_SOURCE),
+            parse_record,
+            schema.parse_identity_id_key,
+            grace=grace,
+            hold=hold,
         )
-        # What the table does not tell: a full list (what it lacks is kept, so nothing changes), and the
-        # deletion of a number that was made and deleted before it was seen here.
+        # What the table does not tell: a full list (what it lacks is kept, so nothing changes), and a
+        # deletion: it may be held, and of a number that was made and deleted before it was seen here.
         self.on_listed: list[Callable[[], None]] = []
         self.on_deleted: list[Callable[[int], None]] = []
         self._index = _ReverseIndex(self.table)
@@ -56,11 +59,15 @@ class IdentityCache(TableSink[int, Labels]):
         return self.table.get(number)
 
     def number_of(self, labels: Labels, within: range | None = None) -> int | None:
-        """Return the lowest known number of exactly these labels, of those in `within` if given."""
+        """Return the lowest known number of exactly these labels, of those in `within` if given.
+
+        One that etcd has no more only where there is no other.
+        """
         candidates = self._index.numbers(labels)
         if within is not None:
             candidates = tuple(number for number in candidates if number in within)
-        return min(candidates, default=None)
+        there = [number for number in candidates if not self.table.is_doubtful(number)]
+        return min(there or candidates, default=None)
 
     def listed(self, revision: int) -> None:
         super().listed(revision)
@@ -75,10 +82,6 @@ class IdentityCache(TableSink[int, Labels]):
             return  # nobody can be using it
         for tell in self.on_deleted:
             tell(number)
-
-    def expire(self, now: float | None = None) -> list[int]:
-        """Delete the identities that stayed missing for the whole grace; return their numbers."""
-        return self.source.expire(time.monotonic() if now is None else now)
 
     def _fill_reserved(self) -> None:
         reserved = self.table.source(RESERVED_SOURCE)

@@ -7,6 +7,7 @@ Used by: whoever follows a prefix into a `core.table.Table` (identities, ip→id
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -22,6 +23,9 @@ V = TypeVar("V")
 
 # Seconds for which a record that a relist lacks is kept; owners re-create theirs within seconds.
 GRACE_S = 600.0
+# Seconds for which a deletion is held that may be a loss: the end of a lease, or a stranger's slip.  Owners
+# write their keys again at once, those of many within ten seconds (kvstore.session).
+HOLD_S = 15.0
 # So many bad records are remembered (for status) and logged one by one.
 REMEMBERED = 100
 
@@ -30,7 +34,8 @@ class TableSink(Generic[K, V]):
     """Turns keys and values into entries of one source of a table.
 
     `parse` returns the table's key and record, `key_of` only the key (a deletion has no value); both
-    raise RecordError.  `ignored` maps a bad key to the reason, for as long as it is bad.
+    raise RecordError.  `ignored` maps a bad key to the reason, for as long as it is bad.  Deletions count
+    after `hold` seconds, if the record has not come back and nobody keeps it (`Source.hold`).
     """
 
     def __init__(
@@ -40,12 +45,14 @@ class TableSink(Generic[K, V]):
         key_of: Callable[[str], K],
         *,
         grace: float = GRACE_S,
+        hold: float = 0.0,
     ) -> None:
         self.source = source
         self.ignored: dict[str, str] = {}
         self._parse = parse
         self._key_of = key_of
         self._grace = grace
+        self._hold = hold
         self._listing: Listing[K, V] | None = None
 
     def begin_list(self) -> None:
@@ -97,9 +104,17 @@ class TableSink(Generic[K, V]):
     def deleted(self, key: str) -> None:
         self.ignored.pop(key, None)
         try:
-            self.source.delete(self._key_of(key))
+            entry = self._key_of(key)
         except RecordError:
             return  # it was never in the table
+        if self._hold > 0 and self._may_be_lost(entry):
+            self.source.hold(entry, time.monotonic() + self._hold)
+        else:
+            self.source.delete(entry)
+
+    def _may_be_lost(self, entry: K) -> bool:
+        """Return whether an entry may have been deleted by somebody or something else than its owner."""
+        return True
 
     def in_sync(self) -> None:
         self.source.mark_in_sync()

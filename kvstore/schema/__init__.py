@@ -32,6 +32,7 @@ from kvstore.schema.identity import (
     parse_identity_value_key,
 )
 from kvstore.schema.ip import (
+    MACHINE,
     IpRecord,
     NamedPort,
     encode_ip,
@@ -106,6 +107,7 @@ __all__ = [
     "IDENTITY_LOCKS",
     "IDENTITY_VALUES",
     "IPS",
+    "MACHINE",
     "MAINTENANCE",
     "NODES",
     "POLICIES",

@@ -31,6 +31,8 @@ U8 = Annotated[int, msgspec.Meta(ge=0, le=255)]
 U16 = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
 U32 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
 
+# What the metadata of a VM or bare-metal machine begins with; its name follows.
+MACHINE = "vm:"
 _ONES = {bytes([(0xFF << (8 - bits)) & 0xFF]): bits for bits in range(9)}
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from agent.departures import SETTLED_S
 from kvstore import schema
 from prestart import handover
 from prestart.handover import Handover, boot_time
@@ -168,7 +169,7 @@ def test_compacted_while_away(scene: Scene) -> None:
             scene.etcd.compact()
         wait_for(lambda: missing(scene) == 2, "two hosts that miss the machine", seconds=RECOVERED_S)
         assert len(machine_known(scene)) == 2, "its grace is not over"
-        wait_for(lambda: not machine_known(scene), "end of the machine", seconds=2 * GRACE_S)
+        wait_for(lambda: not machine_known(scene), "end of the machine", seconds=GRACE_S + SETTLED_S + 20)
         scene.checker.wait_agreed()
         scene.etcd.ctl("del", f"{schema.POLICIES}second")
 

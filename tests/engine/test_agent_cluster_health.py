@@ -55,7 +55,8 @@ def states(host: AgentHost) -> dict[str, str]:
 
 def sees(host: AgentHost, **wanted: str) -> None:
     """Wait until a host shows these nodes in these states, and no others."""
-    wait_for(lambda: states(host) == wanted, f"{wanted} in the eyes of {host.address}: {states(host)}")
+    what = f"{wanted} in the eyes of {host.address}: {states(host)}"
+    wait_for(lambda: states(host) == wanted, what, seconds=120)  # a node that left is asked for a while
 
 
 ALL = dict.fromkeys(NAMES, "reachable")

@@ -121,4 +121,8 @@ def test_a_node_of_another_cluster_is_ignored_and_counted(fleet: Fleet) -> None:
     assert "192.0.2.77" not in first.cli("ip", "list").stdout
     assert "10.99.0.0" not in first.cli("bpf", "tunnel", "list").stdout
     first.etcdctl("del", "cilium/state/nodes/v1/other/far")
-    wait_for(lambda: "nodes/v1/other/far" not in first.cli("status", "--verbose").stdout, "and forgotten")
+    wait_for(
+        lambda: "nodes/v1/other/far" not in first.cli("status", "--verbose").stdout,
+        "and forgotten",
+        seconds=120,
+    )

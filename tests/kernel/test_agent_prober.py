@@ -138,6 +138,18 @@ async def test_every_address_has_its_latencies(netns: Netns) -> None:
         await eventually(lambda: seen.prober.results.nodes["default/b"].time > before, "it is probed again")
 
 
+async def test_who_answers_is_found_out_now_and_by_all_who_ask(netns: Netns) -> None:
+    async with cluster(netns, "a", "b") as seen:
+        seen.join("c", answers=False)
+        await seen.are(a=REACHABLE, b=REACHABLE, c=UNREACHABLE)
+        names = [f"default/{name}" for name in ("b", "c", "unknown")]
+        both = await asyncio.gather(*(seen.prober.who_answers(names) for _ in range(2)))
+        assert both == [{"default/b"}] * 2, "a question that is under way is an answer to both"
+        await seen.die("b")
+        assert await seen.prober.who_answers(names) == set()
+        assert await seen.prober.who_answers([]) == set()
+
+
 async def test_a_node_that_comes_leaves_or_moves(netns: Netns) -> None:
     async with cluster(netns, "a", "b") as seen:
         await seen.are(a=REACHABLE, b=REACHABLE)

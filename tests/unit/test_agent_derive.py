@@ -329,16 +329,14 @@ def test_a_change_that_comes_while_prefixes_are_named_is_waited_for() -> None:
 
 def test_numbers_of_a_former_life_are_kept_until_nothing_bears_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wanted prefix keeps its number; the other's is free once its packets have another identity."""
-    monkeypatch.setattr(tasks, "EXPIRE_S", 0.001)
+    monkeypatch.setattr(tasks, "UNUSED_S", 0.001)
     named, gone = ("192.0.2.0/24", FIRST + 4), ("198.51.100.0/24", FIRST + 5)
 
     async def story(host: Host) -> None:
         host.local.restore(dict([named, gone]))
         host.kernel.addresses.update([named, gone])
-        empty = Table[str, int]("empty", ("nobody",)).source("nobody")
-        sources = {name: SimpleNamespace(source=empty) for name in ("policy_keys", "ip_sink", "node_sink")}
-        parts = SimpleNamespace(identities=host.identities, derivations=host.derivations, **sources)
-        chore = asyncio.create_task(tasks._expire(cast("Parts", parts)))
+        parts = SimpleNamespace(derivations=host.derivations)
+        chore = asyncio.create_task(tasks._forget_unused(cast("Parts", parts)))
         host.put(FROM_PREFIX)
         host.in_sync()
         await host.idle()

@@ -152,6 +152,25 @@ def test_the_index_says_what_a_look_at_everything_says(changes: list[Change]) ->
         assert set(names.unusable) == reference.unusable()
 
 
+def test_an_address_that_may_be_gone_is_told_where_there_is_no_other() -> None:
+    names, name = Names(), Name(b"web", b"shop")
+    names.set_labels(300, labels("web"))
+    names.set_identity("10.0.0.1/32", 300)
+    names.set_identity("10.0.0.2/32", 300)
+    assert addresses(names.get(name)) == {"10.0.0.1", "10.0.0.2"}
+    names.set_identity("10.0.0.1/32", 300, doubtful=True)
+    assert addresses(names.get(name)) == {"10.0.0.2"}
+    names.set_identity("10.0.0.2/32", 300, doubtful=True)
+    assert addresses(names.get(name)) == {"10.0.0.1", "10.0.0.2"}
+    names.set_identity("10.0.0.1/32", 300)
+    assert addresses(names.get(name)) == {"10.0.0.1"}
+    names.set_identity("10.0.0.2/32", None)
+    names.set_identity("10.0.0.1/32", None)
+    assert names.get(name) is None
+    names.set_labels(300, None)
+    assert not any(vars(names).values())
+
+
 def test_what_is_gone_leaves_nothing() -> None:
     names = Names()
     for number in range(100):

@@ -111,6 +111,21 @@ async def test_of_two_hosts_with_one_pool_the_one_that_spoke_last_counts() -> No
         await cluster.is_at("10.9.9.9")
 
 
+async def test_who_says_the_same_again_has_not_the_last_word() -> None:
+    """Nor who is only held, or missing in a list: that is a change of the table too."""
+    cluster = Cluster()
+    async with cluster.followed():
+        cluster.say("old", "10.9.9.9")
+        cluster.say("new", "10.9.9.8")
+        await eventually(lambda: cluster.pools.get(POOL) == NodePool("new", "10.9.9.8"), "the new one has it")
+        source = cluster.nodes.source("kvstore")
+        source.mark_missing(["default/old"], 1e12)
+        source.hold("default/old", 1e12)
+        cluster.say("other", "10.9.9.7", "10.63.0.1")
+        await eventually(lambda: len(cluster.pools) == 2, "a later change")
+        assert cluster.pools.get(POOL) == NodePool("new", "10.9.9.8")
+
+
 async def test_what_changed_while_the_task_was_down_is_made_up_for() -> None:
     cluster = Cluster()
     async with cluster.followed():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from agent.errors import AddressTaken, PoolExhausted
-from agent.pool import Pool, automatic_network
+from agent.pool import REST_S, Pool, automatic_network
 
 NETWORK = IPv4Network("10.9.0.0/28")
 ASSIGNABLE = {IPv4Address("10.9.0.0") + number for number in range(2, 15)}
@@ -92,6 +92,22 @@ def test_an_address_that_was_given_back_rests() -> None:
     following = [pool.allocate(str(number)) for number in range(pool.capacity - 1)]
     assert first not in following
     assert pool.allocate("last") == first
+
+
+def test_an_address_that_rotation_comes_upon_rests_too_where_another_is_free() -> None:
+    now = 1000.0
+    pool = Pool(NETWORK, clock=lambda: now)
+    mine = [pool.allocate(str(number)) for number in range(pool.capacity - 1)]
+    coming = mine[0] + pool.capacity - 1  # the only free one is where rotation goes on
+    pool.release(mine[1], "1")
+    assert pool.allocate("x") == coming
+    assert pool.allocate("y") == mine[1], "nothing else is free"
+    pool.release(mine[1], "y")
+    pool.release(mine[4], "4")
+    now += REST_S - 1
+    pool.release(mine[2], "2")
+    now += 1
+    assert pool.allocate("z") == mine[4], "mine[2] comes first in rotation"
 
 
 def test_rotation_goes_on_after_a_restart() -> None:

@@ -118,6 +118,23 @@ def test_the_last_writer_counts_and_only_its_deletion() -> None:
     assert held.number("10.1.0.1/32") == 0
 
 
+def test_held_is_what_is_behind_another_host() -> None:
+    held = Addresses()
+    held.sink = IpSink(held.table.source(ipcache.KVSTORE_SOURCE), 60.0, hold=60.0, own="192.0.2.2")
+    hosts = {"10.1.0.1": "192.0.2.1", "10.1.0.2": "192.0.2.2", "10.1.0.3": ""}
+    for address, host in hosts.items():
+        value = schema.encode_ip(schema.ip_record(address, 300, host_ip=host, metadata=""))
+        held.sink.put(schema.ip_key("default", address), value)
+    for address in hosts:
+        held.sink.deleted(schema.ip_key("default", address))
+    machine = schema.ip_record("10.1.0.4", 300, host_ip="192.0.2.1", metadata="vm:legacy")
+    held.sink.put(schema.ip_key("default", "10.1.0.4"), schema.encode_ip(machine))
+    held.sink.deleted(schema.ip_key("default", "10.1.0.4"))
+    assert held.number("10.1.0.4/32") == 0, "a person has taken it back"
+    assert list(held.sink.source.held) == ["10.1.0.1/32"]
+    assert [held.number(f"{address}/32") for address in hosts] == [300, 0, 0]
+
+
 def test_restored_record_goes_with_a_deletion_in_any_space() -> None:
     held = Addresses()
     held.sink.source.upsert("10.1.0.1/32", ipcache.Record(300))

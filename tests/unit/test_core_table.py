@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -185,7 +187,8 @@ def _relist_plainly(source: Source[str, int], items: dict[str, int], *, grace: f
     for key, value in items.items():
         source.upsert(key, value)
     for key in absent:
-        source.missing.setdefault(key, now + grace)
+        if key not in source.missing:
+            source.mark_missing([key], now + grace)
 
 
 def test_a_list_that_breaks_off_makes_nothing_missing() -> None:
@@ -207,3 +210,61 @@ def test_a_listed_record_that_can_not_be_used_is_not_missing() -> None:
     listing.keep("unknown")
     assert listing.end(grace=60, now=0) == 1
     assert (list(source.missing), dict(source.entries())) == (["b"], {"a": 1, "b": 2})
+
+
+# --- deletions that may be a loss
+
+
+def test_a_deletion_that_is_held_changes_nothing_until_its_time_has_ended() -> None:
+    table = two_sources()
+    source, changes = table.source("first"), table.subscribe()
+    said = source.subscribe()
+    source.upsert_many([("a", 1), ("b", 2)])
+    source.hold("a", 10.0)
+    source.hold("unknown", 10.0)
+    assert dict(table.items()) == {"a": 1, "b": 2}
+    assert (source.held, source.missing, table.is_doubtful("a"), table.is_doubtful("b")) == (
+        *({"a": 10.0}, {}),
+        *(True, False),
+    )
+    assert (changes.take(), said.take()) == (["a", "b"], ["a", "b"])
+    assert source.expire(9.0) == []
+    assert source.expire(10.0) == ["a"]
+    assert (dict(table.items()), source.held, changes.take()) == ({"b": 2}, {}, ["a"])
+
+
+@pytest.mark.parametrize("value", [1, 5], ids=["as it was", "changed"])
+def test_what_is_written_again_is_not_held_any_more(value: int) -> None:
+    table = two_sources()
+    source = table.source("first")
+    source.upsert_many([("a", 1), ("b", 2)])
+    writes: list[Callable[[], None]] = [
+        lambda: source.upsert("a", value),
+        lambda: source.upsert_many([("a", value)]),
+    ]
+    for write in writes:
+        source.hold("a", 10.0)
+        changes = table.subscribe()
+        changes.take()
+        write()
+        assert (source.held, table.is_doubtful("a"), changes.take()) == ({}, False, ["a"])
+        assert source.expire(1e9) == []
+
+
+def test_what_is_kept_is_missing_and_what_is_held_is_not_made_missing_by_a_list() -> None:
+    source = two_sources().source("first")
+    source.upsert_many([("a", 1), ("b", 2), ("c", 3)])
+    source.hold("a", 10.0)
+    listing = source.listing()
+    listing.add([("c", 3)])
+    assert listing.end(grace=60, now=0) == 1
+    assert (source.held, source.missing) == ({"a": 10.0}, {"b": 60.0})
+    said = source.subscribe()
+    source.keep(["a", "b", "c", "unknown"], 90.0)
+    assert (source.held, source.missing) == ({}, {"a": 90.0, "b": 90.0})
+    assert said.take() == ["a"], "b was missing before: a checkpoint has that"
+    source.hold("b", 20.0)
+    assert (source.held, source.missing) == ({"b": 20.0}, {"a": 90.0})
+    source.delete("b")
+    source.remove(["a"])
+    assert (source.held, source.missing, dict(source.entries())) == ({}, {}, {"c": 3})

@@ -51,12 +51,29 @@ def test_reverse_lookup_prefers_the_own_cluster() -> None:
     assert cache.number_of(WEB, range(5 << 16, 6 << 16)) is None
 
 
+def test_a_number_that_was_deleted_is_held_and_told_and_taken_only_where_there_is_no_other() -> None:
+    cache = IdentityCache(hold=10.0)
+    told: list[int] = []
+    cache.on_deleted.append(told.append)
+    cache.put(key(4000), WEB.serialized.encode())
+    cache.put(key(4242), WEB.serialized.encode())
+    cache.deleted(key(4000))
+    assert told == [4000]
+    assert cache.get(4000) == WEB
+    assert cache.number_of(WEB) == 4242
+    cache.deleted(key(4242))
+    assert cache.number_of(WEB) == 4000
+    cache.put(key(4242), WEB.serialized.encode())
+    assert cache.number_of(WEB) == 4242
+    assert list(cache.source.held) == [4000]
+
+
 def test_what_a_relist_lacks_stays_for_the_grace() -> None:
     cache = IdentityCache(grace=3600)
     cache.put(key(4242), WEB.serialized.encode())
     deliver_list(cache, {}, 5)
     assert cache.get(4242) == WEB
-    assert cache.expire(now=1e12) == [4242]
+    assert cache.source.expire(now=1e12) == [4242]
     assert cache.get(4242) is None
 
 

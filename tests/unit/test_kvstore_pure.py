@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grpc
@@ -448,6 +449,21 @@ def test_sink_feeds_the_table_and_keeps_what_a_relist_lacks() -> None:
     assert list(table.source("kvstore").missing) == [300]
     sink.deleted(id_key(301))
     assert table.get(301) is None
+
+
+def test_sink_that_holds_deletions_takes_them_back_when_a_record_is_written_again() -> None:
+    table: Table[int, str] = Table("identities", ["kvstore"])
+    source = table.source("kvstore")
+    sink = TableSink(source, schema.parse_identity_id, schema.parse_identity_id_key, hold=60.0)
+    deliver_list(sink, {id_key(300): b"a:b=1;", id_key(301): b"a:b=2;"}, 5)
+    before = time.monotonic()
+    for number in (300, 301, 302):
+        sink.deleted(id_key(number))
+    assert set(source.held) == {300, 301}
+    assert all(before + 60 <= until <= time.monotonic() + 60 for until in source.held.values())
+    sink.put(id_key(300), b"a:b=1;")
+    assert source.expire(before + 120) == [301]
+    assert dict(table.items()) == {300: "a:b=1;"}
 
 
 def test_bad_record_leaves_the_last_good_one_in_force() -> None:
