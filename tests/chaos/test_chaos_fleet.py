@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.engine_fixtures import engine_parts
-from tests.support.fleet import Fleet, FleetHost, new_fleet
+from tests.support.fleet import GONE_S, Fleet, FleetHost, new_fleet
 from tests.support.host import run, wait_for
 from tests.support.stream import POLICY, Flows
 
@@ -100,7 +100,11 @@ def test_a_host_with_another_name_leaves_nothing_of_the_old_one(pair: Pair) -> N
     old = pair.two.name
     pair.flows.check()
     pair.restart(pair.two, node_name="renamed")
-    wait_for(lambda: bool(pair.traces("renamed")) and not pair.traces(old), "only the new name", seconds=60)
+    wait_for(
+        lambda: bool(pair.traces("renamed")) and not pair.traces(old),
+        "only the new name",
+        seconds=LEASE_S + GONE_S,
+    )
     assert pair.one.keys("cilium/state/nodes/v1/default/").keys() >= {
         "cilium/state/nodes/v1/default/renamed",
         f"cilium/state/nodes/v1/default/{pair.one.name}",
@@ -110,7 +114,11 @@ def test_a_host_with_another_name_leaves_nothing_of_the_old_one(pair: Pair) -> N
     pair.flows.wait_progress(200)
     pair.flows.check()
     pair.restart(pair.two, node_name=old)
-    wait_for(lambda: bool(pair.traces(old)) and not pair.traces("renamed"), "the old name again", seconds=60)
+    wait_for(
+        lambda: bool(pair.traces(old)) and not pair.traces("renamed"),
+        "the old name again",
+        seconds=LEASE_S + GONE_S,
+    )
     pair.flows.check()
 
 
@@ -118,7 +126,7 @@ def test_a_host_with_another_name_leaves_nothing_of_the_old_one(pair: Pair) -> N
 def test_a_host_that_left_for_longer_than_its_lease(pair: Pair) -> None:
     before = len(pair.traces(pair.two.address))
     pair.two.kill_agent()
-    wait_for(lambda: not pair.traces(pair.two.address), "nothing of host 2", seconds=LEASE_S * 6)
+    wait_for(lambda: not pair.traces(pair.two.address), "nothing of host 2", seconds=LEASE_S + GONE_S)
     assert not pair.traces(pair.two.pool.removesuffix("0/24")), "neither its pool nor its workloads"
     claims = pair.one.keys("holdfast/pools/v1/default/")
     assert f"holdfast/pools/v1/default/{pair.two.pool}" in claims, "its pool is still its own"
@@ -149,7 +157,11 @@ def test_a_host_with_another_address_leaves_nothing_of_the_old_one(pair: Pair) -
     with contextlib.suppress(AssertionError):
         wait_for(lambda: "in use at" in pair.two.cli("status", check=False).stdout, "its wait", seconds=20)
     wait_for(pair.two.healthy, "registered under the new address", seconds=120)
-    wait_for(lambda: len(pair.traces(NEW_ADDRESS)) == before, "all of it under the new address", seconds=60)
+    wait_for(
+        lambda: len(pair.traces(NEW_ADDRESS)) == before,
+        "all of it under the new address",
+        seconds=LEASE_S + GONE_S,
+    )
     assert not pair.traces(old)
     pair.flows.wait_progress(200)
     pair.flows.check_unbroken()

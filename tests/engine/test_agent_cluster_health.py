@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support.agent import AgentHost
+from tests.support.fleet import GONE_S
 from tests.support.host import REPO, Hub, hub_ipv6, run, wait_for
 from tests.support.require import require_tools
 
@@ -56,7 +57,7 @@ def states(host: AgentHost) -> dict[str, str]:
 def sees(host: AgentHost, **wanted: str) -> None:
     """Wait until a host shows these nodes in these states, and no others."""
     what = f"{wanted} in the eyes of {host.address}: {states(host)}"
-    wait_for(lambda: states(host) == wanted, what, seconds=120)  # a node that left is asked for a while
+    wait_for(lambda: states(host) == wanted, what, seconds=GONE_S)
 
 
 ALL = dict.fromkeys(NAMES, "reachable")
@@ -184,6 +185,8 @@ def test_a_port_that_is_taken_is_a_warning_and_traffic_and_agent_go_on(hosts: Ho
 AHEAD = """
 import asyncio, sys, time
 from agent.health_server import HealthServer
+
+pytestmark = pytest.mark.timeout(300)
 *addresses, seconds = sys.argv[1:]
 asyncio.run(HealthServer(addresses, 4240, clock=lambda: time.time() + float(seconds)).run())
 """

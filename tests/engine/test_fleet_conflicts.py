@@ -9,8 +9,10 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.engine import WORKLOAD_IMAGE
-from tests.support.fleet import Fleet, FleetHost, new_fleet
+from tests.support.fleet import GONE_S, Fleet, FleetHost, new_fleet
 from tests.support.host import wait_for
+
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
@@ -124,5 +126,5 @@ def test_a_node_of_another_cluster_is_ignored_and_counted(fleet: Fleet) -> None:
     wait_for(
         lambda: "nodes/v1/other/far" not in first.cli("status", "--verbose").stdout,
         "and forgotten",
-        seconds=120,
+        seconds=GONE_S,
     )

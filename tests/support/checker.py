@@ -31,6 +31,7 @@ from kvstore import schema
 from policy.engine import PolicyEngine
 from policy.language import parse_policies
 from tests.support.agent import AgentHost
+from tests.support.fleet import GONE_S
 
 M = TypeVar("M", bound=TypedMap[Any, Any])
 
@@ -53,7 +54,7 @@ class Checker:
         self.hosts = hosts
         self._ctl = ctl
 
-    def wait_agreed(self, seconds: float = 60.0) -> None:
+    def wait_agreed(self, seconds: float = GONE_S) -> None:
         """Return once all agree; AssertionError with every difference when they do not in time."""
         deadline = time.monotonic() + seconds
         while found := self.differences():
