@@ -49,7 +49,7 @@ def health(ground: Ground, known: Knowledge) -> HealthSide:
     sizes = PathProber(known.path_mtus, port=port, full=ground.host.mtu, restored=restored)
     base = config["cluster-health-interval"]
     prober = Prober(known.nodes, own, addresses, port=port, base=base, sizes=sizes)
-    return HealthSide(prober, sizes, HealthServer(addresses, port))
+    return HealthSide(prober, sizes, HealthServer(own, addresses, port))
 
 
 def names(ground: Ground, known: Knowledge) -> NamesSide:

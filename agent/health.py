@@ -291,7 +291,7 @@ class Prober:
                         group.create_task(self._each(names))
 
     async def who_answers(self, names: Sequence[str]) -> set[str]:
-        """Probe these nodes now; return those whose agents answer at one of their addresses."""
+        """Probe these nodes now; return those whose own agents answer at one of their addresses."""
         before = {name: self.results.nodes.get(name) for name in names}
         rest = iter(names)
         async with asyncio.TaskGroup() as group:
@@ -301,7 +301,7 @@ class Prober:
 
     def _answered(self, name: str, before: NodeHealth | None) -> bool:
         found = self.results.nodes.get(name, UNKNOWN)
-        return found is not before and any(not path.http.error for path in found.paths)
+        return found is not before and any(not (path.http.error or path.http.other) for path in found.paths)
 
     async def _each(self, names: Iterator[str]) -> None:
         for name in names:
@@ -335,7 +335,7 @@ class Prober:
             return
         ended = self._under_way[name] = asyncio.Event()
         try:
-            paths = tuple(await asyncio.gather(*map(self._path, ips)))
+            paths = tuple(await asyncio.gather(*(self._path(ip, name) for ip in ips)))
         finally:
             del self._under_way[name]
             ended.set()
@@ -358,11 +358,11 @@ class Prober:
                 *(verdict.ahead, verdict.differing, verdict.others),
             )
 
-    async def _path(self, ip: str) -> Path:
+    async def _path(self, ip: str, name: str) -> Path:
         kind = self.icmp.get(family_of(ip))
         if kind is None:
-            return Path(ip, *await probes.hello(ip, self._port))
-        (tcp, http), icmp = await asyncio.gather(probes.hello(ip, self._port), probes.echo(ip, kind))
+            return Path(ip, *await probes.hello(ip, self._port, name))
+        (tcp, http), icmp = await asyncio.gather(probes.hello(ip, self._port, name), probes.echo(ip, kind))
         return Path(ip, tcp, http, icmp)
 
     def _observe(self, found: NodeHealth) -> None:

@@ -3,9 +3,10 @@
 
 A real cilium-health asks the same.  Whoever reaches the port is a stranger, so it gets nothing else: 200 or
 404 and what time it is, no body, no header that says who answers; a bounded request in a bounded time; and a
-flood costs this process a bounded part of a CPU, at the price of the others' probes.  An HTTP server for
-applications has no limit for the time that headers take, hence this one.  An address that can not be listened
-on is said in status and tried again.  Run as a supervised task.
+flood costs this process a bounded part of a CPU, at the price of the others' probes.  Who says whom he looks
+for (`agent.probes.NODE_HEADER`) hears 421 where that is somebody else.  An HTTP server for applications has
+no limit for the time that headers take, hence this one.  An address that can not be listened on is said in
+status and tried again.  Run as a supervised task.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from email.utils import formatdate
 from functools import partial
 
 from agent.listener import Connections, Listening
+from agent.probes import asked_for
 from core.allowance import Allowance
 
 # Questions come as long as the longest packet that anybody tries (agent.path_mtu).
@@ -36,14 +38,16 @@ BURST = 300.0
 _END = b"\r\n\r\n"
 _WANTED = b"GET /hello HTTP/1."
 _YES, _NO = b"HTTP/1.1 200 OK", b"HTTP/1.1 404 Not Found"
+_NOT_ME = b"HTTP/1.1 421 Misdirected Request"
 _REST = b"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 class HealthServer:
-    """Listens until cancelled."""
+    """Listens until cancelled; `own` is this node's name, cluster/name."""
 
     def __init__(
         self,
+        own: str,
         addresses: Sequence[str],
         port: int,
         *,
@@ -52,7 +56,7 @@ class HealthServer:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.port = port
-        answer = partial(_answer, clock=clock)
+        answer = partial(_answer, own=own, clock=clock)
         self.connections = Connections(answer, CONNECTIONS_MAX, Allowance(rate, burst))
         self._addresses = tuple(addresses)
         self._listening = Listening("health probes", port)
@@ -76,7 +80,7 @@ class HealthServer:
             await self.connections.accept(sock)
 
 
-async def _answer(connection: socket.socket, clock: Callable[[], float]) -> None:
+async def _answer(connection: socket.socket, own: str, clock: Callable[[], float]) -> None:
     """Read one request and answer it; the caller closes."""
     loop = asyncio.get_running_loop()
     request = b""
@@ -86,10 +90,12 @@ async def _answer(connection: socket.socket, clock: Callable[[], float]) -> None
                 request += await loop.sock_recv(connection, REQUEST_MAX - len(request))
                 if _END in request or len(request) in (0, REQUEST_MAX):
                     break
-            await loop.sock_sendall(connection, answer_to(request, clock()))
+            await loop.sock_sendall(connection, answer_to(request, own, clock()))
 
 
-def answer_to(request: bytes, now: float) -> bytes:
+def answer_to(request: bytes, own: str, now: float) -> bytes:
     """Return the answer to a request's head; others compare their clocks with its date.  Pure."""
     verdict = _YES if request.startswith(_WANTED) and _END in request else _NO
+    if verdict is _YES and asked_for(request) not in (None, own):
+        verdict = _NOT_ME
     return verdict + b"\r\nDate: " + formatdate(now, usegmt=True).encode() + _REST

@@ -17,6 +17,7 @@ import socket
 import struct
 import time
 from email.utils import parsedate_to_datetime
+from urllib.parse import quote, unquote_to_bytes
 
 import msgspec
 
@@ -32,8 +33,13 @@ HEAD_MAX = 1024
 # A packet of full length counts as lost after this time: the kernel has sent it four or five times by then.
 ARRIVES_S = 2.0
 
+# Whom the question is for, cluster/name: at the address of a host that left another one may answer.
+NODE_HEADER = "Holdfast-Node"
+
 _DATE = re.compile(rb"\r\nDate:[ \t]*([^\r\n]{1,40})\r\n", re.IGNORECASE)
+_NODE = re.compile(rb"\r\n" + NODE_HEADER.encode() + rb":[ \t]*([^\r\n]*)\r\n", re.IGNORECASE)
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})\b")
+_MISDIRECTED = re.compile(rb"HTTP/1\.[01] 421\b")
 _HEAD_END = b"\r\n\r\n"
 # IP and TCP header without options, and TCP's time stamps.
 _HEADERS = {4: 40, 6: 60}
@@ -52,11 +58,13 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
     """What became of a probe: seconds there and back, or why there was no way back.
 
     `ahead`: by how many seconds the clock of who answered is ahead of this host's, where the answer says it.
+    `other`: the agent that answered is another node's.
     """
 
     latency: float = 0.0
     error: str = ""
     ahead: float | None = None
+    other: bool = False
 
 
 def family_of(ip: str) -> int:
@@ -66,9 +74,13 @@ def family_of(ip: str) -> int:
 # --- TCP and HTTP
 
 
-async def hello(ip: str, port: int) -> tuple[Outcome, Outcome]:
-    """Connect and ask for /hello; return (connection, answer), both counted from the beginning."""
-    began, connected, head, asked_at = time.perf_counter(), 0.0, b"", 0.0
+async def hello(ip: str, port: int, node: str = "") -> tuple[Outcome, Outcome]:
+    """Connect and ask for /hello; return (connection, answer), both counted from the beginning.
+
+    `node` is whom the question is for, cluster/name.  Real cilium-agents, and versions that do not know it,
+    answer in any case.
+    """
+    began, connected, head, asked_at, other = time.perf_counter(), 0.0, b"", 0.0, False
     try:
         with _socket(ip, socket.SOCK_STREAM) as sock:
             async with asyncio.timeout(TIMEOUT_S):
@@ -76,9 +88,11 @@ async def hello(ip: str, port: int) -> tuple[Outcome, Outcome]:
                 await loop.sock_connect(sock, (ip, port))
                 connected = time.perf_counter() - began
                 asked_at = time.time()
-                await loop.sock_sendall(sock, _request(ip, port))
+                await loop.sock_sendall(sock, _request(ip, port, node=node))
                 head = await _head(loop, sock)
-        error = _refusal(head.partition(b"\r\n")[0])
+        status = head.partition(b"\r\n")[0]
+        other = bool(node) and _MISDIRECTED.match(status) is not None
+        error = "" if other else _refusal(status)
     except TimeoutError:
         error = f"no {'answer' if connected else 'connection'} within {TIMEOUT_S:g} s"
     except OSError as failure:
@@ -86,7 +100,8 @@ async def hello(ip: str, port: int) -> tuple[Outcome, Outcome]:
     if error:
         answer = Outcome(error=error)
     else:
-        answer = Outcome(time.perf_counter() - began, ahead=clock_ahead(head, asked_at, time.time()))
+        ahead = clock_ahead(head, asked_at, time.time())
+        answer = Outcome(time.perf_counter() - began, ahead=ahead, other=other)
     return Outcome(connected) if connected else answer, answer
 
 
@@ -96,12 +111,19 @@ def _socket(ip: str, kind: socket.SocketKind, protocol: int = 0) -> socket.socke
     return made
 
 
-def _request(ip: str, port: int, length: int = 0) -> bytes:
+def _request(ip: str, port: int, length: int = 0, node: str = "") -> bytes:
     """Return the question, filled up to `length` bytes at least."""
     host = f"[{ip}]" if ":" in ip else ip
     asked = f"GET /hello HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n"
+    whom = f"{NODE_HEADER}: {quote(node)}\r\n" if node else ""  # a record is another one's word
     fill = f"X-Fill: {'x' * length}\r\n" if length else ""
-    return f"{asked}{fill}\r\n".encode()
+    return f"{asked}{whom}{fill}\r\n".encode()
+
+
+def asked_for(request: bytes) -> str | None:
+    """Return the node that a question is for; None where it does not say.  Pure."""
+    match = _NODE.search(request)
+    return unquote_to_bytes(match[1]).decode(errors="replace") if match else None
 
 
 async def _head(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> bytes:

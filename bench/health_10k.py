@@ -43,7 +43,7 @@ def serve() -> None:
     """Answer at every address; without the limit on a flood, which a round of all nodes is."""
 
     async def run() -> None:
-        await HealthServer(["0.0.0.0", "::"], PORT, rate=UNLIMITED, burst=UNLIMITED).run()
+        await HealthServer("default/node", ["0.0.0.0", "::"], PORT, rate=UNLIMITED, burst=UNLIMITED).run()
 
     logger.remove()
     asyncio.run(run())
@@ -69,7 +69,7 @@ async def rounds(prober: Prober, server: int, label: str) -> None:
         asking.append((time.process_time() - before) / NODES * 1000)
         answering.append((cpu_seconds(server) - others) / NODES * 1000)
         both.append((asking[-1] + answering[-1]) / 1000 * NODES / prober.schedule.period * 100)
-    reachable = summary(prober, HealthServer([], PORT)).reachable
+    reachable = summary(prober, HealthServer("", [], PORT)).reachable
     assert reachable == NODES, f"{reachable} of {NODES} were reached"
     emit_median(f"health_10k_{label}ask_ms", asking, "ms")
     emit_median(f"health_10k_{label}answer_ms", answering, "ms")
@@ -110,7 +110,7 @@ def main() -> None:
                 f"a period is {four.schedule.period:.0f} s, {NODES / four.schedule.period:.1f} nodes a second"
             )
             timed("health_10k_show_ms", lambda: json_response(health(four)))
-            timed("health_10k_status_ms", lambda: summary(four, HealthServer([], PORT)))
+            timed("health_10k_status_ms", lambda: summary(four, HealthServer("", [], PORT)))
             timed("health_10k_scrape_ms", lambda: list(HealthCollector(four).collect()))
             both = prober_of((4, 6))
             both.icmp = {family: granted(family) for family in (4, 6)}

@@ -20,6 +20,8 @@ from tests.support.fleet import GONE_S
 from tests.support.host import REPO, Hub, hub_ipv6, run, wait_for
 from tests.support.require import require_tools
 
+pytestmark = pytest.mark.timeout(300)
+
 NAMES = ("a", "b", "c")
 PORT = 4240
 
@@ -181,14 +183,13 @@ def test_a_port_that_is_taken_is_a_warning_and_traffic_and_agent_go_on(hosts: Ho
     assert c.api("/v1/healthz")["cluster-health"]["state"] == "Ok"
 
 
-# What answers probes on a host whose clock is ahead: ADDRESS… SECONDS.
+# What answers probes on a host whose clock is ahead: NODE ADDRESS… SECONDS.
 AHEAD = """
 import asyncio, sys, time
 from agent.health_server import HealthServer
 
-pytestmark = pytest.mark.timeout(300)
-*addresses, seconds = sys.argv[1:]
-asyncio.run(HealthServer(addresses, 4240, clock=lambda: time.time() + float(seconds)).run())
+own, *addresses, seconds = sys.argv[1:]
+asyncio.run(HealthServer(own, addresses, 4240, clock=lambda: time.time() + float(seconds)).run())
 """
 
 
@@ -196,7 +197,7 @@ asyncio.run(HealthServer(addresses, 4240, clock=lambda: time.time() + float(seco
 def clock_ahead(host: AgentHost, name: str, seconds: int) -> Iterator[None]:
     """Have a host answer as if its clock were ahead; its agent is away meanwhile."""
     host.stop_agent()
-    words = (host.address, hub_ipv6(host.address), str(seconds))
+    words = (f"default/{name}", host.address, hub_ipv6(host.address), str(seconds))
     answering = host.popen(sys.executable, "-c", AHEAD, *words, environment={"PYTHONPATH": str(REPO)})
     try:
         yield

@@ -66,11 +66,12 @@ class Cluster:
         # By the first address of a server, and "prober".
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    def join(self, name: str, *ips: str, answers: bool = True, ahead: float = 0.0) -> None:
-        """Have a node join whose clock is `ahead` by so many seconds."""
+    def join(self, name: str, *ips: str, answers: bool = True, ahead: float = 0.0, says: str = "") -> None:
+        """Have a node join whose clock is `ahead` by so many seconds; the agent there `says` another name."""
         self.nodes.source("kvstore").upsert(f"default/{name}", record(name, *ips))
         if answers:
-            server = HealthServer(ips or ips_of(name), PORT, clock=lambda: time.time() + ahead)
+            own = f"default/{says or name}"
+            server = HealthServer(own, ips or ips_of(name), PORT, clock=lambda: time.time() + ahead)
             self._tasks[(ips or ips_of(name))[0]] = asyncio.create_task(server.run())
 
     async def die(self, name: str) -> None:
@@ -145,6 +146,11 @@ async def test_who_answers_is_found_out_now_and_by_all_who_ask(netns: Netns) -> 
         names = [f"default/{name}" for name in ("b", "c", "unknown")]
         both = await asyncio.gather(*(seen.prober.who_answers(names) for _ in range(2)))
         assert both == [{"default/b"}] * 2, "a question that is under way is an answer to both"
+        seen.join("d", says="z")
+        await seen.are(a=REACHABLE, b=REACHABLE, c=UNREACHABLE, d=REACHABLE)
+        assert await seen.prober.who_answers([*names, "default/d"]) == {"default/b"}, (
+            "another is at d's address"
+        )
         await seen.die("b")
         assert await seen.prober.who_answers(names) == set()
         assert await seen.prober.who_answers([]) == set()
@@ -175,7 +181,7 @@ async def test_a_clock_that_is_wrong_is_named(netns: Netns) -> None:
         found = seen.prober.clocks.verdict()
         assert (found.ahead, found.differing, found.others) == (0.0, 1, 2)
         assert found.wrong == {"default/c": pytest.approx(3600.0, abs=2.0)}
-        said = summary(seen.prober, HealthServer([], PORT)).clock
+        said = summary(seen.prober, HealthServer("", [], PORT)).clock
         assert (said.ahead, said.wrong, said.wrong_nodes[0].name) == (0.0, 1, "default/c")
         seen.leave("c")
         await seen.are(a=REACHABLE, b=REACHABLE)

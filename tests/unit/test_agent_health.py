@@ -202,7 +202,7 @@ def test_the_answer_of_the_api_has_this_node_first_and_ciliums_shape() -> None:
 
 
 def server() -> HealthServer:
-    return HealthServer(["10.0.0.9"], 4240)
+    return HealthServer("default/a", ["10.0.0.9"], 4240)
 
 
 def test_the_line_of_status_counts_and_names_the_first() -> None:
@@ -305,6 +305,13 @@ def test_a_reply_says_which_request_it_is_to(family: int, reply: int) -> None:
     [
         (b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n", 200),
         (b"GET /hello HTTP/1.0\r\n\r\n", 200),
+        (b"GET /hello HTTP/1.1\r\nHoldfast-Node: default/a\r\n\r\n", 200),
+        (b"GET /hello HTTP/1.1\r\nholdfast-node:default%2Fa\r\nHost: x\r\n\r\n", 200),
+        (b"GET /hello HTTP/1.1\r\nHoldfast-Node: default/b\r\n\r\n", 421),
+        (b"GET /hello HTTP/1.1\r\nHoldfast-Node: other/a\r\n\r\n", 421),
+        (b"GET /hello HTTP/1.1\r\nHoldfast-Node: \xff\x00%zz%ff\r\n\r\n", 421),
+        (b"GET /hello HTTP/1.1\r\nHoldfast-Node: default/a", 404),  # never ended
+        (b"GET / HTTP/1.1\r\nHoldfast-Node: default/b\r\n\r\n", 404),
         (b"GET /hello HTTP/1.1\r\nHost: x\r\n", 404),  # never ended
         (b"GET / HTTP/1.1\r\n\r\n", 404),
         (b"GET /hello/../metrics HTTP/1.1\r\n\r\n", 404),
@@ -315,7 +322,7 @@ def test_a_reply_says_which_request_it_is_to(family: int, reply: int) -> None:
     ],
 )
 def test_hello_is_all_that_is_answered(request_: bytes, code: int) -> None:
-    answer = answer_to(request_, 1_767_225_600.9)
+    answer = answer_to(request_, "default/a", 1_767_225_600.9)
     assert int(answer.split()[1]) == code
     head, end, body = answer.partition(b"\r\n\r\n")
     assert (end, body) == (b"\r\n\r\n", b"")

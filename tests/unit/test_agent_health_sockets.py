@@ -18,6 +18,7 @@ from tests.support.etcd import free_ports
 from tests.support.eventually import eventually
 from tests.support.listening import LOOPBACK, listening
 
+OWN = "default/a"
 HELLO = b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n"
 YES = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 NO = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -163,7 +164,7 @@ class Answering:
 @contextlib.asynccontextmanager
 async def answering() -> AsyncIterator[Answering]:
     (port,) = free_ports(1)
-    server = HealthServer([LOOPBACK, "::1"], port)
+    server = HealthServer(OWN, [LOOPBACK, "::1"], port)
     async with listening(server, port):
         yield Answering(server)
 
@@ -176,6 +177,23 @@ async def test_hello_is_answered_to_our_prober_and_to_any_client() -> None:
         assert await there.ask(HELLO) == YES
         assert await there.ask(HELLO[:20], HELLO[20:]) == YES
         assert await there.ask(HELLO.replace(b"1.1", b"1.0")) == YES
+
+
+@pytest.mark.parametrize("name", ["default/a b", "default/\r\nX: 1", "default/ä%", "default/" + "x" * 300])
+async def test_who_is_looked_for_answers_and_another_says_that_it_is_not_him(name: str) -> None:
+    (port,) = free_ports(1)
+    server = HealthServer(name, [LOOPBACK], port)
+    async with listening(server, port):
+        for asked, other in ((name, False), ("", False), ("default/b", True), (name + "x", True)):
+            _, http = await hello(LOOPBACK, port, asked)
+            assert (http.error, http.other) == ("", other), asked
+            assert http.latency > 0
+
+
+async def test_421_is_no_answer_to_who_looks_for_nobody() -> None:
+    async with speaking(saying(b"HTTP/1.1 421 Misdirected Request\r\n\r\n")) as port:
+        _, http = await hello(LOOPBACK, port)
+        assert (http.error, http.other) == ("HTTP status 421", False)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +243,7 @@ async def test_a_client_that_resets_does_no_harm() -> None:
 
 async def test_a_taken_port_is_said_and_taken_when_it_is_free() -> None:
     with socket.create_server((LOOPBACK, 0)) as holder:
-        server = HealthServer([LOOPBACK, "::1"], holder.getsockname()[1])
+        server = HealthServer(OWN, [LOOPBACK, "::1"], holder.getsockname()[1])
         task = asyncio.create_task(server.run())
         await eventually(lambda: bool(server.errors), "the error is known")
         assert server.errors == {LOOPBACK: "Address already in use"}
@@ -237,7 +255,7 @@ async def test_a_taken_port_is_said_and_taken_when_it_is_free() -> None:
 
 
 async def test_an_address_that_is_not_this_hosts_is_said() -> None:
-    server = HealthServer(["192.0.2.1"], free_ports(1)[0])
+    server = HealthServer(OWN, ["192.0.2.1"], free_ports(1)[0])
     task = asyncio.create_task(server.run())
     await eventually(lambda: bool(server.errors), "the error is known")
     assert server.errors == {"192.0.2.1": "Cannot assign requested address"}

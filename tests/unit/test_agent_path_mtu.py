@@ -176,7 +176,7 @@ def test_ipv6_within_the_tunnel_is_told_no_less_than_it_believes() -> None:
 async def test_a_packet_that_fits_arrives_and_one_that_is_sent_cut_does_not() -> None:
     """The listener that takes only short segments is like a way that is known to carry less."""
     (port,) = free_ports(1)
-    server = HealthServer(["127.0.0.1", "::1"], port)
+    server = HealthServer("default/a", ["127.0.0.1", "::1"], port)
     task = asyncio.create_task(server.run())
     try:
         for ip in ("127.0.0.1", "::1"):
