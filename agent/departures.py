@@ -12,7 +12,8 @@ its keys again; and what is held, or missing in a list, is looked at here when i
     a policy      goes
 
 What stays is missing from then on, and `status` counts it.  While etcd is away, and until everybody has come
-back to it, nothing goes: no owner could write anything again.
+back to it, nothing goes: no owner could write anything again.  Nor does anything that is held before etcd has
+spoken to its view after the end of that time: what its owner wrote may be under way.
 
 Owner: the task in `run`.  Called by: agent.tasks.
 """
@@ -46,41 +47,41 @@ LOOK_S = 2.0
 THOROUGH_S = 15.0
 # Addresses and nodes looked at before anybody else may run: some milliseconds.
 ADDRESSES_AT_ONCE, NODES_AT_ONCE = 2000, 500
-# A node, and an identity, that stays is looked at again after so long; what is behind a node sooner, to go
-# soon after it.
+# A node, and an identity, that stays is looked at again after so long, a node of a large cluster later; what
+# is behind a node sooner, to go soon after it.
 AGAIN_S, BEHIND_S = 60.0, 15.0
-# So often in a row, and so far apart, a node does not answer before it is taken for gone: one that left, and
-# one that had answered after etcd had lost it.  That one may only be starting anew.
+# So often in a row, and so far apart, a node does not answer before the next silence says that it is gone.
 TRIES, SOON_S = 2, 5.0
-STAYING_TRIES = 5
+# One that had answered after etcd had lost it may only be starting anew: so long it may be silent.
+STAYING_S = 300.0
+# So many other nodes are asked as well: a host that hears none of them judges nobody, for so long.
+WITNESSES, DEAF_S = 3, 3600.0
 # An etcd that was away for longer than the first has to be there again for the second: every host tries it
-# after half a minute at most, and connects in a few seconds.
-BRIEF_S, SETTLED_S = 10.0, 45.0
-
-
-async def nobody_answers(_: Sequence[str]) -> set[str]:
-    """Where nodes are not probed nothing is known of any: what is not written again goes."""
-    return set()
+# after half a minute at most, and connects in a few seconds.  After a shorter one all are back in seconds.
+BRIEF_S, SETTLED_S = 2.0, 45.0
 
 
 class Presence:
     """Whether etcd is there, by the followers of it."""
 
     def __init__(self, followers: Sequence[Follower], clock: Callable[[], float]) -> None:
-        self._followers = followers
+        self._followers = {follower.prefix: follower for follower in followers}
         self._clock = clock
         self._away_since: float | None = None
         self._back_at = -SETTLED_S  # after an absence that was not brief
 
-    @property
-    def has_whole_views(self) -> bool:
+    def heard(self, prefix: str) -> float:
+        """Return when etcd last spoke of what is under a prefix, monotonic seconds."""
+        return self._followers[prefix].fresh_at
+
+    def has_whole_view(self, prefix: str) -> bool:
         """False while a list is still to come: what the last one lacked may be in it."""
-        return all(follower.state is State.WATCHING for follower in self._followers)
+        return self._followers[prefix].state is State.WATCHING
 
     def is_settled(self) -> bool:
         """Return whether etcd is there, and everybody has had time to come back to it."""
         now, away = self._clock(), {State.LISTING, State.CATCHING_UP, State.RETRYING}
-        if any(follower.state in away for follower in self._followers):
+        if any(follower.state in away for follower in self._followers.values()):
             if self._away_since is None:
                 self._away_since = now
             return False
@@ -89,26 +90,30 @@ class Presence:
         self._away_since = None
         return now - self._back_at >= SETTLED_S
 
-    def has_spoken_since(self, at: float) -> bool:
-        """Return whether etcd was surely there at a moment (monotonic seconds)."""
-        return all(follower.fresh_at > at for follower in self._followers)
-
 
 @dataclass
 class _Silence:
-    """How often in a row a node has not answered, and when it was asked last; `stays`: it did answer once."""
+    """How often in a row a node has not answered, since when, and when it was asked last.
 
+    `stays`: it did answer once.
+    """
+
+    since: float
     count: int = 0
     asked_at: float = 0.0
     stays: bool = False
 
     @property
     def is_long(self) -> bool:
-        return self.count >= (STAYING_TRIES if self.stays else TRIES)
+        return self.count >= TRIES and (not self.stays or self.asked_at - self.since >= STAYING_S)
 
 
 class Departures:
-    """See the module's text.  `who_answers` probes nodes and returns those whose agents answer."""
+    """See the module's text.
+
+    `who_answers` probes nodes and returns those whose agents answer.  Without, nothing is known of any: what
+    is not written again goes.  `own` is this node's name, cluster/name.
+    """
 
     def __init__(
         self,
@@ -117,8 +122,9 @@ class Departures:
         identities: Source[int, Labels],
         policies: Source[str, Document],
         followers: Sequence[Follower],
-        who_answers: Callable[[Sequence[str]], Awaitable[set[str]]] = nobody_answers,
         *,
+        own: str,
+        who_answers: Callable[[Sequence[str]], Awaitable[set[str]]] | None = None,
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -127,6 +133,7 @@ class Departures:
         self._identities = identities
         self._policies = policies
         self._etcd = Presence(followers, clock)
+        self._own = own
         self._who_answers = who_answers
         self._rng = rng or random.Random()
         self._clock = clock
@@ -150,10 +157,10 @@ class Departures:
         thorough = self._clock() >= self._thorough_at
         if not self._etcd.is_settled():  # it took seconds to ask
             return ended
-        ended += await self._look_at_addresses(self._due(self._behind, missing=thorough))
+        ended += await self._look_at_addresses(self._due(self._behind, schema.IPS, missing=thorough))
         if thorough:
             self._thorough_at = self._clock() + THOROUGH_S
-            ended += _end(self._policies, self._due(self._policies))
+            ended += _end(self._policies, self._due(self._policies, schema.POLICIES))
             ended += await self._look_at_identities()
         return ended
 
@@ -161,54 +168,68 @@ class Departures:
     def _behind(self) -> Source[str, Record]:
         return self._addresses.source(KVSTORE_SOURCE)
 
-    def _due(self, source: Source[K, V], *, missing: bool = True) -> list[K]:
+    def _due(self, source: Source[K, V], prefix: str, *, missing: bool = True) -> list[K]:
         """Return what is held too long, and missing too long unless a list is still to come."""
-        missing = missing and self._etcd.has_whole_views
-        return source.due(self._clock(), missing=missing)
+        missing = missing and self._etcd.has_whole_view(prefix)
+        return source.due(self._clock(), heard=self._etcd.heard(prefix), missing=missing)
 
     # --- nodes
 
     async def _look_at_nodes(self) -> int:
-        source = self._nodes
-        waiting = source.held.keys() | source.missing.keys()
-        self._silences = {name: each for name, each in self._silences.items() if name in waiting}
-        due = self._due(source)
+        source, prefix = self._nodes, schema.NODES
+        due = self._due(source, prefix)
         if not due:
             return 0
         replaced = await self._replaced(due)
-        ended = _end(source, [name for name in self._due(source) if name in replaced])
+        ended = _end(source, [name for name in self._due(source, prefix) if name in replaced])
         now = self._clock()
+        # One that is held came back since it was missing.
+        self._silences = {name: each for name, each in self._silences.items() if name in source.missing}
         # Everybody notices in the same moment: not all ask in it.
         spread = first_within(len(source))
-        for name in self._due(source):
+        for name in self._due(source, prefix):
             if name not in self._silences:
-                self._silences[name] = _Silence()
+                self._silences[name] = _Silence(since=now)
                 source.keep([name], now + self._rng.uniform(0.0, spread))
         # Who has waited longest comes first: those that stay are due again and again.
-        asked = heapq.nsmallest(IN_FLIGHT_MAX, self._due(source), key=source.missing.__getitem__)
+        asked = heapq.nsmallest(IN_FLIGHT_MAX, self._due(source, prefix), key=source.missing.__getitem__)
         return ended + (await self._ask(asked) if asked else 0)
 
     async def _ask(self, names: Sequence[str]) -> int:
         """Probe nodes that are due, and put off those that answer, or may only be slow to; end the others."""
         source, asked_at = self._nodes, self._clock()
-        answering = await self._who_answers(names)
+        # Whose own network is down hears nobody: the last question is one after etcd has spoken again.
+        heard = self._etcd.heard(schema.NODES)
+        answering, hears = await self._answering(names)
         now, gone = self._clock(), []
+        # All hosts ask: not more often than one of them can answer.
+        again = jittered(max(AGAIN_S, first_within(len(source))))
         for name in set(source.due(now)) & set(names):  # its record may have come back meanwhile
             silence = self._silences[name]
             if name in answering:
                 if not silence.stays:
                     logger.warning("node {} has no record in etcd any more, but answers: it stays", name)
-                self._silences[name] = _Silence(stays=True)
-                source.keep([name], now + jittered(AGAIN_S))
-                continue
-            if silence.is_long and self._etcd.has_spoken_since(silence.asked_at):
+                self._silences[name] = _Silence(since=now, stays=True)
+                source.keep([name], now + again)
+            elif not hears and now - silence.since < DEAF_S:
+                source.keep([name], now + again)
+            elif silence.is_long and heard > silence.asked_at:
                 gone.append(name)
-                continue
-            # Whose own network is down hears nobody, and may not judge before etcd has spoken again.
-            if not silence.is_long:
-                silence.count, silence.asked_at = silence.count + 1, asked_at
-            source.keep([name], now + (AGAIN_S if silence.stays else SOON_S))
+            else:
+                if not silence.is_long:
+                    silence.count, silence.asked_at = silence.count + 1, asked_at
+                source.keep([name], now + (again if silence.stays else SOON_S))
         return _end(source, gone)
+
+    async def _answering(self, names: Sequence[str]) -> tuple[set[str], bool]:
+        """Return which of these nodes answer, and whether this host hears others that must be there."""
+        if self._who_answers is None:
+            return set(), True
+        lost = self._nodes.held.keys() | self._nodes.missing.keys() | {self._own}
+        present = [name for name in self._nodes.entries() if name not in lost]
+        witnesses = self._rng.sample(present, min(WITNESSES, len(present)))
+        answering = await self._who_answers([*names, *witnesses])
+        return answering, not witnesses or not answering.isdisjoint(witnesses)
 
     async def _replaced(self, names: Collection[str]) -> set[str]:
         """Return those nodes of which another one has the address, or a pool."""
@@ -242,18 +263,18 @@ class Departures:
     def _end_addresses(self, due: Sequence[str]) -> int:
         source, now = self._behind, self._clock()
         entries = source.entries()
-        there = [key for key in due if key in source.held or key in source.missing]
+        there = [key for key in due if source.doubted_until(key) <= now]  # it may have come back meanwhile
         stay = {key for key in there if entries[key].host_ip in self._lost and not is_machine(entries[key])}
         source.keep(stay, now + jittered(BEHIND_S))
         return _end(source, [key for key in there if key not in stay])
 
     async def _look_at_identities(self) -> int:
         source = self._identities
-        asked = frozenset(self._due(source))
+        asked = frozenset(self._due(source, schema.IDENTITY_IDS))
         if not asked:
             return 0
         used = await self._used(asked)
-        still = self._due(source)  # who came back meanwhile is not due any more
+        still = self._due(source, schema.IDENTITY_IDS)  # who came back meanwhile is not due any more
         due = asked.intersection(still)
         source.keep(due & used, self._clock() + jittered(AGAIN_S))
         return _end(source, due - used)

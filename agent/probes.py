@@ -37,7 +37,7 @@ ARRIVES_S = 2.0
 NODE_HEADER = "Holdfast-Node"
 
 _DATE = re.compile(rb"\r\nDate:[ \t]*([^\r\n]{1,40})\r\n", re.IGNORECASE)
-_NODE = re.compile(rb"\r\n" + NODE_HEADER.encode() + rb":[ \t]*([^\r\n]*)\r\n", re.IGNORECASE)
+_NODE = re.compile(rb"\r\n" + NODE_HEADER.encode() + rb":([^\r\n]*)\r\n", re.IGNORECASE)
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})\b")
 _MISDIRECTED = re.compile(rb"HTTP/1\.[01] 421\b")
 _HEAD_END = b"\r\n\r\n"
@@ -123,7 +123,7 @@ def _request(ip: str, port: int, length: int = 0, node: str = "") -> bytes:
 def asked_for(request: bytes) -> str | None:
     """Return the node that a question is for; None where it does not say.  Pure."""
     match = _NODE.search(request)
-    return unquote_to_bytes(match[1]).decode(errors="replace") if match else None
+    return unquote_to_bytes(match[1].strip(b" \t")).decode(errors="replace") if match else None
 
 
 async def _head(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> bytes:

@@ -17,7 +17,7 @@ from agent import ipcache, publish, remembered
 from agent.agent_events import AgentEvents, start_event
 from agent.checkpoint import Node
 from agent.collector import MapCollector
-from agent.departures import Departures, nobody_answers
+from agent.departures import Departures
 from agent.nodes import node_names
 from agent.parts import Parts
 from agent.report_health import HealthCollector
@@ -101,14 +101,14 @@ def _tasks(parts: Parts) -> dict[str, Callable[[], Awaitable[None]]]:
     tasks["staleness"] = StalenessAlarm(parts.config["kvstore-staleness-threshold"]).run
     tasks["conntrack"] = parts.conntrack.run
     tasks["unused prefixes"] = partial(_forget_unused, parts)
-    who_answers = parts.prober.who_answers if parts.prober is not None else nobody_answers
     tasks["departures"] = Departures(
         parts.nodes,
         parts.addresses,
         parts.identities.source,
         parts.policy_keys.source,
         parts.followers,
-        who_answers,
+        own=f"{parts.config['cluster-name']}/{parts.node.name}",
+        who_answers=parts.prober.who_answers if parts.prober is not None else None,
     ).run
     tasks["checkpoint"] = partial(_checkpoint, parts)
     tasks["views"] = parts.memory.run

@@ -35,6 +35,26 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
+class Deadlines(dict[K, float]):
+    """Records and when their time ends, monotonic seconds.  While none has ended nobody looks at all."""
+
+    _first = float("inf")  # nothing ends before
+
+    def put(self, keys: Collection[K], until: float) -> None:
+        """Have the time of these end then."""
+        self.update(dict.fromkeys(keys, until))
+        self._first = min(self._first, until)
+
+    def ended(self, now: float) -> list[K]:
+        """Return the records whose time has ended."""
+        if now < self._first:
+            return []
+        ended = [key for key, until in self.items() if until <= now]
+        if not ended:
+            self._first = min(self.values(), default=float("inf"))
+        return ended
+
+
 class Source(Generic[K, V]):
     """One feeder of a table.  Created by `Table.source`; owned by the task that feeds it."""
 
@@ -43,8 +63,8 @@ class Source(Generic[K, V]):
         self.rank = rank
         self.in_sync = False
         self.complete = False
-        self.missing: dict[K, float] = {}
-        self.held: dict[K, float] = {}
+        self.missing: Deadlines[K] = Deadlines()
+        self.held: Deadlines[K] = Deadlines()
         self._table = table
         self._entries: dict[K, V] = {}
         self._subscriptions: list[Subscription[K]] = []
@@ -101,7 +121,7 @@ class Source(Generic[K, V]):
         """Take a deletion that may be a loss: the record is held until then, monotonic seconds."""
         if key in self._entries:
             self.missing.pop(key, None)
-            self.held[key] = until
+            self.held.put([key], until)
             self._doubted([key])
 
     def relist(self, listed: Mapping[K, V], *, grace: float, now: float | None = None) -> int:
@@ -114,17 +134,24 @@ class Source(Generic[K, V]):
         """Begin to merge a full list that comes in parts."""
         return Listing(self)
 
-    def due(self, now: float, *, missing: bool = True) -> list[K]:
-        """Return the records that are held (or `missing`) and whose time has ended."""
-        waiting = chain(self.held.items(), self.missing.items() if missing else ())
-        return [key for key, deadline in waiting if deadline <= now]
+    def due(self, now: float, *, heard: float = float("inf"), missing: bool = True) -> list[K]:
+        """Return the records that are held (or `missing`) and whose time has ended.
+
+        `heard` is when the source spoke last: what is held ends only once it has spoken after that end.
+        """
+        ended = self.held.ended(min(now, heard))
+        return ended + self.missing.ended(now) if missing else ended
+
+    def doubted_until(self, key: K) -> float:
+        """Return when the time of a record ends that is held or missing; infinity for others."""
+        return self.held.get(key, self.missing.get(key, float("inf")))
 
     def keep(self, keys: Collection[K], until: float) -> None:
         """Have records that are held or missing stay until then, as missing."""
         held = self.held.keys() & keys
         for key in held:
-            self.missing[key] = self.held.pop(key)
-        self.missing.update((key, until) for key in keys if key in self.missing)
+            del self.held[key]
+        self.missing.put([key for key in keys if key in held or key in self.missing], until)
         self._changed(held)
 
     def expire(self, now: float | None = None) -> list[K]:
@@ -144,7 +171,7 @@ class Source(Generic[K, V]):
 
     def mark_missing(self, keys: Collection[K], until: float) -> None:
         """Say that the last full list lacked these: they are kept until then (monotonic seconds)."""
-        self.missing.update(dict.fromkeys(keys, until))
+        self.missing.put(keys, until)
         self._doubted(list(keys))
 
     def mark_complete(self) -> None:

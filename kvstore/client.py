@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from operator import attrgetter
 
@@ -53,7 +54,7 @@ from kvstore.ops import (
 )
 from kvstore.pace import Pace
 from kvstore.transport import MAX_IN_FLIGHT, TIMEOUT_S, Peer, Transport, translate
-from kvstore.watch import HANG_S, IDLE_S, WatchBatch, WatchStream, Witness, changes_after
+from kvstore.watch import CONFIRM_S, HANG_S, IDLE_S, WatchBatch, WatchStream, Witness, changes_after
 
 # A new watch asks for progress after this much quiet, seconds: then it has caught up with the past.
 SETTLE_S = 1.0
@@ -270,7 +271,8 @@ class Client:
         """Yield what happens under `prefix` (`single`: to that one key) from `start_revision` on.
 
         The first batch says `created`; the first one without events after it comes when there has been
-        quiet for a second, so that nothing older is likely to be under way.
+        quiet for a second, so that nothing older is likely to be under way.  After a deletion there is one,
+        with events or without, soon after CONFIRM_S.
 
         Never ends by itself; raises Compacted, PermissionDenied or Unavailable (then resume with the last
         batch's revision + 1).  With `cluster_id`, another etcd cluster than that one counts as Compacted, and
@@ -278,12 +280,14 @@ class Client:
         Close it (`contextlib.aclosing`) when leaving early.
         """
         revision = max(start_revision - 1, 0)
-        idle: float | None = SETTLE_S
+        settled, confirm_at = False, 0.0
         async with self.watch_stream(prefix) as stream:
             # From the revision before, which exists: else etcd would not answer the watchdog.
             await stream.create(prefix, revision, prefix=not single)
             while True:
-                response = await stream.read(idle)
+                left = max(0.0, confirm_at - time.monotonic()) if settled else 0.0
+                soon = min(SETTLE_S + left, self._idle)
+                response = await stream.read(soon if left or not settled else None)
                 stream.check(response, prefix, revision + 1)
                 if response.created:
                     await self._check_history(prefix, start_revision, response, cluster_id)
@@ -291,9 +295,11 @@ class Client:
                         await self._check_witness(prefix, start_revision, witness)
                     revision = revision or response.header.revision
                 elif not response.events:
-                    idle = None
+                    settled = True
                 batch = _batch(response, revision)
                 revision = batch.revision
+                if any(each.value is None for each in batch.changes):
+                    confirm_at = time.monotonic() + CONFIRM_S
                 yield batch
 
     def watch_stream(self, subject: str) -> WatchStream:

@@ -17,6 +17,7 @@ from core import metrics
 from core.table import Listing, Source
 from kvstore.errors import RecordError
 from kvstore.schema.keys import scope_of
+from kvstore.watch import CONFIRM_S
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -25,7 +26,7 @@ V = TypeVar("V")
 GRACE_S = 600.0
 # Seconds for which a deletion is held that may be a loss: the end of a lease, or a stranger's slip.  Owners
 # write their keys again at once, those of many within ten seconds (kvstore.session).
-HOLD_S = 15.0
+HOLD_S = CONFIRM_S
 # So many bad records are remembered (for status) and logged one by one.
 REMEMBERED = 100
 

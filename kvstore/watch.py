@@ -39,6 +39,9 @@ from kvstore.transport import Transport, translate
 
 IDLE_S = 30.0
 HANG_S = 15.0
+# After a deletion etcd is heard again within some seconds of these: an owner that works has written its key
+# again by then (kvstore.sink.HOLD_S), and nobody takes a stream that is stuck for its silence.
+CONFIRM_S = 15.0
 # The number of the watch that is only made to see whether the server answers; callers count from 0 or 1.
 PROBE_ID = 1 << 62
 

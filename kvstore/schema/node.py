@@ -99,6 +99,8 @@ def parse_node_key(key: str) -> tuple[str, str]:
     cluster, slash, name = key[len(NODES) :].partition("/")
     if not key.startswith(NODES) or not slash or not cluster or not name or "/" in name:
         raise RecordError(key, "is not nodes/v1/<cluster>/<name>", kind="key")
+    if not (cluster.isprintable() and name.isprintable()):  # names stand in logs and tables
+        raise RecordError(key, "the node's name has characters that can not be shown", kind="key")
     return cluster, name
 
 

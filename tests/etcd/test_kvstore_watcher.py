@@ -124,19 +124,46 @@ async def test_events_are_signs_of_life_and_only_silence_is_asked_about(
 
     async with following(Follower(watching, "k/", sink)) as follower:
         await eventually(lambda: sink.synced == 1 or follower.state is State.WATCHING, "the watch")
-        began, number, longest = time.monotonic(), 0, 0.0
-        while time.monotonic() - began < 3 * 1.1 * idle:  # long enough for three questions
-            number += 1
-            await writing.put("k/a", f"{number}")
-            await asyncio.sleep(0.05)
-            longest = max(longest, follower.age())
+        for _ in range(5):
+            before, began, number, longest = questions(), time.monotonic(), 0, 0.0
+            while time.monotonic() - began < 3 * 1.1 * idle:  # long enough for three questions
+                number += 1
+                await writing.put("k/a", f"{number}")
+                await asyncio.sleep(0.05)
+                longest = max(longest, follower.age())
+            if longest < 0.8 * idle:  # else the machine stood still, and so did the events
+                break
         assert number > 3
-        assert longest < idle, "the machine stood still, and so did the events"
-        assert questions() == 0
+        assert questions() == before
         await eventually(lambda: questions() >= 2, "silence is asked about, again and again")
         assert follower.state is State.WATCHING
     await watching.close()
     await writing.close()
+
+
+async def test_after_a_deletion_etcd_is_heard_again_soon(
+    etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was deleted is held until then; a watch that is quiet would speak after half a minute only."""
+    confirm = 2.0
+    monkeypatch.setattr("kvstore.client.CONFIRM_S", confirm)
+    client = Client(etcd.config, idle=600, hang=600)
+    await client.put("k/a", "1")
+    sink = Recorder()
+    async with following(Follower(client, "k/", sink)) as follower:
+        await eventually(is_watching(follower), "the watch")
+        await client.delete("k/a")
+        await eventually(lambda: sink.deletions == ["k/a"], "the deletion")
+        held = time.monotonic() + confirm
+        await eventually(lambda: follower.fresh_at > held, "word from etcd after what was held")
+        etcd.pause()
+        try:
+            heard = follower.fresh_at
+            await asyncio.sleep(2 * confirm)
+            assert follower.fresh_at == heard, "an etcd that hangs is not heard"
+        finally:
+            etcd.resume()
+    await client.close()
 
 
 async def test_restart_of_etcd_is_resumed_without_a_list(etcd: EtcdServer, client: Client) -> None:
@@ -320,7 +347,7 @@ async def test_who_waits_for_its_turn_to_list_follows_what_changes(
         await eventually(lambda: "k/lost" in sink.view, "what the snapshot will not have")
         etcd.restore(tmp_path / "snapshot")
         etcd.start()
-        await client.put("k/gap", "1")  # perhaps before anybody looks
+        etcd.ctl("put", "k/gap", "1")  # perhaps before anybody looks
         await eventually(lambda: follower.cursor.must_list, "the loss")
         await client.put("k/pause", "1")  # before the follower tries again
         await eventually(waits, "its wait")
@@ -335,7 +362,7 @@ async def test_who_waits_for_its_turn_to_list_follows_what_changes(
         assert [each.key for each in seen][-3:] == ["k/a", "k/b", "k/new"]
         assert (len(sink.lists), follower.revision, follower.fresh_at) == (1, 0, fresh_at)
         await asyncio.to_thread(etcd.restart)
-        await client.put("k/trouble", "1")
+        etcd.ctl("put", "k/trouble", "1")
         await eventually(lambda: len(asked) > 2 and waits(), "its wait for the same turn, after trouble")
         await eventually(lambda: "k/trouble" in sink.view, "what changed in the trouble")
         await client.put("k/a", "3")
@@ -453,8 +480,8 @@ async def test_hung_server_is_left_for_another(tmp_path: Path) -> None:
 async def test_a_hung_etcd_is_asked_less_and_less(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each attempt lasts longer than what counts as healthy: it ends because its time is up."""
     monkeypatch.setattr(patience, "HEALTHY_AFTER_S", 0.1)
-    client = Client(etcd.config, timeout=0.3, idle=0.2, hang=0.3)
-    await client.put("k/a", "1")
+    client, patient = Client(etcd.config, timeout=0.3, idle=0.2, hang=0.3), Client(etcd.config, timeout=30)
+    await patient.put("k/a", "1")
     sink = Recorder()
     async with following(Follower(client, "k/", sink)) as follower:
         waits = follower._patience
@@ -464,9 +491,10 @@ async def test_a_hung_etcd_is_asked_less_and_less(etcd: EtcdServer, monkeypatch:
             await eventually(lambda: waits.backoff.attempts >= 4, "four failures in a row", deadline=30)
         finally:
             etcd.resume()
-        await client.put("k/b", "2")
-        await eventually(lambda: "k/b" in sink.view, "it is followed again", deadline=30)
+        await patient.put("k/b", "2")
+        await eventually(lambda: "k/b" in sink.view, "it is followed again", deadline=60)
     await client.close()
+    await patient.close()
 
 
 async def test_denied_prefix_is_told_and_followed_once_it_is_allowed(tmp_path: Path) -> None:
