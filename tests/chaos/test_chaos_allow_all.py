@@ -19,8 +19,6 @@ from tests.support.stream import POLICY
 
 __all__ = ["engine_parts", "hub"]
 
-pytestmark = pytest.mark.timeout(300)
-
 WHY = ("--reason", "incident 4711", "--by", "alice")
 
 

@@ -23,7 +23,7 @@ from tests.support.saved import Saved
 
 __all__ = ["engine_parts", "hub"]
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.rare]
+pytestmark = pytest.mark.rare
 
 POLICY = """
 - endpointSelector: {matchLabels: {app: etcd}}

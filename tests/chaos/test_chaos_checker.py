@@ -20,8 +20,6 @@ from tests.support.stream import POLICY
 
 __all__ = ["engine_parts", "hub"]
 
-pytestmark = pytest.mark.timeout(300)
-
 NOBODY = "10.99.0.66"
 
 

@@ -24,8 +24,6 @@ from tests.support.saved import Saved
 
 __all__ = ["engine_parts"]
 
-pytestmark = pytest.mark.timeout(600)
-
 # A host that did not answer would be forgotten, and what is behind it as well.
 FORGOTTEN_S = HOLD_S + (TRIES + 1) * (SOON_S + LOOK_S) + FIRST_S
 EXPIRED_S = max(GRACE_S, SETTLED_S) + 20

@@ -19,7 +19,7 @@ from tests.support.refusing import calls_of_the_engine_fail
 
 __all__ = ["engine_parts", "hub"]
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.rare]
+pytestmark = pytest.mark.rare
 
 
 @pytest.fixture

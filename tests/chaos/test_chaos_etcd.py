@@ -42,8 +42,6 @@ from tests.support.stream import POLICY
 
 __all__ = ["engine_parts"]
 
-pytestmark = pytest.mark.timeout(600)
-
 # So many changes of what hosts follow come after a snapshot: more than hosts write again before all are back.
 NEWER = 20
 

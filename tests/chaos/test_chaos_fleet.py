@@ -22,8 +22,6 @@ from tests.support.stream import POLICY, Flows
 
 __all__ = ["engine_parts"]
 
-pytestmark = pytest.mark.timeout(600)
-
 LEASE_S = 30
 NEW_ADDRESS = "10.77.0.20"
 MODES = {

@@ -16,8 +16,6 @@ from tests.support.site import Site, new_site
 
 __all__ = ["engine_parts", "hub"]
 
-pytestmark = pytest.mark.timeout(600)
-
 
 @pytest.fixture(scope="module")
 def site(hub: Hub) -> Iterator[Site]:

@@ -27,8 +27,6 @@ from tests.support.stream import POLICY, Flows
 
 __all__ = ["engine_parts"]
 
-pytestmark = pytest.mark.timeout(600)
-
 # Nobody has had these labels before: `app` is what policy asks for, `env` makes the identity a new one.
 LATE = {"friend": {"app": "client", "env": "late"}, "foe": {"app": "stranger", "env": "late"}}
 
@@ -90,10 +88,10 @@ def test_the_leader_is_killed(scene: Scene) -> None:
     scene.check()
     scene.members.kill(scene.members.leader())
     address = scene.one.container("early", "sleep", "infinity", labels={"app": "client", "env": "early"})
-    wait_for(lambda: scene.identity("early") > 255, "identity of the new container")
-    wait_for(lambda: f"{address}/32" in scene.ipcache(scene.two), "its address on the other host")
-    assert scene.reaches("early")
-    wait_for(scene.one.healthy, "healthy agent")
+    wait_for(lambda: scene.identity("early") > 255, "identity of the new container", seconds=90)
+    wait_for(lambda: f"{address}/32" in scene.ipcache(scene.two), "its address on the other host", seconds=90)
+    wait_for(lambda: scene.reaches("early"), "way to the server")
+    wait_for(scene.one.healthy, "healthy agent", seconds=90)
     scene.check()
 
 

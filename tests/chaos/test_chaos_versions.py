@@ -23,7 +23,7 @@ from tests.support.nextversion import next_version
 
 __all__ = ["engine_parts"]
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.rare]
+pytestmark = pytest.mark.rare
 
 
 @pytest.fixture(scope="module")

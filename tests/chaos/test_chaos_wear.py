@@ -16,8 +16,6 @@ from tests.support.host import Hub, wait_for
 
 __all__ = ["engine_parts", "hub"]
 
-pytestmark = pytest.mark.timeout(300)
-
 WARM, ROUNDS = 3, 12
 SPARE = 2  # connections to the engine that are kept for a moment
 SILENCE_S = 8.0  # every part has looked at the host once

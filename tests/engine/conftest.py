@@ -2,7 +2,6 @@
 """Tests with real docker engines: the fixtures are `tests.support.engine_fixtures`."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -12,9 +11,6 @@ from tests.support.require import require_tools
 from tests.support.site import Site, new_site
 
 __all__ = ["engine_parts", "host", "hub", "three_hosts"]
-
-# The first test that needs an image waits until it is built (a minute; more where the network is slow).
-TIMEOUT_S = 600
 
 
 @pytest.fixture(scope="session")
@@ -29,10 +25,3 @@ def whole_site(hub: Hub) -> Iterator[Site]:
 def site(whole_site: Site, request: pytest.FixtureRequest) -> Site:
     """The site by IPv4; by each of both for what is marked `both_families`."""
     return whole_site.by(getattr(request, "param", 4))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the tests of this folder time for images and engines."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(TIMEOUT_S))

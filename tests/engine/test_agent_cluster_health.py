@@ -20,8 +20,6 @@ from tests.support.fleet import GONE_S
 from tests.support.host import REPO, Hub, hub_ipv6, run, wait_for
 from tests.support.require import require_tools
 
-pytestmark = pytest.mark.timeout(300)
-
 NAMES = ("a", "b", "c")
 PORT = 4240
 

@@ -137,4 +137,5 @@ def test_policy_taken_back_ends_an_open_connection(site: Site) -> None:
             assert ask(connection) == site.client.address
         with site.policy(rule(site.server, "ingress", {})), pytest.raises(TimeoutError):
             ask(connection)
+        connection.settimeout(20)
         assert connection.recv(100), "the policy is gone: what was sent is sent again and answered"

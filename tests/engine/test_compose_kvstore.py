@@ -55,7 +55,8 @@ def fleet(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]
         certificates(made.folder, made.members, [made.web, made.members["etcd-3"]])
         for name, host in made.members.items():
             done = host.make("member.sh", str(made.folder / "members" / name))
-            assert ("runs and waits for the others" in done.stderr) == (name == "etcd-1"), done.stderr
+            # The first has nobody to serve with; the others may serve before they are looked at no more.
+            assert "runs and waits for the others" in done.stderr or name != "etcd-1", done.stderr
         yield made
 
 
@@ -66,7 +67,7 @@ def join(fleet: Fleet, host: ComposedHost, *more: str) -> None:
 def test_host_joins_and_sees_three_members(fleet: Fleet) -> None:
     join(fleet, fleet.web, "", str(fleet.folder / "operators" / "admin"))
     assert fleet.web.cli("status").returncode == 0
-    wait_for(lambda: fleet.serving() == set(NAMES), "three members that serve")
+    wait_for(lambda: fleet.serving() == set(NAMES), "three members that serve", seconds=90)
     networks = fleet.web.engine.docker("network", "ls", "--format", "{{.Name}}").stdout.split()
     assert "holdfast" in networks
 
@@ -184,12 +185,12 @@ def workload(host: ComposedHost, name: str, *command: str) -> str:
 def test_a_member_that_is_killed_is_missed_by_nobody_and_comes_back(fleet: Fleet) -> None:
     second = fleet.members["etcd-2"]
     second.engine.docker("kill", second.container_of("etcd"))
-    wait_for(lambda: fleet.serving() == {"etcd-1", "etcd-3"}, "two that serve")
-    written = fleet.web.cli("kvstore", "set", "test/key", "while one is away")
-    assert "revision" in written.stdout
-    assert fleet.web.cli("status").returncode == 0
+    wait_for(lambda: fleet.serving() == {"etcd-1", "etcd-3"}, "two that serve", seconds=90)
+    words = ("kvstore", "set", "test/key", "while one is away")  # where it led the others elect first
+    wait_for(lambda: "revision" in fleet.web.cli(*words, check=False).stdout, "a write", seconds=90)
+    wait_for(lambda: fleet.web.cli("status", check=False).returncode == 0, "healthy agent", seconds=90)
     second.engine.docker("start", second.container_of("etcd"))
-    wait_for(lambda: fleet.serving() == set(NAMES), "three that serve")
+    wait_for(lambda: fleet.serving() == set(NAMES), "three that serve", seconds=90)
     shown = second.engine.docker(
         "exec", second.container_of("etcd"), "etcdctl", "get", "test/key", "--print-value-only"
     )

@@ -12,8 +12,6 @@ from tests.support.engine import WORKLOAD_IMAGE
 from tests.support.fleet import GONE_S, Fleet, FleetHost, new_fleet
 from tests.support.host import wait_for
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.fixture(scope="module")
 def fleet(engine_parts: None) -> Iterator[Fleet]:

@@ -26,8 +26,6 @@ from tests.support.host import wait_for
 from tests.support.places import Neighbour
 from tests.support.saved import Saved
 
-pytestmark = pytest.mark.timeout(300)
-
 WEB, PROJECT, NAME = "web", "shop", "web.shop.holdfast"
 EXTERNAL, EXTERNAL_ADDRESS = "www.example.com", "198.51.100.7"
 CLIENT = {"endpointSelector": {"matchLabels": {"app": "client"}}}

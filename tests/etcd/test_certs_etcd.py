@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from certs.apply import apply, survey
 from certs.issue import Request
 from certs.layout import Folder, Holder, Layout
 from certs.plan import plan
+from tests.support.etcd import free_ports
 from tests.support.require import require_tools
 
 REQUESTS = (
@@ -34,12 +34,6 @@ def make(root: Path, requests: tuple[Request, ...] = REQUESTS) -> Layout:
     return layout
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def command(folder: Folder, data: Path, client: str, peer: str) -> list[str]:
     """Return etcd's command line: client and peer TLS with the files of `folder`, certificates demanded."""
     files = {"cert-file": folder.certificate, "key-file": folder.key, "trusted-ca-file": folder.authority}
@@ -48,14 +42,14 @@ def command(folder: Folder, data: Path, client: str, peer: str) -> list[str]:
         "etcd", "--name=etcd-0", f"--data-dir={data}", "--client-cert-auth", "--peer-client-cert-auth", *tls,
         f"--listen-client-urls={client}", f"--advertise-client-urls={client}",
         f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}",
-        f"--initial-cluster=etcd-0={peer}", "--log-level=error",
+        f"--initial-cluster=etcd-0={peer}", "--log-level=error", "--unsafe-no-fsync",
     ]  # fmt: skip
 
 
 @contextlib.contextmanager
 def etcd(layout: Layout, work: Path) -> Iterator[str]:
     """Run a member on free loopback ports and yield its URL."""
-    client, peer = (f"https://127.0.0.1:{free_port()}" for _ in range(2))
+    client, peer = (f"https://127.0.0.1:{port}" for port in free_ports(2))
     with (work / "etcd.log").open("wb") as log:
         arguments = command(layout.folder(Holder.ETCD), work / "data", client, peer)
         process = subprocess.Popen(arguments, stdout=log, stderr=log)
@@ -81,7 +75,7 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, folder: Folde
 
 def etcdctl(url: str, folder: Folder | None, *arguments: str, authority: Path | None = None) -> Run:
     """Run etcdctl with a holder's certificate, or with none."""
-    flags = [f"--endpoints={url}", "--dial-timeout=2s", "--command-timeout=3s"]
+    flags = [f"--endpoints={url}", "--dial-timeout=10s", "--command-timeout=20s"]
     if folder is not None:
         flags += [f"--cert={folder.certificate}", f"--key={folder.key}"]
     trusted = authority or (folder.authority if folder else None)

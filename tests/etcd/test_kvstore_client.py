@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,14 @@ async def test_list_starts_again_when_its_revision_is_compacted(etcd: EtcdServer
 async def test_a_page_of_a_large_prefix_is_waited_for_longer_than_an_answer(etcd: EtcdServer) -> None:
     """etcd reads a page that was given up to its end all the same; what a person asks for is given up."""
     client = Client(etcd.config, timeout=0.5)
-    await client.put("k/a", "1")
+    etcd.ctl("put", "k/a", "1")
+
+    async def connected() -> bool:
+        with suppress(Unavailable):
+            return bool((await client.list("k/")).items)
+        return False
+
+    await eventually(connected, "an answer within half a second")
     etcd.pause()
     try:
         followed = asyncio.create_task(client.snapshot("k/"))
@@ -400,9 +407,9 @@ async def test_requests_fail_over_when_a_member_is_killed(cluster: EtcdCluster) 
     async def works() -> bool:
         try:
             await client.put("a", "2")
+            found = await client.get("a")
         except Unavailable:
             return False
-        found = await client.get("a")
         return found is not None and found.value == b"2"
 
     await eventually(works, "another member serves")

@@ -137,7 +137,7 @@ async def test_snapshot_can_be_restored(etcd: EtcdServer, tmp_path: Path) -> Non
 
 
 async def test_newest_are_kept_and_what_is_not_ours(etcd: EtcdServer, tmp_path: Path) -> None:
-    kept = Snapshots(tmp_path, "m0", keep=2, stall=0.5)
+    kept = Snapshots(tmp_path, "m0", keep=2)
     for name in ("m0-20250101T000000Z", "m0-20250102T000000Z", "m0-20250103T000000Z", "mine"):
         (tmp_path / f"{name}.snapshot").touch()
     (tmp_path / ".m0-20250104T000000Z.snapshot.new.part").touch()
@@ -154,7 +154,7 @@ async def test_newest_are_kept_and_what_is_not_ours(etcd: EtcdServer, tmp_path: 
         assert not has_its_digest(whole)
         etcd.stop()
         with pytest.raises(SnapshotFailed, match="etcd sent nothing for"):
-            await kept.take(client.config, member)
+            await Snapshots(tmp_path, "m0", keep=2, stall=0.5).take(client.config, member)
         assert len(kept.all()) == 2, "a failure removes nothing"
         assert not list(tmp_path.glob(".*"))
     finally:

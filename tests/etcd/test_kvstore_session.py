@@ -404,7 +404,7 @@ class Candidate:
     """A process that stands for a role, with a session of its own."""
 
     def __init__(self, client: Client, name: str) -> None:
-        self.session = Session(client, ttl=5, name=name)
+        self.session = Session(client, ttl=10, name=name)
         self.election = Election(client, self.session, "role")
         self.tasks: list[asyncio.Task[None]] = []
 
@@ -425,7 +425,7 @@ async def test_leader_is_followed_by_the_next_in_the_queue(client: Client) -> No
         await asyncio.wait_for(candidate.session.written(candidate.election.key), 20)
     try:
         for position, candidate in enumerate(candidates):
-            await asyncio.wait_for(candidate.election.wait_leader(), 30)
+            await asyncio.wait_for(candidate.election.wait_leader(), 60)
             leading = [each for each in candidates[position:] if each.election.is_leader]
             assert leading == [candidate]
             await candidate.die()

@@ -114,12 +114,12 @@ def test_the_whole_host_is_open(scene: Emergency) -> None:
 
 
 def test_the_kernel_ends_it_with_nobody_there(scene: Emergency) -> None:
-    scene.ordered("--endpoint", "1", "--for", "3s")
     began = time.monotonic()
+    scene.ordered("--endpoint", "1", "--for", "10s")
     assert scene.passes(1, NETS[0])
     wait_for(lambda: not scene.passes(1, NETS[0]), "end of the order")
     assert not scene.leaves(1, NETS[0])
-    assert time.monotonic() - began >= 1.0  # not at once
+    assert time.monotonic() - began >= 9.0  # not before its time
     held = dict(scene.host.policies[1].items())
     assert held.keys() == {IN, OUT}, "nobody has touched the map"
     assert all(entry.until <= time.monotonic() for entry in held.values())  # type: ignore[attr-defined]

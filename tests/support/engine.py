@@ -162,7 +162,10 @@ class Engine:
         assert self._daemon is None or self._daemon.running, (
             f"dockerd ended:\n{self._daemon.output()[-4000:]}"
         )
-        return self.docker("version", check=False, timeout=10).returncode == 0
+        try:
+            return self.docker("version", check=False, timeout=10).returncode == 0
+        except subprocess.TimeoutExpired:  # it waits for the plugins of containers that it starts
+            return False
 
 
 class DockerHost(Host):
@@ -225,8 +228,9 @@ def _build_workload(engine: Engine) -> None:
 def _cached(name: str, build: Callable[[Engine], object], base: Path | None = None) -> Path:
     """Return the cached directory of that name, filled by `build` in a host of its own when it is missing."""
     target = CACHE / "images" / name
-    with _one_at_a_time():
-        _fill(target, build, base)
+    if not target.exists():  # who builds another one keeps nobody waiting who has what he needs
+        with _one_at_a_time():
+            _fill(target, build, base)
     return target
 
 

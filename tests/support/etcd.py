@@ -12,6 +12,7 @@ server = EtcdServer(tmp_path, tls=True)          # client certificates required;
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -32,13 +33,24 @@ from tests.support.require import require_tools
 START_DEADLINE_S = 30.0
 
 
+# A range for each process that runs tests, below what the kernel gives to connections: a port is bound a
+# while after it was chosen, and none is chosen twice meanwhile.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = itertools.cycle(range(10_000 + _WORKER % 4 * 5_000, 15_000 + _WORKER % 4 * 5_000))
+
+
 def free_ports(count: int) -> list[int]:
-    """Return loopback ports that nobody listens on; all are reserved until all are known."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
+    """Return loopback ports that nobody listens on."""
+    return list(itertools.islice(filter(_is_free, _PORTS), count))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 class EtcdServer:

@@ -56,7 +56,7 @@ class Monitor:
             return [line for line in self.lines()[after:] if all(word in line for word in words)]
 
         try:
-            wait_for(lambda: bool(found()), f"monitor line with {words}", seconds=5)
+            wait_for(lambda: bool(found()), f"monitor line with {words}")
         except AssertionError as error:
             raise AssertionError(f"{error}; it said:\n" + "\n".join(self.lines()[after:])) from error
         return found()[0]

@@ -162,13 +162,13 @@ def test_etcd_does_not_answer_and_the_container_starts_denied(
 def test_a_call_that_takes_too_long_is_refused_and_an_end_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver_module, "CALL_TIMEOUT_S", 0.1)
-
     async def story(host: DriverHost) -> None:
         endpoint = await host.start("web", app="web")
         host.kernel.settling.clear()
-        assert "not done within" in (await host.on("Leave", "e-web"))["Err"]
-        assert "not done within" in (await host.on("DeleteEndpoint", "e-web"))["Err"]
+        with monkeypatch.context() as hurried:
+            hurried.setattr(driver_module, "CALL_TIMEOUT_S", 0.1)
+            assert "not done within" in (await host.on("Leave", "e-web"))["Err"]
+            assert "not done within" in (await host.on("DeleteEndpoint", "e-web"))["Err"]
         host.kernel.settling.set()
         while len(host.table):
             await asyncio.sleep(0.005)

@@ -128,13 +128,13 @@ def test_refusals_half_answers_and_nobody(tmp_path: Path) -> None:
 
 
 def test_a_hurried_question_waits_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "HURRIED_TIMEOUT_S", 0.05)
-
     async def story(fake: FakeEngine, engine: Engine) -> None:
         assert len(await engine.hurried(engine.containers)) == 1
         fake.serving.clear()
-        with pytest.raises(EngineError, match=r"did not answer within 0\.05 s"):
-            await engine.hurried(engine.containers)
+        with monkeypatch.context() as short:
+            short.setattr(engine_module, "HURRIED_TIMEOUT_S", 0.05)
+            with pytest.raises(EngineError, match=r"did not answer within 0\.05 s"):
+                await engine.hurried(engine.containers)
         fake.asked.clear()
         with pytest.raises(EngineError, match="is not asked again"):
             await engine.hurried(engine.containers)
@@ -150,14 +150,15 @@ def test_a_hurried_question_waits_once(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_hurried_question_is_asked_again_after_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "HURRIED_TIMEOUT_S", 0.05)
     monkeypatch.setattr(engine_module, "HOLD_OFF_S", 0.0)
 
     async def story(fake: FakeEngine, engine: Engine) -> None:
         fake.serving.clear()
-        for _ in range(2):
-            with pytest.raises(EngineError, match="did not answer within"):
-                await engine.hurried(engine.containers)
+        with monkeypatch.context() as short:
+            short.setattr(engine_module, "HURRIED_TIMEOUT_S", 0.05)
+            for _ in range(2):
+                with pytest.raises(EngineError, match="did not answer within"):
+                    await engine.hurried(engine.containers)
         fake.serving.set()
         assert len(await engine.hurried(engine.containers)) == 1
 
