@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from operator import attrgetter
 
@@ -280,14 +279,12 @@ class Client:
         Close it (`contextlib.aclosing`) when leaving early.
         """
         revision = max(start_revision - 1, 0)
-        settled, confirm_at = False, 0.0
+        idle: float | None = SETTLE_S
         async with self.watch_stream(prefix) as stream:
             # From the revision before, which exists: else etcd would not answer the watchdog.
             await stream.create(prefix, revision, prefix=not single)
             while True:
-                left = max(0.0, confirm_at - time.monotonic()) if settled else 0.0
-                soon = min(SETTLE_S + left, self._idle)
-                response = await stream.read(soon if left or not settled else None)
+                response = await stream.read(idle)
                 stream.check(response, prefix, revision + 1)
                 if response.created:
                     await self._check_history(prefix, start_revision, response, cluster_id)
@@ -295,11 +292,11 @@ class Client:
                         await self._check_witness(prefix, start_revision, witness)
                     revision = revision or response.header.revision
                 elif not response.events:
-                    settled = True
+                    idle = None
                 batch = _batch(response, revision)
                 revision = batch.revision
                 if any(each.value is None for each in batch.changes):
-                    confirm_at = time.monotonic() + CONFIRM_S
+                    stream.ask_later(CONFIRM_S + SETTLE_S)  # who holds it begins a little later
                 yield batch
 
     def watch_stream(self, subject: str) -> WatchStream:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import random
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 
@@ -42,6 +44,8 @@ HANG_S = 15.0
 # After a deletion etcd is heard again within some seconds of these: an owner that works has written its key
 # again by then (kvstore.sink.HOLD_S), and nobody takes a stream that is stuck for its silence.
 CONFIRM_S = 15.0
+# All hosts hear of a deletion in the same moment: they ask within so many seconds.
+LATER_S = 2.0
 # The number of the watch that is only made to see whether the server answers; callers count from 0 or 1.
 PROBE_ID = 1 << 62
 
@@ -98,6 +102,8 @@ class WatchStream:
         # gRPC takes one message at a time, and the watchdog writes too.
         self._writing = asyncio.Lock()
         self._watchdog = _Watchdog(hang, (self.ask_progress, self._probe), self._call.cancel)
+        self._later: asyncio.Task[None] | None = None
+        self._later_at = 0.0
 
     async def __aenter__(self) -> WatchStream:
         return self
@@ -106,6 +112,8 @@ class WatchStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._watchdog.stop()
+        if self._later is not None:
+            self._later.cancel()
         self._call.cancel()
 
     async def create(self, key: str, start_revision: int, *, prefix: bool = False, watch_id: int = 0) -> None:
@@ -132,6 +140,18 @@ class WatchStream:
 
     async def ask_progress(self) -> None:
         await self._write(WatchRequest(progress_request=WatchProgressRequest()))
+
+    def ask_later(self, after: float) -> None:
+        """Ask for progress in so many seconds, from the last time that this is called."""
+        self._later_at = time.monotonic() + after
+        if self._later is None or self._later.done():
+            self._later = asyncio.create_task(self._ask_then())
+
+    async def _ask_then(self) -> None:
+        while (left := self._later_at - time.monotonic()) > 0:
+            await asyncio.sleep(left + random.uniform(0.0, LATER_S))
+        with contextlib.suppress(KvstoreError):  # whoever reads meets the same trouble
+            await self.ask_progress()
 
     async def read(self, idle: float | None = None) -> WatchResponse:
         """Return the next message; raises Unavailable when the stream ended or the server hangs.
