@@ -188,8 +188,8 @@ class PolicyKeys(TableSink[str, Document]):
         self._listed.update(key for key, _ in items)
         super().take(items)
 
-    def listed(self, revision: int) -> None:
-        super().listed(revision)
+    async def listed(self, revision: int) -> None:
+        await super().listed(revision)
         for origin in self._refusals.origins(TEXT):
             # Refused from the start and gone: nothing of it is in the table that could go later.
             if (

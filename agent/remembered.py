@@ -133,9 +133,8 @@ class View(ABC, Generic[K, V]):
         cost = rows * ROW_S + min(rows, BLOCKS) * BLOCK_S
         return time.monotonic() - self.written_at >= cost / SHARE
 
-    def taken(self, missing: Collection[K], place: Place, *, grace: float) -> None:
+    def taken(self, place: Place) -> None:
         """All rows were given to the source: the view is whole and stands at `place`."""
-        self.source.mark_missing(missing, time.monotonic() + grace)
         self.changes.take()
         self.written = place
         self.source.mark_complete()
@@ -306,7 +305,8 @@ class Remembered:
             return self._found and await self._restore(view)
 
     async def _restore(self, view: View[Any, Any]) -> bool:
-        began, missing, whole = time.monotonic(), list[Any](), True
+        began, whole = time.monotonic(), True
+        until = began + self._grace
         try:
             place = await self._do(self._file.place, view.shape)
             chunks = self._chunks(view)
@@ -314,9 +314,9 @@ class Remembered:
             with view.source.unheard(view.changes):  # what comes from the file is no change
                 while (found := await coming) is not None:
                     coming = self._do(next, chunks, None)  # read while these are taken
-                    items, absent = found
+                    items, missing = found
                     whole &= await view.take(items)
-                    missing += absent
+                    view.source.mark_missing(missing, until)
         except CheckpointDamaged as error:
             await self._put_aside(error)
             return False
@@ -327,7 +327,7 @@ class Remembered:
         if not whole or place.revision <= 0:
             view.mark_all()
             return False
-        view.taken(missing, place, grace=self._grace)
+        view.taken(place)
         logger.info(
             "{} {} restored as of revision {} in {:.2f} s",
             len(view.source),

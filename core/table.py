@@ -169,10 +169,16 @@ class Source(Generic[K, V]):
         self._changed(gone)
         self._table._changed_many(gone, self.rank)
 
-    def mark_missing(self, keys: Collection[K], until: float) -> None:
-        """Say that the last full list lacked these: they are kept until then (monotonic seconds)."""
-        self.missing.put(keys, until)
-        self._doubted(list(keys))
+    def mark_missing(self, keys: Iterable[K], until: float) -> int:
+        """Say that the last full list lacked these: they are kept until then (monotonic seconds).
+
+        Returns how many are newly missing: those that were, or are held, have a time already.
+        """
+        entries, missing, held = self._entries, self.missing, self.held
+        fresh = [key for key in keys if key in entries and key not in missing and key not in held]
+        missing.put(fresh, until)
+        self._doubted(fresh)
+        return len(fresh)
 
     def mark_complete(self) -> None:
         """Say that this source has delivered a whole view, be it an old one: good enough to be enforced."""
@@ -246,21 +252,21 @@ class Listing(Generic[K, V]):
         self._unseen.discard(key)
         self._source._found_again((key,))
 
+    def lacked(self) -> Iterator[K]:
+        """Yield what the list lacked, once it is whole."""
+        return (key for key in self._unseen if key in self._source._entries)
+
     def end(self, *, grace: float, now: float | None = None) -> int:
         """Mark what the list lacked as missing until now + `grace` s; return how many are newly missing.
 
         With `grace` 0 they are deleted at once (for sources that are the truth themselves, such as the
-        local engine).
+        local engine).  All at once: a list of hundred thousands is ended in slices (kvstore.sink).
         """
-        at = time.monotonic() if now is None else now
-        source = self._source
-        absent = [key for key in self._unseen if key in source._entries]
-        if grace <= 0:
-            source.remove(absent)
-            return len(absent)
-        fresh = [key for key in absent if key not in source.missing and key not in source.held]
-        source.mark_missing(fresh, at + grace)
-        return len(fresh)
+        at, lacked = time.monotonic() if now is None else now, list(self.lacked())
+        if grace > 0:
+            return self._source.mark_missing(lacked, at + grace)
+        self._source.remove(lacked)
+        return len(lacked)
 
 
 class Subscription(Generic[K]):

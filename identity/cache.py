@@ -69,8 +69,8 @@ class IdentityCache(TableSink[int, Labels]):
         there = [number for number in candidates if not self.table.is_doubtful(number)]
         return min(there or candidates, default=None)
 
-    def listed(self, revision: int) -> None:
-        super().listed(revision)
+    async def listed(self, revision: int) -> None:
+        await super().listed(revision)
         for tell in self.on_listed:
             tell()
 

@@ -6,9 +6,11 @@ Used by: whoever follows a prefix into a `core.table.Table` (identities, ip→id
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Generic, TypeVar
 
 from loguru import logger
@@ -27,6 +29,8 @@ GRACE_S = 600.0
 # Seconds for which a deletion is held that may be a loss: the end of a lease, or a stranger's slip.  Owners
 # write their keys again at once, those of many within ten seconds (kvstore.session).
 HOLD_S = CONFIRM_S
+# Marked as missing before anybody else may run: some milliseconds.
+MARKED_AT_ONCE = 2000
 # So many bad records are remembered (for status) and logged one by one.
 REMEMBERED = 100
 
@@ -89,10 +93,15 @@ class TableSink(Generic[K, V]):
         """Take one record."""
         self.take([(key, value)])
 
-    def listed(self, revision: int) -> None:
+    async def listed(self, revision: int) -> None:
         """The list is whole: what it lacks is missing from now on."""
         listing, self._listing = self._listing, None
-        missing = listing.end(grace=self._grace) if listing is not None else 0
+        if listing is None:
+            return
+        until, lacked, missing = time.monotonic() + self._grace, listing.lacked(), 0
+        while part := list(islice(lacked, MARKED_AT_ONCE)):
+            missing += self.source.mark_missing(part, until)
+            await asyncio.sleep(0)
         if missing:
             logger.warning(
                 "{}: the list at revision {} lacks {} known records; kept for {:.0f} s",

@@ -63,7 +63,7 @@ class State(enum.Enum):
 
 
 class Sink(Protocol):
-    """Where a followed prefix goes.  Methods are synchronous; bad records are the sink's own business."""
+    """Where a followed prefix goes.  Bad records are the sink's own business."""
 
     def begin_list(self) -> None:
         """A list of everything under the prefix begins, perhaps in place of one that broke off."""
@@ -73,7 +73,7 @@ class Sink(Protocol):
 
     def deleted(self, key: str) -> None: ...
 
-    def listed(self, revision: int) -> None:
+    async def listed(self, revision: int) -> None:
         """The list is whole as of `revision`; what was in no part of it is missing, not deleted."""
 
     def in_sync(self) -> None:
@@ -172,7 +172,7 @@ class Follower:
         revision, newest = await self._take_pages()
         self._has_turn = False
         self.cursor.listed(revision, self._client.transport.cluster_id, newest)
-        self._sink.listed(revision)
+        await self._sink.listed(revision)
         self._has_view = True
         self._fresh()
 

@@ -43,7 +43,7 @@ class Recorder:
         if self._list is not None:
             self._list.update(items)
 
-    def listed(self, revision: int) -> None:
+    async def listed(self, revision: int) -> None:
         assert revision > 0
         assert self._list is not None
         self.lists.append(self._list)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 from kvstore.watcher import Sink
@@ -13,4 +14,7 @@ def deliver_list(sink: Sink, items: Mapping[str, bytes], revision: int) -> None:
     sink.begin_list()
     for item in items.items():
         sink.take([item])
-    sink.listed(revision)
+    ending = sink.listed(revision)
+    with contextlib.suppress(StopIteration):  # it only lets others run, and here is nobody
+        while True:
+            ending.send(None)

@@ -249,7 +249,7 @@ async def test_what_a_list_lacked_stays_missing_in_the_next_life(tmp_path: Path)
     with life(tmp_path) as two:
         await two.start()
         two.addresses.begin_list()
-        two.addresses.listed(11)
+        await two.addresses.listed(11)
         assert len(two.addresses.source.missing) == 2
         two.listed(11)
         await two.memory.write()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.table import Source, Table
+from core.table import Deadlines, Source, Table
 
 
 def two_sources() -> Table[str, int]:
@@ -268,3 +268,18 @@ def test_what_is_kept_is_missing_and_what_is_held_is_not_made_missing_by_a_list(
     source.delete("b")
     source.remove(["a"])
     assert (source.held, source.missing, dict(source.entries())) == ({}, {}, {"c": 3})
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from([None, 1.0, 2.0, 3.0, 5.0])), max_size=30))
+def test_what_has_ended_is_what_a_look_at_all_would_find(steps: list[tuple[str, float | None]]) -> None:
+    deadlines: Deadlines[str] = Deadlines()
+    for now, (key, until) in enumerate(steps):
+        if until is None:
+            deadlines.pop(key, None)
+        else:
+            deadlines.put([key], now + until)
+        wanted = {each for each, end in deadlines.items() if end <= now}
+        assert set(deadlines.ended(now)) == wanted
+        if now % 3 == 0:  # what has ended may stay for a while
+            for each in wanted:
+                del deadlines[each]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import random
@@ -24,7 +25,7 @@ from kvstore.merge import Cursor
 from kvstore.ops import KeyValue, delete_op, put_op, range_end, span, write_batches
 from kvstore.ownkeys import OwnKeys
 from kvstore.session import LONGEST_SPREAD_S, MANY_KEYS, spread_s
-from kvstore.sink import TableSink
+from kvstore.sink import MARKED_AT_ONCE, TableSink
 from kvstore.transport import translate
 from kvstore.watch import Change, WatchBatch, Witness
 from tests.support.lists import deliver_list
@@ -449,6 +450,30 @@ def test_sink_feeds_the_table_and_keeps_what_a_relist_lacks() -> None:
     assert list(table.source("kvstore").missing) == [300]
     sink.deleted(id_key(301))
     assert table.get(301) is None
+
+
+async def test_others_run_while_much_is_found_missing() -> None:
+    """A wiped store lacks everything at once; 300 000 addresses would stop the agent for half a second."""
+    table, sink = identity_sink()
+    sink.begin_list()
+    sink.take([(id_key(300 + number), b"a:b=1;") for number in range(10 * MARKED_AT_ONCE)])
+    await sink.listed(5)
+    changes, marked, ended = table.subscribe(), [], asyncio.Event()
+    changes.take()
+
+    async def look() -> None:
+        while not ended.is_set():
+            marked.append(len(changes.take()))
+            await asyncio.sleep(0)
+
+    looking = asyncio.create_task(look())
+    await asyncio.sleep(0)
+    sink.begin_list()
+    await sink.listed(9)
+    ended.set()
+    await looking
+    assert len(table.source("kvstore").missing) == sum(marked) == 10 * MARKED_AT_ONCE
+    assert max(marked) == MARKED_AT_ONCE
 
 
 def test_sink_that_holds_deletions_takes_them_back_when_a_record_is_written_again() -> None:
