@@ -95,13 +95,14 @@ class Presence:
 class _Silence:
     """How often in a row a node has not answered, since when, and when it was asked last.
 
-    `stays`: it did answer once.
+    `stays`: it did answer once.  `until` is when it is asked next.
     """
 
     since: float
     count: int = 0
     asked_at: float = 0.0
     stays: bool = False
+    until: float = 0.0
 
     @property
     def is_long(self) -> bool:
@@ -183,14 +184,14 @@ class Departures:
         replaced = await self._replaced(due)
         ended = _end(source, [name for name in self._due(source, prefix) if name in replaced])
         now = self._clock()
-        # One that is held came back since it was missing.
-        self._silences = {name: each for name, each in self._silences.items() if name in source.missing}
+        # One whose time is another came back since, and went again.
+        silences = self._silences.items()
+        self._silences = {name: each for name, each in silences if source.missing.get(name) == each.until}
         # Everybody notices in the same moment: not all ask in it.
         spread = first_within(len(source))
         for name in self._due(source, prefix):
             if name not in self._silences:
-                self._silences[name] = _Silence(since=now)
-                source.keep([name], now + self._rng.uniform(0.0, spread))
+                self._put_off(name, _Silence(since=now), now + self._rng.uniform(0.0, spread))
         # Who has waited longest comes first: those that stay are due again and again.
         asked = heapq.nsmallest(IN_FLIGHT_MAX, self._due(source, prefix), key=source.missing.__getitem__)
         return ended + (await self._ask(asked) if asked else 0)
@@ -209,17 +210,21 @@ class Departures:
             if name in answering:
                 if not silence.stays:
                     logger.warning("node {} has no record in etcd any more, but answers: it stays", name)
-                self._silences[name] = _Silence(since=now, stays=True)
-                source.keep([name], now + again)
+                self._put_off(name, _Silence(since=now, stays=True), now + again)
             elif not hears and now - silence.since < DEAF_S:
-                source.keep([name], now + again)
+                self._put_off(name, silence, now + again)
             elif silence.is_long and heard > silence.asked_at:
                 gone.append(name)
             else:
                 if not silence.is_long:
                     silence.count, silence.asked_at = silence.count + 1, asked_at
-                source.keep([name], now + (again if silence.stays else SOON_S))
+                self._put_off(name, silence, now + (again if silence.stays else SOON_S))
         return _end(source, gone)
+
+    def _put_off(self, name: str, silence: _Silence, until: float) -> None:
+        silence.until = until
+        self._silences[name] = silence
+        self._nodes.keep([name], until)
 
     async def _answering(self, names: Sequence[str]) -> tuple[set[str], bool]:
         """Return which of these nodes answer, and whether this host hears others that must be there."""

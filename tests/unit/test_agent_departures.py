@@ -259,6 +259,25 @@ async def test_a_host_that_hears_none_of_the_others_judges_nobody_for_an_hour() 
     assert not scene.known[0], "where probes never pass nobody would ever go"
 
 
+@pytest.mark.parametrize("listed", [False, True])
+async def test_one_that_came_back_and_is_lost_again_is_asked_as_often_as_the_first_time(listed: bool) -> None:
+    scene = Scene()
+    scene.lose()
+    while scene.questions("default/b") < TRIES:
+        await scene.after(2)
+    source = scene.nodes.source("kvstore")
+    source.upsert("default/b", node("b", "192.0.2.2", "10.144.0.0"))
+    if listed:
+        source.mark_missing(["default/b"], scene.now + 60)
+    else:
+        await scene.after(600)
+        scene.lose()
+    asked = scene.questions("default/b")
+    while scene.known[0]:
+        await scene.after(2)
+    assert scene.questions("default/b") - asked == TRIES + 1
+
+
 async def test_in_a_large_cluster_a_host_that_stays_is_not_asked_by_all_at_once() -> None:
     scene = Scene()
     for number in range(5000):
