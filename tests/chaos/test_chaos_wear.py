@@ -59,4 +59,6 @@ def test_idle_agent_is_silent(host: AgentHost) -> None:
     assert host.agent is not None
     written = host.agent.output()
     time.sleep(SILENCE_S)
-    assert host.agent.output() == written
+    said = host.agent.output().removeprefix(written).splitlines()
+    # A look at the connections every few minutes is said at the lowest level.
+    assert [line for line in said if "level=DEBUG subsys=agent.conntrack" not in line] == []
