@@ -16,7 +16,7 @@ from agent.departures import LOOK_S, SETTLED_S, SOON_S, TRIES
 from agent.health import FIRST_S
 from kvstore import schema
 from kvstore.sink import HOLD_S
-from tests.support.chaos import GRACE_S, RECOVERED_S, Scene, new_scene
+from tests.support.chaos import GRACE_S, RECOVERED_S, SLOW_S, Scene, new_scene
 from tests.support.engine_fixtures import engine_parts
 from tests.support.fleet import FleetHost
 from tests.support.host import wait_for
@@ -90,6 +90,26 @@ def test_keys_of_a_host_that_somebody_else_deletes(scene: Scene) -> None:
     with scene.watched():
         for prefix in (schema.IPS, schema.NODES, schema.IDENTITY_VALUES, schema.IDENTITY_IDS):
             scene.etcd.ctl("del", "--prefix", prefix)
+        wait_for(lambda: set(keys) <= scene.checker.stored().keys(), "keys of host 1", seconds=RECOVERED_S)
+
+
+@pytest.mark.rare
+def test_keys_that_somebody_deletes_just_before_etcd_hangs(scene: Scene) -> None:
+    """Their owner can not write them again, and the others hold them for longer than they would."""
+    keys = own_keys(scene, scene.one)
+    known = scene.ipcache(scene.two)
+    with scene.watched():
+        scene.wires[0].delay = SLOW_S  # host 1 hears of it when etcd hangs
+        try:
+            scene.etcd.ctl("del", "--prefix", schema.IPS)
+            scene.etcd.pause()
+        finally:
+            scene.wires[0].delay = 0.0
+        try:
+            time.sleep(2 * HOLD_S)  # found out after three times as long
+            assert scene.ipcache(scene.two) == known
+        finally:
+            scene.etcd.resume()
         wait_for(lambda: set(keys) <= scene.checker.stored().keys(), "keys of host 1", seconds=RECOVERED_S)
 
 

@@ -201,6 +201,8 @@ BAD: list[tuple[Callable[[str, bytes], object], str, bytes, str]] = [
     (schema.parse_node, NODE_KEY, b'{"Name":"n2","Cluster":"default"}', "mismatch"),
     (schema.parse_node, NODE_KEY, b'{"Name":"n1","Cluster":"other"}', "mismatch"),
     (schema.parse_node, NODE_KEY, b'{"Name":"n1"}', "garbage"),
+    (schema.parse_node, f"{schema.NODES}default/n\n1", b'{"Name":"n\\n1","Cluster":"default"}', "key"),
+    (schema.parse_node, f"{schema.NODES}d\x1b[1m/n1", b'{"Name":"n1","Cluster":"d\\u001b[1m"}', "key"),
     (schema.parse_node, NODE_KEY, b'{"Name":"n1","Cluster":"default","IPAddresses":"x"}', "garbage"),
     (
         schema.parse_node,
