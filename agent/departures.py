@@ -59,9 +59,6 @@ WITNESSES, DEAF_S = 3, 3600.0
 # An etcd that was away for longer than the first has to be there again for the second: every host tries it
 # after half a minute at most, and connects in a few seconds.  After a shorter one all are back in seconds.
 BRIEF_S, SETTLED_S = 2.0, 45.0
-# While something is held etcd speaks at the end of that time (kvstore.watch).  Where it has not in so long it
-# hangs, for the owners too.
-SILENT_S = HOLD_S + 6.0
 
 
 class Presence:
@@ -175,8 +172,6 @@ class Departures:
     def _due(self, source: Source[K, V], prefix: str, *, missing: bool = True) -> list[K]:
         """Return what is held too long, and missing too long unless a list is still to come."""
         now, heard = self._clock(), self._etcd.heard(prefix)
-        if now - heard > SILENT_S:
-            source.held.put(source.held.ended(now + HOLD_S / 2), now + HOLD_S)
         return source.due(now, heard=heard, missing=missing and self._etcd.has_whole_view(prefix))
 
     # --- nodes

@@ -95,10 +95,13 @@ def test_keys_of_a_host_that_somebody_else_deletes(scene: Scene) -> None:
 
 @pytest.mark.rare
 def test_keys_that_somebody_deletes_just_before_etcd_hangs(scene: Scene) -> None:
-    """Their owner can not write them again, and the others hold them for longer than they would."""
+    """Their owner can not write them again, and the others hold them for longer than they would.
+
+    When etcd goes on, the owner's word and the look that ends what is held come in the same seconds.
+    """
     keys = own_keys(scene, scene.one)
     known = scene.ipcache(scene.two)
-    with scene.watched():
+    with scene.watched(pause=True):
         scene.wires[0].delay = SLOW_S  # host 1 hears of it when etcd hangs
         try:
             scene.etcd.ctl("del", "--prefix", schema.IPS)
