@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from agent.departures import BEHIND_S, LOOK_S, SETTLED_S, SOON_S, TRIES
+from agent.departures import AGAIN_S, BEHIND_S, LOOK_S, SETTLED_S, SOON_S, TRIES
 from kvstore.sink import HOLD_S
 from tests.support.agent import AgentHost
 from tests.support.host import Hub, wait_for
 from tests.support.node import acquainted
 
 # Within so many seconds, on a machine that does other things too, hosts know nothing any more of what etcd
-# has no key of: an absence of etcd before is waited out, the node is asked, then what is behind it goes.
-GONE_S = SETTLED_S + HOLD_S + (TRIES + 1) * (SOON_S + LOOK_S) + 2 * BEHIND_S + 30
+# has no key of: an absence of etcd before is waited out, the node is asked, then what is behind it goes, and
+# then the identities that nobody has any more.
+GONE_S = SETTLED_S + HOLD_S + (TRIES + 1) * (SOON_S + LOOK_S) + 2 * BEHIND_S + 1.1 * AGAIN_S + 30
 
 
 class FleetHost(AgentHost):
