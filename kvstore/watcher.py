@@ -170,9 +170,11 @@ class Follower:
         self._has_turn = True  # until the list is whole: one that fails is not put off by a window
         self._enter(State.LISTING)
         revision, newest = await self._take_pages()
-        self._has_turn = False
-        self.cursor.listed(revision, self._client.transport.cluster_id, newest)
+        cluster_id = self._client.transport.cluster_id
+        # Before the cursor: a checkpoint, or the next life of this task, takes that for what the sink has.
         await self._sink.listed(revision)
+        self.cursor.listed(revision, cluster_id, newest)
+        self._has_turn = False
         self._has_view = True
         self._fresh()
 

@@ -141,6 +141,31 @@ async def test_events_are_signs_of_life_and_only_silence_is_asked_about(
     await writing.close()
 
 
+async def test_a_list_whose_end_is_broken_off_is_listed_again(client: Client) -> None:
+    """What it lacked is marked in slices: a view that stood there before would keep some for ever."""
+    revision = await client.put("k/a", "1")
+    entered, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(Recorder):
+        async def listed(self, revision: int) -> None:
+            entered.set()
+            await go_on.wait()
+            await super().listed(revision)
+
+    sink = Slow()
+    follower = Follower(client, "k/", sink)
+    for _ in range(2):
+        async with following(follower):
+            await asyncio.wait_for(entered.wait(), 30)
+            assert follower.revision == 0
+        entered.clear()
+    go_on.set()
+    async with following(follower):
+        await eventually(is_watching(follower), "the list")
+    assert len(sink.lists) == 1
+    assert follower.revision >= revision
+
+
 async def test_after_a_deletion_etcd_is_heard_again_soon(
     etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
