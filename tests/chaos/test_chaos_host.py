@@ -30,9 +30,7 @@ from tests.support.traffic import serving
 __all__ = ["engine_parts", "hub"]
 
 SSH, PUBLISHED, PORT = 22, 8080, PORTS[0]
-# What was allowed passes again within this time: a repair is some processes, on a machine that does other
-# things too.  Unwatched rules are looked at every half minute only.
-PAUSE_S = 5.0
+PAUSE_S = 1.0  # what was allowed passes again within this time
 
 Flows = dict[str, tuple[Place, str, int]]  # name → who asks, address, port
 

@@ -89,6 +89,9 @@ async def test_a_session_keeps_its_lease_while_the_queue_is_full(etcd: EtcdServe
         await asyncio.sleep(2 * ttl)  # twice as long as the lease lasts by itself
         assert not queue[-1].done()
         assert session.alive
+        other = Client(etcd.config)
+        assert await other.lease_remaining(lease) > 0
+        await other.close()
         assert session.lease_id == lease
     finally:
         for each in (*queue, running):

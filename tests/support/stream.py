@@ -30,8 +30,7 @@ from tests.support.host import Hub, wait_for
 from tests.support.places import Neighbour
 from tests.support.stream_programs import CLIENT, CONTROL, COUNTER, MACHINE, PROBER, SENDER, SERVER
 
-# A segment that is lost is sent again after 200 ms at the earliest.
-PAUSE_MS = 180.0
+PAUSE_MS = 100.0
 LATE_S = 1.0  # a datagram without an answer for so long is late
 LOST_S = 5.0  # one without an answer for so much longer is lost: the machine may have let a prober wait
 PORT, PUBLISHED = 9000, 8900
